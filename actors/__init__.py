@@ -1,0 +1,19 @@
+"""What runs on workers: the trainer, the rollout engine, the rewards, and the pieces they share.
+
+    types.py     what travels between actors: rollout groups, snapshots, statistics
+    specs.py     what an actor is built from: one frozen spec each
+    errors.py    the exceptions of the whole project
+    device.py    the only module that knows which accelerator there is
+    hub.py       a model's name to a local folder, with SmolLM2 carried along for machines without a hub
+    model.py     the policy: base model, LoRA, tokenizer; log-probabilities of packed rows
+    packing.py   rollout groups to rows in which a prompt stands once and nothing is padding
+    loss.py      GRPO and its relatives, pure functions
+    snapshot.py  LoRA tensors to one flat buffer and back, with digest and validation
+    install.py   a snapshot into vLLM: merged into the weights, or as a LoRA slot
+    storage.py   files that are whole or absent: safetensors and JSON with digests
+    trainer.py   the actor that learns
+    engine.py    the actor that samples
+    rewards.py   the actor that scores
+
+An actor never imports the orchestrator: what it needs arrives in its constructor.
+"""

@@ -1,0 +1,58 @@
+"""The only module that knows which accelerator there is. A new kind of device is taught to this file alone."""
+
+import functools
+from pathlib import Path
+
+import torch
+
+# Instructions with which a CPU multiplies bfloat16 matrices natively. Without them bfloat16 is emulated, and
+# sampling is several times slower than in float32.
+_BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def gpu_count() -> int:
+    """GPUs that this process can see."""
+    return torch.cuda.device_count()
+
+
+def device() -> torch.device:
+    """Where this process computes: the GPU that Ray gave it, or the CPU."""
+    return torch.device("cuda", 0) if has_gpu() else torch.device("cpu")
+
+
+@functools.cache
+def fastest_dtype(gpu: bool) -> str:
+    """The name of the dtype for base weights: bfloat16 wherever it is native, float32 otherwise."""
+    if gpu:
+        return "bfloat16"
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return "bfloat16" if words.intersection(_BF16_CPU_FLAGS) else "float32"
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch on every device of this process."""
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """State of torch's generators, [bytes] uint8 each."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    if has_gpu():
+        state["rng.gpu"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["rng.cpu"])
+    if has_gpu() and "rng.gpu" in state:
+        torch.cuda.set_rng_state(state["rng.gpu"])
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)

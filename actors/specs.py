@@ -1,0 +1,101 @@
+"""What an actor is built from: frozen, picklable, with no reference to the configuration they came from.
+
+A new actor gets a spec here. Paths are absolute: workers start in other folders.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from actors.loss import LossSpec
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The base model, as every actor loads it."""
+
+    name: str  # a hub name or a folder
+    dtype: str  # bfloat16 | float32
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None  # of transformers; None = its default
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The adapter, in PEFT's terms."""
+
+    r: int
+    alpha: int
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW and its schedule, in optimizer steps."""
+
+    learning_rate: float
+    scheduler: str  # a name of transformers.get_scheduler
+    warmup_steps: int
+    total_steps: int
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    fused: bool = True
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """The trainer of an online job."""
+
+    model: ModelSpec
+    lora: LoraSpec
+    optimizer: OptimizerSpec
+    loss: LossSpec
+    micro_batch_size: int  # completions per forward pass
+    temperature: float  # of sampling: log-probabilities are taken at it
+    num_iterations: int = 1  # optimizer steps on one batch
+    mask_truncated_completions: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 42
+    threads: int | None = None  # CPU threads; None = torch's default
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """How completions are drawn."""
+
+    num_generations: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    extra: Mapping[str, object] = field(default_factory=dict)  # generation_kwargs, names of vLLM's SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One vLLM engine."""
+
+    model: ModelSpec
+    lora: LoraSpec
+    sync: str  # fused | adapter
+    max_model_len: int  # tokens of prompt and completion
+    max_num_seqs: int  # completions decoded side by side
+    policies: int = 1  # policy versions held at once; LoRA slots when sync is adapter
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward function."""
+
+    path: str  # module.function
+    search_paths: tuple[str, ...]  # folders put first on the import path

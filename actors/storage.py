@@ -1,0 +1,74 @@
+"""Folders that are whole or absent: safetensors and JSON, written beside and renamed, with digests in a manifest.
+
+No pickle is ever read. A new kind of file in a checkpoint needs nothing here: seal() covers whatever lies in the folder.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from actors.errors import CheckpointError
+from actors.snapshot import digest
+
+MANIFEST = "manifest.json"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes beside and renames, so that a reader sees the old file or the new one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _sync(beside)
+    os.replace(beside, path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder to fill; it becomes `path`, with a manifest, only if the block ends without an error.
+
+    Raises CheckpointError if `path` exists already.
+    """
+    if path.exists():
+        raise CheckpointError(f"{path} exists already; nothing is overwritten")
+    beside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        digests = {str(file.relative_to(beside)): digest(file.read_bytes()) for file in _files(beside)}
+        for file in _files(beside):
+            _sync(file)
+        write_json(beside / MANIFEST, {"digests": digests})
+        os.rename(beside, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def verify(path: Path) -> None:
+    """Raises CheckpointError, naming the file, unless every file of the folder is as it was written."""
+    try:
+        digests = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["digests"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}); use another checkpoint") from error
+    for name, expected in digests.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; use another checkpoint")
+        if digest(file.read_bytes()) != expected:
+            raise CheckpointError(f"{file} is not what was written (its digest differs); use another checkpoint")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,234 @@
+"""The actor that learns: holds the policy, takes one optimizer step a batch, publishes snapshots, saves and restores.
+
+Rollout groups arrive straight from the object store; the driver sends advantages and gets statistics. Every random
+draw comes from torch's generators, whose state is part of a checkpoint, so that a resumed run repeats the one that
+was not interrupted.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from actors import device, hub, model, snapshot
+from actors.loss import grpo_loss, token_weights
+from actors.packing import PackedRow, Sample, pack_row, plan_rows
+from actors.specs import OptimizerSpec, TrainerSpec
+from actors.types import RolloutGroup, SnapshotHeader, TensorEntry, TrainStats
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+TRAINER_FILE = "trainer.json"
+STEP_SUMS = ("kl_sum", "clipped_sum", "importance_sum", "mismatch_sum")
+
+
+class Trainer:
+    """One trainer rank. Made into a Ray actor by the driver; usable as it is in a test."""
+
+    def __init__(self, spec: TrainerSpec) -> None:
+        device.set_threads(spec.threads)
+        device.seed_everything(spec.seed)
+        self.spec = spec
+        self.version = 0
+        self.policy = model.load_policy(spec.model, spec.lora, gradient_checkpointing=spec.gradient_checkpointing)
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer, self.scheduler = _optimizer(self.parameters, spec.optimizer)
+        self.probe: tuple[int, ...] = ()
+
+    def set_probe(self, token_ids: Sequence[int]) -> None:
+        """The sequence whose log-probabilities prove a sync; at least two tokens."""
+        self.probe = tuple(token_ids)
+
+    def train(self, advantages: Sequence[Sequence[float | None]], *groups: RolloutGroup) -> TrainStats:
+        """One batch: `num_iterations` optimizer steps over the completions that have an advantage.
+
+        advantages: [groups][G]; None = the sample was dropped and counts nowhere. Ends in the next policy version.
+        """
+        started = time.perf_counter()
+        samples, lengths = self._samples(advantages, groups)
+        rows = [pack_row(groups, r) for r in plan_rows(groups, samples, self.spec.micro_batch_size)]
+        self.policy.train()
+        old = [self._old_logprobs(row) for row in rows] if self.spec.num_iterations > 1 else [None] * len(rows)
+        totals: dict[str, float] = {}
+        for _ in range(self.spec.num_iterations):
+            totals = self._iteration(rows, old, sequences=len(lengths), tokens=sum(lengths))
+        self.version += 1
+        trained_tokens = int(sum(int(row.mask_BT.sum()) for row in rows))
+        share = 1.0 / max(trained_tokens, 1)
+        return TrainStats(
+            version=self.version,
+            loss=totals["loss"],
+            grad_norm=totals["grad_norm"],
+            learning_rate=totals["learning_rate"],
+            kl=totals["kl_sum"] * share,
+            entropy=totals["entropy_sum"] * share,
+            clip_fraction=totals["clipped_sum"] * share,
+            importance_ratio=totals["importance_sum"] * share if trained_tokens else 1.0,
+            engine_gap=totals["mismatch_sum"] * share,
+            trained_completions=len(samples),
+            trained_tokens=trained_tokens,
+            computed_tokens=sum(row.input_ids.numel() for row in rows),
+            padding=0.0,  # a packed row has none
+            seconds=time.perf_counter() - started,
+            skipped=bool(totals["skipped"]),
+        )
+
+    def _samples(
+        self, advantages: Sequence[Sequence[float | None]], groups: Sequence[RolloutGroup]
+    ) -> tuple[list[Sample], list[int]]:
+        """Samples to compute, and the lengths of all that count in the loss's mean.
+
+        Without a KL term a completion of advantage 0 has no gradient, so it counts but is not computed.
+        """
+        samples, lengths = [], []
+        for g, (group, advantages_G) in enumerate(zip(groups, advantages, strict=True)):
+            for i, advantage in enumerate(advantages_G):
+                if advantage is None:
+                    continue
+                length = len(group.completion_ids[i])
+                if self.spec.mask_truncated_completions and group.truncated[i]:
+                    length = 0
+                lengths.append(length)
+                if length and (advantage != 0.0 or self.spec.loss.beta != 0.0):
+                    samples.append(Sample(g, i, advantage))
+        return samples, lengths
+
+    @torch.no_grad()
+    def _old_logprobs(self, row: PackedRow) -> Tensor:
+        row = row.to(device.device())
+        logprobs_BT, _ = model.completion_logprobs(model.row_logits(self.policy, row), row, self.spec.temperature)
+        return logprobs_BT
+
+    @torch.no_grad()
+    def _reference_logprobs(self, row: PackedRow) -> Tensor:
+        with self.policy.disable_adapter():
+            return self._old_logprobs(row)
+
+    def _iteration(
+        self, rows: list[PackedRow], old: list[Tensor | None], *, sequences: int, tokens: int
+    ) -> dict[str, float]:
+        """Accumulates the gradient of the whole batch row by row, then steps once."""
+        sums = dict.fromkeys(("loss", "entropy_sum", *STEP_SUMS), 0.0)
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        for row, old_BT in zip(rows, old, strict=True):
+            row = row.to(device.device())
+            ref_BT = self._reference_logprobs(row) if self.spec.loss.beta != 0.0 else None
+            logits_KV = model.row_logits(self.policy, row)
+            logprobs_BT, entropy_BT = model.completion_logprobs(logits_KV, row, self.spec.temperature)
+            out = grpo_loss(
+                logprobs_BT,
+                logprobs_BT.detach() if old_BT is None else old_BT,
+                row.rollout_logprobs_BT,
+                ref_BT,
+                row.advantages_B,
+                row.mask_BT,
+                token_weights(row.mask_BT.sum(-1), sequences=sequences, tokens=tokens, spec=self.spec.loss),
+                self.spec.loss,
+            )
+            out.loss.backward()
+            sums["loss"] += float(out.loss.detach())
+            sums["entropy_sum"] += float((entropy_BT * row.mask_BT).sum())
+            for name in STEP_SUMS:
+                sums[name] += float(getattr(out, name))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.optimizer.max_grad_norm))
+        finite = bool(np.isfinite(grad_norm) and np.isfinite(sums["loss"]))
+        if rows and finite:
+            self.optimizer.step()
+        self.scheduler.step()  # the schedule counts steps of the job, also those that had nothing to learn
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**sums, "grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": not (rows and finite)}
+
+    def publish(self) -> tuple[SnapshotHeader, NDArray[np.uint8]]:
+        """The current policy as header and buffer, two objects of the store: the driver fetches only the first.
+
+        The buffer is returned rather than put, since what an actor puts dies with it.
+        """
+        entries, buffer = snapshot.pack(model.lora_tensors(self.policy))
+        self.policy.eval()
+        header = SnapshotHeader(
+            version=self.version,
+            base_model=self.spec.model.name,
+            rank=self.spec.lora.r,
+            scaling=model.scaling(self.spec.lora),
+            entries=entries,
+            nbytes=buffer.nbytes,
+            digest=snapshot.digest(buffer),
+            probe_logprobs=tuple(model.sequence_logprobs(self.policy, self.probe)),
+        )
+        return header, buffer
+
+    def save_adapter(self, folder: str) -> None:
+        """The adapter as PEFT writes it, loadable by PeftModel.from_pretrained."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        config = model.peft_config(self.spec.lora)
+        config.base_model_name_or_path = hub.resolve(self.spec.model.name)
+        config.inference_mode = True
+        tensors = {name: t.detach().cpu().contiguous() for name, t in model.lora_tensors(self.policy).items()}
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(folder)
+
+    def save(self, folder: str, *older: Any) -> None:
+        """Writes all that a resumed trainer needs; `older` are headers and buffers of policies still sampling."""
+        path = Path(folder)
+        self.save_adapter(folder)
+        tensors = dict(device.rng_state())
+        for i, parameter in enumerate(self.parameters):
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{i}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        save_file(tensors, path / OPTIMIZER_FILE)
+        state = {"version": self.version, "scheduler": self.scheduler.state_dict(), "older": []}
+        for header, buffer in zip(older[::2], older[1::2], strict=True):
+            state["older"].append(asdict(header))
+            save_file({"buffer": torch.tensor(buffer)}, path / f"policy-{header.version}.safetensors")
+        (path / TRAINER_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    def restore(self, folder: str) -> list[tuple[SnapshotHeader, NDArray[np.uint8]]]:
+        """Goes back to a saved state; returns the older policies that were sampling then, oldest first."""
+        from peft import set_peft_model_state_dict
+
+        path = Path(folder)
+        set_peft_model_state_dict(self.policy, load_file(path / "adapter_model.safetensors"))
+        state = json.loads((path / TRAINER_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(path / OPTIMIZER_FILE)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            owner, _, field = name.partition(".")
+            if owner.isdigit():
+                moments.setdefault(int(owner), {})[field] = tensor
+        # torch puts each tensor where its optimizer wants it: a fused one also counts its steps on the GPU.
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        device.set_rng_state(tensors)
+        self.scheduler.load_state_dict(state["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.version = state["version"]
+        older = []
+        for saved_header in state["older"]:
+            entries = tuple(TensorEntry(**{**e, "shape": tuple(e["shape"])}) for e in saved_header["entries"])
+            probe = tuple(saved_header["probe_logprobs"])
+            header = SnapshotHeader(**{**saved_header, "entries": entries, "probe_logprobs": probe})
+            buffer = load_file(path / f"policy-{header.version}.safetensors")["buffer"].numpy()
+            older.append((header, buffer))
+        return older
+
+
+def _optimizer(parameters: list[Any], spec: OptimizerSpec) -> tuple[torch.optim.Optimizer, Any]:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=spec.learning_rate,
+        betas=(spec.beta1, spec.beta2),
+        eps=spec.epsilon,
+        weight_decay=spec.weight_decay,
+        fused=spec.fused,
+    )
+    return optimizer, get_scheduler(spec.scheduler, optimizer, spec.warmup_steps, spec.total_steps)

@@ -1,0 +1,97 @@
+"""What travels between actors, all frozen. Tokens and tensors stay in the object store; the driver sees headers.
+
+Letters in names: G completions of one prompt, T tokens of a completion, P tokens of a prompt.
+A new message gets a class here, a line a field, with its shape and unit.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The completions that one policy version sampled for one prompt: what an engine puts into the object store."""
+
+    policy_version: int
+    prompt_ids: NDArray[np.int32]  # [P]
+    completion_ids: tuple[NDArray[np.int32], ...]  # G arrays of [T]; the end token is in, where there is one
+    logprobs: tuple[NDArray[np.float32], ...]  # G arrays of [T]: the engine's, at the sampling temperature
+    truncated: tuple[bool, ...]  # [G]: cut at the length limit
+    texts: tuple[str, ...]  # [G]: decoded without special tokens
+
+
+@dataclass(frozen=True)
+class RolloutHeader:
+    """What the driver sees of the groups of one engine's call."""
+
+    policy_version: int
+    completion_tokens: tuple[tuple[int, ...], ...]  # [groups][G]: tokens of each completion
+    truncated: tuple[tuple[bool, ...], ...]  # [groups][G]
+    seconds: float  # inside the engine
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies in a snapshot's buffer."""
+
+    name: str  # PEFT's name, such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+    dtype: str  # torch's name without the prefix, such as float32
+    shape: tuple[int, ...]
+    offset: int  # bytes
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SnapshotHeader:
+    """A published policy without its bytes: version, manifest, digest, and what the trainer says of the probe."""
+
+    version: int
+    base_model: str  # as in the configuration
+    rank: int
+    scaling: float  # of B A: alpha / r, or alpha / sqrt(r)
+    entries: tuple[TensorEntry, ...]
+    nbytes: int
+    digest: str  # xxh3-128 of the buffer, hex
+    probe_logprobs: tuple[float, ...]  # [probe tokens - 1]: log p(token | tokens before it) under this policy
+
+
+@dataclass(frozen=True)
+class InstallReceipt:
+    """An engine's word that it serves a version, with the evidence."""
+
+    version: int
+    digest: str  # of the bytes that arrived
+    probe_logprobs: tuple[float, ...]  # [probe tokens - 1], computed by the engine after the install
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainStats:
+    """One optimizer step of the trainer. Means are over the completion tokens that took part in the loss."""
+
+    version: int  # of the policy after the step
+    loss: float
+    grad_norm: float  # before clipping; 0 when nothing was trained
+    learning_rate: float
+    kl: float
+    entropy: float  # nats
+    clip_fraction: float
+    importance_ratio: float  # mean truncated ratio of trainer to engine probability
+    engine_gap: float  # mean absolute difference of trainer's and engine's log-probability
+    trained_completions: int
+    trained_tokens: int  # completion tokens in the loss
+    computed_tokens: int  # positions that went through the model
+    padding: float  # share of computed positions that were padding
+    seconds: float
+    skipped: bool  # nothing to learn, or a gradient that was not finite
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one reward function says of one group."""
+
+    function: str
+    rewards: tuple[float | None, ...]  # [G]; None = the function does not apply to that completion
+    failure: str | None  # why there are none, for a person; rewards is then empty

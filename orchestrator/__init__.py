@@ -1,0 +1,28 @@
+"""The driver: it reads the configuration, plans, starts actors and conducts the loop. It holds refs and headers, no tensors.
+
+    source.py       a YAML file with its line numbers, and overrides
+    schema.py       every key of the dialect, with type and default
+    values.py       choices and ranges of single keys
+    validate.py     contradictions between keys
+    axolotl_keys.py keys of Axolotl that are hints, or refused
+    runnable.py     what this version acts on
+    config.py       all of that as load() and dump()
+    data.py         prompts: reading, checking, dealing to steps
+    plan.py         configuration and cluster to roles, bundles and batch arithmetic: a pure function
+    environment.py  the environment each actor starts with
+    cluster.py      the only module that starts Ray, placement groups and actors
+    policies.py     published versions, their installs and proofs
+    rollouts.py     batches in flight
+    scoring.py      reward calls, with their time limit
+    credit.py       rewards to advantages
+    checkpoints.py  output folder: lock, checkpoints, resume
+    grpo.py         the loop
+    run.py          a job from configuration to result
+    metrics.py      what a run measures
+    display.py      what it shows
+    report.py       its curves
+    submit.py       the same job through Ray's job API
+    cli.py          the command line
+
+Imports go one way: orchestrator -> actors.
+"""

@@ -1,0 +1,96 @@
+"""The output folder: one run at a time, checkpoints that are whole, and where a run goes on.
+
+    output_dir/
+      adapter_model.safetensors, adapter_config.json   the result
+      checkpoint-12/   the trainer's files, state.json, manifest.json with digests
+      config.yaml, metrics.jsonl, tensorboard/, quarantine.jsonl
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors import storage
+from actors.errors import CheckpointError, ConfigError
+from orchestrator.schema import JobConfig
+
+STATE = "state.json"
+ADAPTER = "adapter_model.safetensors"
+
+
+@contextmanager
+def claimed(output_dir: Path) -> Iterator[None]:
+    """Holds the folder for this run. Raises ConfigError when another run holds it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        except OSError as error:
+            raise ConfigError(f"output_dir: {output_dir} is in use by another run; choose another one") from error
+        yield
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step}"
+
+
+def steps_saved(output_dir: Path) -> list[int]:
+    """Steps that have a checkpoint, the newest first."""
+    names = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def resume_point(config: JobConfig, output_dir: Path, warn: Any) -> Path | None:
+    """The checkpoint to go on from, whole, or None for a new run.
+
+    Raises ConfigError when the folder holds a run and the job does not say to go on, so that nothing is overwritten;
+    CheckpointError when the checkpoint that was asked for is damaged. With auto_resume_from_checkpoints a damaged one
+    is passed over with a warning.
+    """
+    if config.resume_from_checkpoint:
+        path = Path(config.resume_from_checkpoint)
+        storage.verify(path)
+        return path
+    saved = steps_saved(output_dir)
+    if not config.auto_resume_from_checkpoints:
+        if saved or (output_dir / ADAPTER).exists():
+            raise ConfigError(
+                f"output_dir: {output_dir} holds an earlier run; go on with it by auto_resume_from_checkpoints: true, "
+                "or choose another folder"
+            )
+        return None
+    for step in saved:
+        path = checkpoint_path(output_dir, step)
+        try:
+            storage.verify(path)
+            return path
+        except CheckpointError as error:
+            warn(str(error))
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The driver's part of a checkpoint."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def ensure_same_job(saved: dict[str, Any], job: dict[str, Any], path: Path) -> None:
+    """Raises ConfigError when a resumed job would not be the one that was saved."""
+    for key, value in job.items():
+        if saved.get(key) != value:
+            raise ConfigError(
+                f"{key}: the checkpoint {path} was made with {saved.get(key)}, this job has {value}; "
+                "put it back, or start anew in another output_dir"
+            )
+
+
+def prune(output_dir: Path, keep: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    if keep is not None:
+        for step in steps_saved(output_dir)[max(keep, 1) :]:
+            shutil.rmtree(checkpoint_path(output_dir, step))

@@ -1,0 +1,106 @@
+"""The command line. A new command is a function here and a line in `_parser`.
+
+Exit codes: 0 done, 1 something that the message explains, 2 a wrong command line, 128 + n ended by signal n.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.errors import EaglerayError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Errors for people are one message on stderr, without a traceback."""
+    args = _parser().parse_args(arguments)
+    _quieten()
+    try:
+        return int(args.command(args))
+    except EaglerayError as error:
+        print(f"eagleray: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    from orchestrator.config import load
+    from orchestrator.display import Display
+    from orchestrator.run import Interrupted, run
+
+    try:
+        run(load(args.config, args.overrides), Display())
+    except Interrupted as interrupted:
+        return interrupted.exit_code
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from orchestrator import cluster
+    from orchestrator.config import load
+    from orchestrator.plan import describe, ensure_placeable
+    from orchestrator.run import plan_job
+
+    config = load(args.config, args.overrides)
+    if os.environ.get("RAY_ADDRESS"):
+        with cluster.connected():
+            nodes = cluster.nodes()
+    else:
+        nodes = cluster.local_nodes()
+    plan, _ = plan_job(config, nodes)
+    print("\n".join(describe(config, plan)))
+    ensure_placeable(plan)
+    return 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from orchestrator.config import load
+    from orchestrator.runnable import ensure_runnable
+    from orchestrator.submit import submit
+
+    ensure_runnable(load(args.config, args.overrides))
+    return submit(args.config, args.overrides, args.address)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from orchestrator.report import report
+
+    print(report(Path(args.output_dir)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="eagleray", description="Post-training of language models on Ray from one YAML.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def job_command(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", help="a YAML file in Axolotl's dialect")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="such as trl.beta=0.1")
+        command.set_defaults(command=function)
+        return command
+
+    job_command("run", _run, "Run a job: on the cluster of RAY_ADDRESS, or on this machine.")
+    job_command("plan", _plan, "Print what a job would start, and whether the cluster can hold it. Starts nothing.")
+    submit = job_command("submit", _submit, "Run a job through Ray's job API and follow its log.")
+    submit.add_argument("--address", help="of the cluster's dashboard, such as http://127.0.0.1:8265")
+    report = commands.add_parser("report", help="Draw the curves of a run to OUTPUT_DIR/report.png.")
+    report.add_argument("output_dir", metavar="OUTPUT_DIR")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _quieten() -> None:
+    """Libraries keep to errors; what Eagleray has to say goes to stderr, a line each."""
+    warnings.filterwarnings("ignore")
+    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
+        os.environ.setdefault(name, value)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("eagleray: %(message)s"))
+    logger = logging.getLogger("eagleray")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,153 @@
+"""The only module that starts Ray, placement groups and actors, and that waits for their answers.
+
+Every wait has a limit and turns what Ray raises into a message for a person. A new kind of actor gets a function here.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors import device
+from actors.engine import RolloutEngine
+from actors.errors import ActorError, EaglerayError
+from actors.rewards import RewardWorker
+from actors.specs import EngineSpec, RewardSpec, TrainerSpec
+from actors.trainer import Trainer
+from orchestrator.environment import actor_environment
+from orchestrator.plan import Node, Plan
+
+PLACEMENT_TIMEOUT_S = 120  # an autoscaler may have to start a node
+START_TIMEOUT_S = 1800  # an engine downloads, loads and compiles its model
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Handles of everything that a plan placed."""
+
+    trainer: Any
+    engines: tuple[Any, ...]
+
+
+def local_nodes() -> list[Node]:
+    """This machine as the cluster that a local run would start."""
+    resources = {"CPU": float(len(os.sched_getaffinity(0)))}
+    if gpus := device.gpu_count():
+        resources["GPU"] = float(gpus)
+    return [Node(socket.gethostname(), resources)]
+
+
+def nodes() -> list[Node]:
+    """The nodes of the connected cluster."""
+    return [
+        Node(node["NodeManagerHostname"], {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU")})
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+@contextmanager
+def connected() -> Iterator[str]:
+    """Joins the cluster of RAY_ADDRESS, or starts one on this machine; yields the dashboard's address.
+
+    Only a cluster that was asked for is joined: Ray itself would attach to any that runs here.
+    """
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        context = ray.init(
+            address=address,
+            log_to_driver=False,  # actors' output is in the dashboard and in Ray's log folder
+            logging_level=logging.ERROR,
+            configure_logging=True,
+            **({"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}),
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ActorError(f"Ray could not be reached at RAY_ADDRESS={address}: {error}") from error
+    try:
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else "no dashboard"
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def placed(plan: Plan) -> Iterator[Any]:
+    """Reserves the plan's bundles as one placement group for as long as the block runs."""
+    group = placement_group([dict(bundle.resources) for bundle in plan.bundles], strategy=plan.strategy)
+    try:
+        if not group.wait(timeout_seconds=PLACEMENT_TIMEOUT_S):
+            wanted = ", ".join(f"{bundle} {dict(bundle.resources)}" for bundle in plan.bundles)
+            raise ActorError(
+                f"the cluster did not free its bundles within {PLACEMENT_TIMEOUT_S} s: {wanted}. "
+                "Another job may hold them: see the dashboard, or `ray status`"
+            )
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def start_actors(
+    plan: Plan, group: Any, trainer: TrainerSpec, engine: EngineSpec, probe: Sequence[int], kv_cache_gib: int | None
+) -> Actors:
+    """Starts trainer and engines, each in its bundle, all at once. They may not be ready yet."""
+    handles = []
+    for index, bundle in enumerate(plan.bundles):
+        cls: Any = {"trainer": Trainer, "engine": RolloutEngine}[bundle.role]
+        options = {
+            "num_cpus": bundle.resources.get("CPU", 0),
+            "num_gpus": bundle.resources.get("GPU", 0),
+            "runtime_env": {"env_vars": actor_environment(bundle.role, plan, kv_cache_gib)},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        }
+        arguments = (trainer,) if bundle.role == "trainer" else (engine, probe)
+        handles.append(ray.remote(cls).options(**options).remote(*arguments))
+    return Actors(handles[0], tuple(handles[1:]))
+
+
+def start_reward(plan: Plan, spec: RewardSpec) -> Any:
+    """Starts the process of one reward function, outside the placement group: it reserves nothing."""
+    env = actor_environment("reward", plan, None)
+    return ray.remote(RewardWorker).options(num_cpus=0, runtime_env={"env_vars": env}).remote(spec)
+
+
+def keep(value: Any) -> Any:
+    """Puts a value into the object store; it lives as long as the driver does."""
+    return ray.put(value)
+
+
+def stop(actor: Any) -> None:
+    """Ends an actor's process at once, also one that hangs."""
+    ray.kill(actor, no_restart=True)
+
+
+def fetch(ref: Any, who: str, timeout_s: float) -> Any:
+    """The value behind a ref. Raises EaglerayError: an actor's own as it was, ActorError for all else that can happen."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise ActorError(
+            f"{who} did not answer within {timeout_s:g} s; its stack is in the dashboard under Actors"
+        ) from error
+    except RayTaskError as error:
+        if isinstance(error.cause, EaglerayError):
+            raise error.cause from None
+        raise ActorError(f"{who} failed: {type(error.cause).__name__}: {error.cause}\n{_tail(str(error))}") from error
+    except RayActorError as error:
+        raise ActorError(f"{who} died: {_first_lines(str(error))}") from error
+    except RayError as error:
+        raise ActorError(f"{who} is lost: {type(error).__name__}: {_first_lines(str(error))}") from error
+
+
+def _first_lines(text: str, count: int = 4) -> str:
+    return " ".join(line.strip() for line in text.strip().splitlines()[:count])
+
+
+def _tail(text: str, count: int = 8) -> str:
+    return "\n".join(f"    {line}" for line in text.strip().splitlines()[-count:])

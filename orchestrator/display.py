@@ -1,0 +1,202 @@
+"""What a run shows in the terminal while it goes.
+
+A header, one table row per step, a line per evaluation, a summary: lines are only ever appended, so a terminal,
+a pipe, a file and `ray job logs` show the same text. A terminal has colour and, below the last line, a spinner
+with what the run is waiting for. A column of the table is a line in `COLUMNS`; its number comes from the step's
+record (`metrics.py`).
+
+Showing is never a reason to stop: when the other end of stdout is gone, the run goes on in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+Record = Mapping[str, float]
+
+HEADER_EVERY = 20  # rows: the header stays in sight on a terminal of common height
+RECENT_STEPS = 10  # the ETA follows the last steps: lengths, and so times, drift while a policy learns
+WIDE = 96  # columns from which the table can afford two spaces between columns
+
+
+def number(value: float, decimals: int, width: int = 6) -> str:
+    """A number for a narrow column: fixed decimals, or an exponent where those would show 0 or overflow."""
+    if not math.isfinite(value):
+        return str(value)
+    text = f"{value:.{decimals}f}"
+    if len(text) <= width and (value == 0 or float(text) != 0):
+        return text
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def percent(share: float) -> str:
+    """`0.125` as `12.5 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, in at most two units: `8s`, `4m05s`, `2h07m`, `3d04h`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}s" if value < 10 else f"{value:.1f}s"
+
+
+# heading -> (width, the record's metric, how to write it). With 4-digit steps and the ETA, 80 columns in all.
+COLUMNS: dict[str, tuple[int, str, Callable[[float], str]]] = {
+    "reward": (6, "reward", lambda value: number(value, 3)),
+    "accuracy": (8, "accuracy", percent),
+    "length": (6, "completion_length", lambda value: number(value, 1)),
+    "KL": (6, "kl", lambda value: number(value, 4)),
+    "stale": (5, "staleness", lambda value: number(value, 1, 5)),
+    "sample": (6, "sample_s", _seconds),
+    "train": (6, "train_s", _seconds),
+    "sync": (6, "sync_s", _seconds),
+    "tok/s": (6, "tokens_per_s", lambda value: number(value, 0)),
+}
+
+
+class Display:
+    """The run's voice in the terminal; every method prints and returns, and none raises over a lost stdout.
+
+    Without a console it writes to stdout, in colour only where stdout is a terminal.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        if console is None:
+            # Asked here, since rich would take FORCE_COLOR, common in job environments, for a terminal.
+            console = Console(force_terminal=sys.stdout is not None and sys.stdout.isatty())
+        self._console = console
+        self._live = console.is_terminal and not console.is_dumb_terminal
+        self._lost = False
+        self._began = time.monotonic()
+        self._rows = 0
+        self._step_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._phases: list[tuple[str, float]] = []  # name, time.monotonic() of its start; the last one shows
+        self._announced: set[str] = set()
+        self._status: Status | None = None
+        self._evaluations: list[tuple[str, float]] = []  # label, held-out accuracy as a share
+
+    def header(self, title: str, lines: Sequence[str]) -> None:
+        """What is about to run: a title and the lines below it."""
+        self._block(title, lines)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Say what the run is waiting for while the block runs; phases may nest, and the innermost shows.
+
+        A terminal shows a spinner and the seconds so far. Elsewhere each phase gets one line, the first time, and
+        only until the first step's row: from then on the rows tell that the run moves.
+        """
+        self._phases.append((name, time.monotonic()))
+        if self._live:
+            self._guard(self._start_spinner)
+        elif self._rows == 0 and name not in self._announced:
+            self._announced.add(name)
+            self._print(f"{name} ...")
+        try:
+            yield
+        finally:
+            self._phases.pop()
+            if not self._phases and self._status is not None:
+                self._guard(self._status.stop)
+                self._status = None
+
+    def step(self, record: Record, max_steps: int) -> None:
+        """One row of the table; a metric that the record lacks shows as `-`. The record must hold `step`."""
+        step = int(record["step"])
+        if "step_s" in record:
+            self._step_s.append(record["step_s"])
+        left_s = (max_steps - step) * sum(self._step_s) / len(self._step_s) if self._step_s else math.nan
+        cells = [(max(5, 2 * len(str(max_steps)) + 1), "step", f"{step}/{max_steps}")]
+        for heading, (width, name, write) in COLUMNS.items():
+            cells.append((width, heading, write(record[name]) if name in record else "-"))
+        cells.append((6, "ETA", duration(left_s) if math.isfinite(left_s) else "-"))
+        gap = "  " if self._console.width >= WIDE else " "
+        if self._rows % HEADER_EVERY == 0:
+            self._print(gap.join(heading.rjust(width) for width, heading, _ in cells), "bold")
+        self._print(gap.join(text.rjust(width) for width, _, text in cells))
+        self._rows += 1
+
+    def evaluation(self, label: str, record: Record, solved: int, total: int) -> None:
+        """One line for an evaluation: `solved` of `total` held-out completions were right (total >= 1)."""
+        self._evaluations.append((label, solved / total))
+        reward = f", reward {number(record['eval/reward'], 2)}" if "eval/reward" in record else ""
+        line = f"held-out accuracy {percent(solved / total)} ({solved}/{total}){reward}  [{label}]"
+        self._print(line, "bold green")
+
+    def note(self, text: str) -> None:
+        """A line that people may want to know."""
+        self._print(text)
+
+    def warn(self, text: str) -> None:
+        """A line that people should act on."""
+        self._print(f"warning: {text}", "yellow")
+
+    def summary(self, title: str, lines: Sequence[str]) -> None:
+        """How it ended: held-out accuracy at the first and the last evaluation, `lines`, and the wall time."""
+        shown = [f"{percent(share)} ({label})" for label, share in self._evaluations]
+        gain = [f"held-out accuracy {' -> '.join(shown[:1] + shown[1:][-1:])}"] if shown else []
+        self._block(title, [*gain, *lines, f"wall time {duration(time.monotonic() - self._began)}"])
+
+    def _block(self, title: str, lines: Sequence[str]) -> None:
+        self._print("")
+        self._print(title, "bold")
+        for line in lines:
+            self._print(f"  {line}")
+        self._print("")
+
+    def _print(self, line: str, style: str = "") -> None:
+        encoding = self._console.encoding
+        text = Text(line.encode(encoding, "replace").decode(encoding), style)
+        # soft_wrap: rich would otherwise break a long line at the width it guesses for a file, 80.
+        self._guard(lambda: self._console.print(text, soft_wrap=True))
+
+    def _start_spinner(self) -> None:
+        if self._status is None:
+            self._status = self._console.status(_Waiting(self._phases))
+            self._status.start()
+
+    def _guard(self, show: Callable[[], None]) -> None:
+        """Run something that writes; once stdout is closed or its reader is gone, write nothing more."""
+        if self._lost:
+            return
+        try:
+            show()
+        except (
+            OSError,
+            ValueError,
+            SystemExit,
+        ):  # ValueError: closed file; SystemExit: rich's answer to a broken pipe
+            self._lost = True
+
+
+class _Waiting:
+    """The spinner's text; rich asks for it at every redraw, and so the seconds run."""
+
+    def __init__(self, phases: list[tuple[str, float]]) -> None:
+        self._phases = phases
+
+    def __rich__(self) -> Text:
+        # A copy, since rich draws from a thread of its own while the run may leave the last phase.
+        for name, began in self._phases[-1:]:
+            return Text.assemble(name, (f"  {duration(time.monotonic() - began)}", "dim"))
+        return Text("")

@@ -1,0 +1,27 @@
+"""The environment variables that each role's process starts with: one pure function, so that they can be read and tested."""
+
+from orchestrator.plan import Plan
+
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def actor_environment(role: str, plan: Plan, kv_cache_gib: int | None) -> dict[str, str]:
+    """role: trainer | engine | reward."""
+    env = dict(_QUIET)
+    if plan.threads is not None and role != "reward":
+        # Ray would set it to the CPUs that the actor reserves.
+        env["OMP_NUM_THREADS"] = str(plan.threads)
+    if role == "engine":
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in the actor, where installs can reach it
+        if not plan.gpu:
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # its threads share the cores with the trainer's
+            if kv_cache_gib is not None:
+                env["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
+    return env

@@ -1,0 +1,225 @@
+"""The loop of an online job: publish, sample, score, credit, train, record.
+
+On-policy, one step off and asynchronous are the same loop: `max_staleness` batches are in flight beyond the one that is
+trained on. Which policy version samples which batch is a function of the batch's number alone, and an engine does what
+it is told in order, so a resumed run samples again just what was in flight.
+
+Consumes prompts; produces policy versions and records; waits for rollouts, rewards and the trainer; is unblocked by
+their answers or by a time limit, which ends the job.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+from typing import Any
+
+from actors.errors import RewardError
+from actors.specs import SamplingSpec
+from actors.types import RolloutHeader, Scores, TrainStats
+from orchestrator import cluster
+from orchestrator.cluster import Actors
+from orchestrator.credit import combine_rewards, group_advantages, has_signal
+from orchestrator.data import PromptSet, rows_of_step
+from orchestrator.plan import Plan
+from orchestrator.policies import Policies
+from orchestrator.rollouts import Batch, send
+from orchestrator.schema import JobConfig
+from orchestrator.scoring import Scorer
+
+Record = dict[str, float]
+MAX_SEED = 2**31
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Greedy answers to the held-out prompts."""
+
+    record: Record
+    solved: int
+    total: int
+
+
+@dataclass
+class Loop:
+    """The state of one online job on the driver: no tokens, no tensors."""
+
+    config: JobConfig
+    plan: Plan
+    prompts: PromptSet
+    actors: Actors
+    policies: Policies
+    scorer: Scorer
+    warn: Callable[[str], None]
+    step: int = 0  # optimizer steps done
+    in_flight: deque[Batch] = field(default_factory=deque)
+
+    def start(self) -> None:
+        """Publishes what the trainer holds. A resumed job has set `step` and added older policies before."""
+        self.policies.publish()
+
+    def advance(self) -> Record:
+        """One step; returns its record."""
+        started = time.perf_counter()
+        self._fill()
+        batch = self.in_flight.popleft()
+        headers = batch.headers(self.config.ray.rollout_timeout_s)
+        probe_gap, install_s = self.policies.confirm(batch.policy_version)
+
+        scoring = time.perf_counter()
+        scores = self.scorer.collect(batch.calls)
+        rewards = self._combined(scores, headers)
+        advantages = group_advantages(rewards, self.config.trl.scale_rewards)
+        score_s = time.perf_counter() - scoring
+
+        training = time.perf_counter()
+        ref = self.actors.trainer.train.remote(advantages, *batch.group_refs)
+        stats: TrainStats = cluster.fetch(ref, "the trainer, training", self.config.ray.rollout_timeout_s)
+        train_s = time.perf_counter() - training
+        if not math.isfinite(stats.grad_norm):
+            self.warn(f"step {self.step + 1}: the gradient was not finite, so the step was left out")
+
+        self.step += 1
+        publish_s = 0.0
+        snapshot_bytes = 0
+        if self.step % self.config.trl.vllm_sync_interval == 0:
+            header, publish_s = self.policies.publish()
+            snapshot_bytes = header.nbytes
+        self.policies.forget(self.versions_needed())
+        tokens = sum(sum(map(sum, h.completion_tokens)) for h in headers)
+        step_s = time.perf_counter() - started
+        return {
+            "step": self.step,
+            "policy_version": stats.version,
+            "epoch": self.step / self.plan.steps_per_epoch,
+            **_rollout_record(headers, scores, rewards, advantages),
+            "loss": stats.loss,
+            "kl": stats.kl,
+            "clip_fraction": stats.clip_fraction,
+            "entropy": stats.entropy,
+            "grad_norm": stats.grad_norm,
+            "learning_rate": stats.learning_rate,
+            "importance_ratio": stats.importance_ratio,
+            "engine_gap": stats.engine_gap,
+            "staleness": self.step - 1 - batch.policy_version,
+            "padding": stats.padding,
+            "completion_tokens": tokens,
+            "sample_s": max(header.seconds for header in headers),
+            "score_s": score_s,
+            "train_s": train_s,
+            "sync_s": publish_s + install_s,
+            "step_s": step_s,
+            "tokens_per_s": tokens / step_s,
+            "probe_gap": probe_gap,
+            "snapshot_bytes": snapshot_bytes,
+        }
+
+    def version_for(self, number: int) -> int:
+        """The policy version that samples batch `number`: the newest published when the batch is sent."""
+        done = max(0, number - self.config.ray.max_staleness)
+        return done - done % self.config.trl.vllm_sync_interval
+
+    def versions_needed(self) -> list[int]:
+        """Versions that the batches in flight and the next one are sampled with, oldest first."""
+        ahead = range(self.step, self.step + self.config.ray.max_staleness + 1)
+        return sorted({self.version_for(number) for number in ahead})
+
+    def _fill(self) -> None:
+        """Sends batches until `max_staleness` are in flight beyond the one that comes next."""
+        last = min(self.step + self.config.ray.max_staleness + 1, self.plan.total_steps)
+        for number in range(self.step + len(self.in_flight), last):
+            version = self.version_for(number)
+            self.policies.install(version)
+            rows = rows_of_step(self.prompts.train, number, self.plan.prompts_per_step, self.config.seed)
+            self.in_flight.append(self._send(rows, self._sampling(), number, version))
+
+    def evaluate(self) -> Evaluation:
+        """Greedy answers of the newest policy to every held-out prompt."""
+        version = max(self.policies.published)
+        self.policies.install(version)
+        greedy = SamplingSpec(1, self.config.trl.max_completion_length, temperature=0.0)
+        batch = self._send(self.prompts.held_out, greedy, self.step, version)
+        headers = batch.headers(self.config.ray.rollout_timeout_s)
+        self.policies.confirm(version)
+        scores = self.scorer.collect(batch.calls)
+        rewards = self._combined(scores, headers)
+        record = _rollout_record(headers, scores, rewards, rewards)
+        total = len(batch.rows)
+        shown = {k: v for k, v in record.items() if k.split("/")[0] in ("accuracy", "reward", "completion_length")}
+        return Evaluation(
+            {"step": self.step, **{f"eval/{name}": value for name, value in shown.items()}},
+            solved=round(record["accuracy"] * total),
+            total=total,
+        )
+
+    def _send(self, rows: Sequence[Any], sampling: SamplingSpec, number: int, version: int) -> Batch:
+        return send(
+            self.actors.engines,
+            self.scorer,
+            rows,
+            sampling,
+            number=number,
+            policy_version=version,
+            seed=(self.config.seed * 1_000_003 + number) % MAX_SEED,
+        )
+
+    def _sampling(self) -> SamplingSpec:
+        trl = self.config.trl
+        return SamplingSpec(
+            trl.num_generations,
+            trl.max_completion_length,
+            trl.temperature,
+            trl.top_p,
+            trl.top_k,
+            trl.min_p or 0.0,
+            trl.generation_kwargs or {},
+        )
+
+    def _combined(self, scores: list[list[Scores]], headers: Sequence[RolloutHeader]) -> list[list[float | None]]:
+        """Weighted rewards, [groups][G]. A group that a function failed on is dropped; if all are, the job stops."""
+        functions = self.config.trl.reward_funcs or []
+        weights = dict(zip(functions, self.config.trl.reward_weights or [1.0] * len(functions), strict=True))
+        sizes = [len(lengths) for header in headers for lengths in header.completion_tokens]
+        failures = [score for group in scores for score in group if score.failure]
+        rewards: list[list[float | None]] = []
+        for group, size in zip(scores, sizes, strict=True):
+            if any(score.failure for score in group):
+                rewards.append([None] * size)
+            else:
+                rewards.append(combine_rewards({s.function: s.rewards for s in group}, weights))
+        if failures:
+            first = failures[0]
+            summary = f"reward {first.function} failed on {len(failures)} calls of step {self.step + 1}: {first.failure}"
+            if all(reward is None for group in rewards for reward in group):
+                raise RewardError(f"{summary}. No completion has a reward, so there is nothing to learn from")
+            self.warn(f"{summary}; their completions were dropped")
+        return rewards
+
+
+def _rollout_record(
+    headers: Sequence[RolloutHeader],
+    scores: list[list[Scores]],
+    rewards: list[list[float | None]],
+    advantages: Sequence[Sequence[float | None]],
+) -> Record:
+    lengths = [n for header in headers for group in header.completion_tokens for n in group]
+    truncated = [cut for header in headers for group in header.truncated for cut in group]
+    kept = [reward for group in rewards for reward in group if reward is not None]
+    by_function: dict[str, list[float]] = {}
+    for group in scores:
+        for score in group:
+            by_function.setdefault(score.function, []).extend(r for r in score.rewards if r is not None)
+    first = next(iter(by_function.values()), [])
+    return {
+        "reward": fmean(kept) if kept else math.nan,
+        "reward_std": pstdev(kept) if kept else math.nan,
+        **{f"reward/{name}": fmean(values) if values else math.nan for name, values in by_function.items()},
+        "accuracy": sum(reward >= 1.0 for reward in first) / len(lengths),
+        "completion_length": fmean(lengths),
+        "truncated": fmean(truncated),
+        "groups": len(rewards),
+        "groups_without_signal": sum(not has_signal(group) for group in advantages),
+        "samples_dropped": sum(reward is None for group in rewards for reward in group),
+    }

@@ -1,0 +1,209 @@
+"""Configuration and cluster to a plan: who runs where, with what, and how batches are cut. A pure function.
+
+It starts nothing and reads nothing, so it can be printed, tested and simulated with any cluster. The numbers that
+actors are built from come from here; a new role gets its bundle in `_bundles`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+
+from actors import device
+from actors.errors import ConfigError
+from orchestrator.schema import JobConfig
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine of the cluster offers."""
+
+    name: str
+    resources: Resources  # CPU, GPU, ...
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one actor reserves."""
+
+    role: str  # trainer | engine
+    index: int
+    resources: Resources
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.index}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved online job."""
+
+    bundles: tuple[Bundle, ...]
+    nodes: tuple[Node, ...]
+    placement: tuple[int | None, ...]  # per bundle, the node that can hold it; None = none can
+    strategy: str  # of Ray's placement group
+    gpu: bool
+    dtype: str
+    sync: str  # fused | adapter
+    threads: int | None  # CPU threads per actor; None with GPUs
+    prompts_per_step: int
+    completions_per_step: int
+    prompts_per_engine: int  # at most
+    max_num_seqs: int
+    max_model_len: int
+    gpu_memory_utilization: float
+    steps_per_epoch: float
+    total_steps: int
+    warmup_steps: int
+    save_steps: int
+    rows: int = field(default=0)
+
+    @property
+    def problems(self) -> list[str]:
+        """For each bundle that no node can hold: what it needs, what is free, and what would fit."""
+        return [
+            _problem(self, bundle) for bundle, node in zip(self.bundles, self.placement, strict=True) if node is None
+        ]
+
+
+def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int) -> Plan:
+    """Resolves a job of rl: grpo over `rows` training prompts."""
+    gpu = any(node.resources.get("GPU", 0) > 0 for node in nodes)
+    bundles = _bundles(config, gpu)
+    completions = config.micro_batch_size * config.gradient_accumulation_steps
+    prompts = completions // config.trl.num_generations
+    steps_per_epoch = rows / prompts
+    total_steps = config.max_steps or max(1, ceil(config.num_epochs * steps_per_epoch))
+    warmup = config.warmup_steps or 0
+    if config.warmup_ratio:
+        warmup = ceil(config.warmup_ratio * total_steps)
+    per_engine = ceil(prompts / config.ray.engines)
+    engine_share = min(1.0, _engine_gpus(config, gpu))
+    cpus = max((node.resources.get("CPU", 1) for node in nodes), default=1)
+    # On-policy, trainer and engine take turns, so each may use every core of its machine.
+    threads = int(cpus) if config.ray.max_staleness == 0 else max(config.ray.trainer_cpus, config.ray.engine_cpus)
+    return Plan(
+        bundles=bundles,
+        nodes=tuple(nodes),
+        placement=_place(bundles, nodes),
+        strategy={"pack": "PACK", "spread": "SPREAD"}[config.ray.placement],
+        gpu=gpu,
+        dtype=_dtype(config, gpu),
+        sync="fused" if config.ray.sync == "auto" else config.ray.sync,
+        threads=None if gpu else threads,
+        prompts_per_step=prompts,
+        completions_per_step=completions,
+        prompts_per_engine=per_engine,
+        max_num_seqs=per_engine * config.trl.num_generations,
+        max_model_len=config.vllm.max_model_len or config.sequence_len,
+        gpu_memory_utilization=config.vllm.gpu_memory_utilization * (engine_share if gpu else 1.0),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        warmup_steps=warmup,
+        save_steps=int(config.save_steps or max(1, round(steps_per_epoch))),
+        rows=rows,
+    )
+
+
+def ensure_placeable(plan: Plan) -> None:
+    """Raises ConfigError when a bundle fits nowhere."""
+    if plan.problems:
+        raise ConfigError("the cluster cannot hold this job:\n  " + "\n  ".join(plan.problems))
+
+
+def describe(config: JobConfig, plan: Plan) -> list[str]:
+    """The plan for a person, a line each."""
+    trl = config.trl
+    held = [
+        f"{bundle}: {_amount(bundle.resources)} on {plan.nodes[node].name if node is not None else 'no node'}"
+        for bundle, node in zip(plan.bundles, plan.placement, strict=True)
+    ]
+    rewards = [f"reward {name}: its own process, no reserved CPU" for name in trl.reward_funcs or []]
+    engines = config.ray.engines
+    return [
+        f"model       {config.base_model}, {plan.dtype}, LoRA r={config.lora_r} alpha={config.lora_alpha}",
+        f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {_amount(n.resources)}" for n in plan.nodes),
+        f"placement   one placement group, {plan.strategy}",
+        *(f"            {line}" for line in [*held, *rewards]),
+        f"batch       {config.micro_batch_size} micro_batch_size x {config.gradient_accumulation_steps} "
+        f"gradient_accumulation_steps = {plan.completions_per_step} completions a step",
+        f"            = {plan.prompts_per_step} prompts x {trl.num_generations} num_generations, "
+        f"up to {plan.prompts_per_engine} prompts per engine ({engines} engine(s))",
+        f"tokens      sequence_len {config.sequence_len}, completions up to {trl.max_completion_length}, "
+        f"at most {plan.completions_per_step * trl.max_completion_length} completion tokens a step",
+        f"steps       {plan.total_steps} ({plan.rows} prompts, {plan.steps_per_epoch:.1f} steps an epoch), "
+        f"checkpoint every {plan.save_steps}",
+        f"sync        {plan.sync}, max_staleness {config.ray.max_staleness}",
+        f"loss        {trl.loss_type}, beta {trl.beta}, importance sampling cap {config.ray.importance_sampling_cap}",
+    ]
+
+
+def _bundles(config: JobConfig, gpu: bool) -> tuple[Bundle, ...]:
+    trainer: dict[str, float] = {"CPU": config.ray.trainer_cpus}
+    engine: dict[str, float] = {"CPU": config.ray.engine_cpus}
+    if gpu:
+        trainer |= {name: n for name, n in config.resources_per_worker.items() if name != "CPU" and n}
+        engine["GPU"] = _engine_gpus(config, gpu)
+    return (
+        Bundle("trainer", 0, trainer),
+        *(Bundle("engine", i, engine) for i in range(config.ray.engines)),
+    )
+
+
+def _engine_gpus(config: JobConfig, gpu: bool) -> float:
+    if not gpu:
+        return 0.0
+    return config.ray.engine_gpus if config.ray.engine_gpus is not None else config.vllm.tensor_parallel_size
+
+
+def _place(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> tuple[int | None, ...]:
+    """First fit, the largest bundle first. A bundle lies on one node; Ray's own choice may differ."""
+    free = [dict(node.resources) for node in nodes]
+    placement: dict[int, int | None] = {}
+    for i in sorted(range(len(bundles)), key=lambda i: (-bundles[i].resources.get("GPU", 0), i)):
+        needs = bundles[i].resources
+        fitting = [n for n, has in enumerate(free) if all(has.get(r, 0) >= amount for r, amount in needs.items())]
+        placement[i] = fitting[0] if fitting else None
+        if fitting:
+            for resource, amount in needs.items():
+                free[fitting[0]][resource] -= amount
+    return tuple(placement[i] for i in range(len(bundles)))
+
+
+def _problem(plan: Plan, bundle: Bundle) -> str:
+    left = [dict(node.resources) for node in plan.nodes]
+    for other, node in zip(plan.bundles, plan.placement, strict=True):
+        if node is not None:
+            for resource, amount in other.resources.items():
+                left[node][resource] -= amount
+    free = "; ".join(f"{node.name} has {_amount(has)} left" for node, has in zip(plan.nodes, left, strict=True))
+    short = [r for r, amount in bundle.resources.items() if all(has.get(r, 0) < amount for has in left)]
+    remedies = []
+    if "GPU" in short:
+        gpus = sum(node.resources.get("GPU", 0) for node in plan.nodes)
+        share = int(100 * gpus / len(plan.bundles)) / 100
+        if 0 < share < 1:
+            remedies.append(
+                f"share GPUs with resources_per_worker: {{GPU: {share:g}}} and ray.engine_gpus: {share:g}"
+            )
+    if "CPU" in short:
+        key = "ray.trainer_cpus" if bundle.role == "trainer" else "ray.engine_cpus"
+        remedies.append(f"lower {key}")
+    if bundle.role == "engine" and bundle.index > 0:
+        remedies.append(f"ask for ray.engines: {bundle.index}")
+    remedies.append(f"add a node with {_amount(bundle.resources)}")
+    return f"{bundle} needs {_amount(bundle.resources)}, but {free}; " + ", or ".join(remedies)
+
+
+def _amount(resources: Resources) -> str:
+    shown = [f"{resources[r]:g} {r}" for r in ("CPU", "GPU") if resources.get(r)]
+    return " + ".join(shown) or "nothing"
+
+
+def _dtype(config: JobConfig, gpu: bool) -> str:
+    if config.vllm.dtype != "auto":
+        return {"half": "float16", "float": "float32"}.get(config.vllm.dtype, config.vllm.dtype)
+    if config.bf16 == "auto":
+        return device.fastest_dtype(gpu)
+    return "bfloat16" if config.bf16 else "float32"

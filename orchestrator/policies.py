@@ -1,0 +1,107 @@
+"""Published policy versions: which are kept, which one the engines serve, and the proof that they serve it.
+
+An install is queued at each engine behind what it samples now and before what is sampled next. Its proof is checked
+before the first rollout of that version is used, so a staleness above 0 never waits for a receipt.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from actors.errors import SyncError
+from actors.types import InstallReceipt, SnapshotHeader
+from orchestrator import cluster
+from orchestrator.cluster import Actors
+
+# Mean difference between the trainer's and an engine's log-probability of the probe, nats a token. Rounding alone
+# stays one order of magnitude below.
+PROBE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.1}
+
+
+class Policies:
+    """The published versions of one job and their way to the engines."""
+
+    def __init__(self, actors: Actors, dtype: str, timeout_s: float) -> None:
+        self.actors = actors
+        self.tolerance = PROBE_TOLERANCE[dtype]
+        self.timeout_s = timeout_s
+        self.published: dict[int, tuple[SnapshotHeader, Any]] = {}  # header, ref of the buffer
+        self.first: SnapshotHeader | None = None  # of the first version this run published: what a dead sync serves
+        self.installed: int | None = None
+        self.receipts: dict[int, list[Any]] = {}  # refs not checked yet
+
+    def publish(self) -> tuple[SnapshotHeader, float]:
+        """The trainer's current policy becomes a version; returns its header and the seconds it took."""
+        started = time.perf_counter()
+        header_ref, buffer_ref = self.actors.trainer.publish.options(num_returns=2).remote()
+        header = cluster.fetch(header_ref, "the trainer, publishing its policy", self.timeout_s)
+        self.add(header, buffer_ref)
+        return header, time.perf_counter() - started
+
+    def add(self, header: SnapshotHeader, buffer_ref: Any) -> None:
+        """Keeps a version under its number."""
+        self.published[header.version] = (header, buffer_ref)
+        self.first = self.first or header
+
+    def install(self, version: int) -> None:
+        """Queues the install of a version at every engine, unless it is what they serve."""
+        if version == self.installed:
+            return
+        header, buffer_ref = self.published[version]
+        self.receipts[version] = [engine.install.remote(header, buffer_ref) for engine in self.actors.engines]
+        self.installed = version
+
+    def confirm(self, version: int) -> tuple[float, float]:
+        """Waits for the receipts of a version and checks them. Raises SyncError when a proof fails.
+
+        Returns the worst probe gap in nats a token and the slowest install in seconds; 0, 0 when it was confirmed
+        before.
+        """
+        gaps, seconds = [0.0], [0.0]
+        for index, ref in enumerate(self.receipts.pop(version, [])):
+            who = f"engine {index}, installing policy version {version}"
+            receipt: InstallReceipt = cluster.fetch(ref, who, self.timeout_s)
+            header = self.published[version][0]
+            others = [h for v, (h, _) in self.published.items() if v != version]
+            gaps.append(check_proof(header, receipt, [*others, *([self.first] if self.first else [])], self.tolerance, who))
+            seconds.append(receipt.seconds)
+        return max(gaps), max(seconds)
+
+    def forget(self, needed: Sequence[int]) -> None:
+        """Drops versions that nothing will install again; their buffers leave the object store."""
+        self.published = {v: p for v, p in self.published.items() if v in needed or v == self.installed}
+
+
+def check_proof(
+    header: SnapshotHeader,
+    receipt: InstallReceipt,
+    others: Sequence[SnapshotHeader],
+    tolerance: float,
+    who: str,
+) -> float:
+    """The probe gap, nats a token. Raises SyncError unless the receipt proves that the engine serves `header`.
+
+    Version and digest prove that the bytes arrived. The probe proves that they answer: the engine's own
+    log-probabilities must agree with the trainer's within `tolerance`, and must not be nearer to those of another
+    version, since a sync that does nothing stays within any tolerance while the policy has hardly moved.
+    """
+    if (receipt.version, receipt.digest) != (header.version, header.digest):
+        raise SyncError(
+            f"{who}: it acknowledged version {receipt.version} with digest {receipt.digest}, "
+            f"published was version {header.version} with digest {header.digest}"
+        )
+    gap = _distance(header.probe_logprobs, receipt.probe_logprobs)
+    if not gap <= tolerance:
+        raise SyncError(
+            f"{who}: its log-probabilities of the probe differ from the trainer's by {gap:.4f} nats a token "
+            f"(limit {tolerance}): it does not serve this policy"
+        )
+    for other in others:
+        if other.digest != header.digest and _distance(other.probe_logprobs, receipt.probe_logprobs) < gap / 2:
+            raise SyncError(f"{who}: it answers like version {other.version}: the install changed nothing")
+    return gap
+
+
+def _distance(a_N: Sequence[float], b_N: Sequence[float]) -> float:
+    """Mean absolute difference."""
+    return sum(abs(a - b) for a, b in zip(a_N, b_N, strict=True)) / len(a_N)

@@ -1,0 +1,195 @@
+"""What a configuration may not say: relations between keys that contradict each other.
+
+One generator per theme, each a list of rules that yield a Problem. Independent of the cluster and of what
+this version can run (that is `runnable.py`); what one key alone may be stands in `values.py`.
+"""
+
+import math
+from collections.abc import Iterator
+
+from orchestrator.schema import DatasetConfig, JobConfig
+from orchestrator.source import Problem
+from orchestrator.values import out_of_range, value_of
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the slots that vLLM 0.32 can make
+EOS_CHOICES = ("all", "turn", "last")
+
+
+def contradictions(config: JobConfig) -> Iterator[Problem]:
+    """Everything in `config` that cannot mean a job, one problem per finding."""
+    single = list(out_of_range(config))
+    yield from single
+    yield from _model(config)
+    yield from _data(config)
+    yield from _schedule(config)
+    yield from _workers(config)
+    if config.rl == "grpo" and not single:  # the relations below do arithmetic on the values
+        yield from _grpo(config)
+
+
+def _model(config: JobConfig) -> Iterator[Problem]:
+    if config.reward_model and config.rl not in (None, "reward_trainer"):
+        yield Problem(
+            "reward_model", f"true means rl: reward_trainer, but rl is {config.rl}; remove one of the two"
+        )
+    if config.load_in_4bit and config.load_in_8bit:
+        yield Problem("load_in_8bit", "load_in_4bit and load_in_8bit are both true; keep one")
+    if config.adapter == "qlora" and not config.load_in_4bit:
+        yield Problem("adapter", "qlora needs load_in_4bit: true; add it, or use adapter: lora")
+    if config.adapter == "qlora" and config.load_in_8bit:
+        yield Problem("load_in_8bit", "qlora is a 4-bit adapter; remove load_in_8bit, or use adapter: lora")
+    if config.adapter is None and (config.load_in_4bit or config.load_in_8bit):
+        key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+        yield Problem(
+            key, "a quantized model cannot be trained in full; add adapter: qlora or lora, or remove it"
+        )
+    if config.adapter is not None:
+        if config.lora_r is None:
+            yield Problem("lora_r", f"adapter: {config.adapter} needs a rank; add for example lora_r: 16")
+        if config.lora_alpha is None:
+            yield Problem(
+                "lora_alpha", f"adapter: {config.adapter} needs a scale; add for example lora_alpha: 32"
+            )
+        if not (config.lora_target_linear or config.lora_target_modules):
+            yield Problem(
+                "lora_target_modules",
+                f"adapter: {config.adapter} needs layers; add lora_target_linear: true",
+            )
+    if config.fp16 and config.bf16 in (True, "full"):
+        yield Problem("fp16", "fp16 and bf16 are both on; keep one")
+    if config.flash_attention and config.sdp_attention:
+        yield Problem("flash_attention", "flash_attention and sdp_attention are both true; keep one")
+    for flag, name in (("flash_attention", "flash_attention_2"), ("sdp_attention", "sdpa")):
+        if value_of(config, flag) and config.attn_implementation not in (None, name):
+            text = (
+                f"means attn_implementation: {name}, but that is {config.attn_implementation}; remove {flag}"
+            )
+            yield Problem(flag, text)
+
+
+def _data(config: JobConfig) -> Iterator[Problem]:
+    if not config.datasets and config.pretraining_dataset is None:
+        yield Problem("datasets", "names no data; add a list with at least `- path: ...`")
+    for name, entries in (("datasets", config.datasets), ("test_datasets", config.test_datasets)):
+        for index, entry in enumerate(entries or []):
+            yield from _dataset(f"{name}[{index}]", entry)
+    if config.test_datasets and config.val_set_size:
+        yield Problem("val_set_size", "and test_datasets both name the evaluation rows; keep one")
+    for key in ("eval_steps", "evals_per_epoch"):
+        if value_of(config, key) is not None and not (config.test_datasets or config.val_set_size):
+            yield Problem(
+                key, "there are no rows to evaluate on; add test_datasets or val_set_size, or remove it"
+            )
+    if config.chat_template == "jinja" and not config.chat_template_jinja:
+        yield Problem("chat_template", "jinja needs the template; add chat_template_jinja")
+    for key in ("streaming", "pretraining_dataset"):
+        if value_of(config, key) and config.max_steps is None:
+            yield Problem(key, "streamed rows have no end; add max_steps")
+
+
+def _dataset(key: str, entry: DatasetConfig) -> Iterator[Problem]:
+    if not entry.path:
+        yield Problem(f"{key}.path", "is empty; give a file, a folder or a name on the hub")
+    if not isinstance(entry.type, str | dict | None):
+        yield Problem(f"{key}.type", f"takes text or a mapping, not {entry.type!r}; correct the value")
+    for name in ("train_on_eos", "train_on_eot"):
+        value = getattr(entry, name)
+        if value not in (None, *EOS_CHOICES):
+            yield Problem(
+                f"{key}.{name}", f"'{value}' is not one of {', '.join(EOS_CHOICES)}; choose one of them"
+            )
+
+
+def _schedule(config: JobConfig) -> Iterator[Problem]:
+    for one, other in (
+        ("warmup_steps", "warmup_ratio"),
+        ("save_steps", "saves_per_epoch"),
+        ("eval_steps", "evals_per_epoch"),
+    ):
+        if value_of(config, one) is not None and value_of(config, other) is not None:
+            yield Problem(other, f"{one} and {other} are both set; keep one")
+    if config.save_steps is not None and config.save_strategy not in (None, "steps"):
+        yield Problem(
+            "save_strategy", f"{config.save_strategy} contradicts save_steps; remove one of the two"
+        )
+
+
+def _workers(config: JobConfig) -> Iterator[Problem]:
+    if not isinstance(config.deepspeed, str | dict | None):
+        yield Problem("deepspeed", f"takes a path or a mapping, not {config.deepspeed!r}; correct the value")
+    if config.deepspeed and (config.fsdp_config or config.fsdp_version):
+        yield Problem("deepspeed", "deepspeed and fsdp are both set; keep one")
+    workers = config.ray_num_workers
+    if isinstance(workers, list) and not (len(workers) == 2 and 1 <= workers[0] <= workers[1]):
+        yield Problem("ray_num_workers", f"is {workers}; a range is [min, max] with 1 <= min <= max")
+    if isinstance(workers, int) and workers < 1:
+        yield Problem("ray_num_workers", f"is {workers}; it must be 1 or more")
+    for name, amount in config.resources_per_worker.items():
+        if amount < 0:
+            yield Problem(f"resources_per_worker.{name}", f"is {amount:g}; it must be 0 or more")
+
+
+def _grpo(config: JobConfig) -> Iterator[Problem]:
+    trl = config.trl
+    if not trl.use_vllm:
+        yield Problem("trl.use_vllm", "Eagleray always samples with vLLM; remove it or set it to true")
+    if not trl.reward_funcs:
+        yield Problem(
+            "trl.reward_funcs", "rl: grpo needs rewards; name functions as module.fn, e.g. [rewards.exact]"
+        )
+    elif trl.reward_weights is not None and len(trl.reward_weights) != len(trl.reward_funcs):
+        counts = f"{len(trl.reward_weights)} weights for {len(trl.reward_funcs)} reward_funcs"
+        yield Problem("trl.reward_weights", f"{counts}; give one weight per function, in the same order")
+    if trl.max_completion_length >= config.sequence_len:
+        text = (
+            f"{trl.max_completion_length} leaves no room for the prompt in sequence_len {config.sequence_len}"
+        )
+        yield Problem("trl.max_completion_length", f"{text}; lower it, or raise sequence_len")
+    if config.vllm.max_model_len is not None and config.vllm.max_model_len < config.sequence_len:
+        text = (
+            f"{config.vllm.max_model_len} is below sequence_len: {config.sequence_len}, prompt and completion"
+        )
+        yield Problem("vllm.max_model_len", f"{text} together; raise it, or remove it")
+    if config.ray.sync == "adapter" and config.lora_r is not None and config.lora_r not in LORA_RANKS:
+        ranks = ", ".join(map(str, LORA_RANKS))
+        yield Problem(
+            "lora_r", f"ray.sync: adapter needs a rank that vLLM has ({ranks}); use one, or ray.sync: fused"
+        )
+    if config.peft_use_dora:
+        yield Problem(
+            "peft_use_dora", "vLLM cannot sample from a DoRA adapter; remove it, or use peft_use_rslora"
+        )
+    yield from _whole_groups(config)
+
+
+def _whole_groups(config: JobConfig) -> Iterator[Problem]:
+    """Each step holds whole groups, where a step is micro batch x accumulation x ranks completions."""
+    workers, group = config.ray_num_workers, config.trl.num_generations
+    for ranks in range(workers[0], workers[-1] + 1) if isinstance(workers, list) and workers else [workers]:
+        assert isinstance(ranks, int)
+        per_accumulation = config.micro_batch_size * ranks
+        total = per_accumulation * config.gradient_accumulation_steps
+        if total % group == 0:
+            continue
+        step = group // math.gcd(group, per_accumulation)
+        below = config.gradient_accumulation_steps // step * step
+        accumulations = [str(n) for n in (below, below + step) if n > 0]
+        divisors = [n for n in range(2, total + 1) if total % n == 0]
+        groups = [
+            str(n) for n in (max((d for d in divisors if d < group), default=0), _above(divisors, group)) if n
+        ]
+        remedy = f"use gradient_accumulation_steps {' or '.join(accumulations)}"
+        if groups:
+            remedy += f", or num_generations {' or '.join(groups)}"
+        sizes = f"micro_batch_size {config.micro_batch_size} x gradient_accumulation_steps "
+        sizes += (
+            f"{config.gradient_accumulation_steps} x ray_num_workers {ranks} = {total} completions per step"
+        )
+        yield Problem(
+            "trl.num_generations", f"{sizes}, which is not a multiple of num_generations {group}; {remedy}"
+        )
+        return
+
+
+def _above(divisors: list[int], group: int) -> int:
+    return min((d for d in divisors if d > group), default=0)

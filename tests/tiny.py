@@ -1,0 +1,102 @@
+"""What tests of the worker side share: a tiny Llama on disk, rollout groups of random tokens, adapters that matter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from actors.loss import LossSpec
+from actors.specs import LoraSpec, ModelSpec, OptimizerSpec, TrainerSpec
+from actors.types import RolloutGroup
+
+VOCAB = 48
+SMOLLM2 = ModelSpec("HuggingFaceTB/SmolLM2-135M-Instruct", "float32")
+
+
+def save_llama(folder: Path) -> str:
+    """A random Llama of VOCAB tokens with grouped heads and its tokenizer; returns the folder's name."""
+    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def random_group(prompt: int, completions: Sequence[int], *, seed: int, vocab: int = VOCAB) -> RolloutGroup:
+    """A group with a prompt of `prompt` tokens and completions of the given lengths, all random."""
+    rng = np.random.default_rng(seed)
+    return RolloutGroup(
+        policy_version=0,
+        prompt_ids=rng.integers(3, vocab, prompt, dtype=np.int32),
+        completion_ids=tuple(rng.integers(3, vocab, n, dtype=np.int32) for n in completions),
+        logprobs=tuple(rng.normal(-4.0, 0.5, n).astype(np.float32) for n in completions),
+        truncated=(False,) * len(completions),
+        texts=tuple(f"completion {i}" for i in range(len(completions))),
+    )
+
+
+def fill_adapter(policy: Any, *, seed: int, size: float) -> None:
+    """Gives every LoRA B, which starts at zero, random values of standard deviation `size`."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def alone_logprobs(policy: Any, group: RolloutGroup, index: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [T] of one completion and logits [T, V] at temperature, from a plain forward pass.
+
+    The sequence is prompt and completion and nothing else: no mask, no positions, no packing.
+    """
+    ids = torch.tensor([[*group.prompt_ids.tolist(), *group.completion_ids[index].tolist()]])
+    logits = policy(input_ids=ids, use_cache=False).logits[0].float() / temperature
+    logits_TV = logits[len(group.prompt_ids) - 1 : -1]
+    completion_T1 = ids[0, len(group.prompt_ids) :, None]
+    return torch.log_softmax(logits_TV, -1).gather(-1, completion_T1)[:, 0], logits_TV
+
+
+def trainer_spec(
+    folder: str,
+    *,
+    optimizer: OptimizerSpec | None = None,
+    loss: LossSpec | None = None,
+    dropout: float = 0.0,
+    temperature: float = 1.0,
+    micro_batch_size: int = 3,
+    num_iterations: int = 1,
+    mask_truncated_completions: bool = False,
+) -> TrainerSpec:
+    """A trainer of the tiny model, its gradient never clipped unless asked."""
+    return TrainerSpec(
+        model=ModelSpec(folder, "float32"),
+        lora=LoraSpec(r=4, alpha=8, dropout=dropout),
+        optimizer=optimizer or OptimizerSpec(1e-2, "constant", 0, 10, max_grad_norm=1e9),
+        loss=loss or LossSpec(max_completion_length=8),
+        micro_batch_size=micro_batch_size,
+        temperature=temperature,
+        num_iterations=num_iterations,
+        mask_truncated_completions=mask_truncated_completions,
+    )
