@@ -5,6 +5,7 @@ piece. numpy has no bfloat16, hence bytes. Nothing here touches a file.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from actors.types import SnapshotHeader, TensorEntry
 ALIGNMENT = 64  # bytes; every tensor starts on a cache line, so that a view of any dtype is aligned
 
 
-def digest(buffer: NDArray[np.uint8] | bytes) -> str:
-    """xxh3-128 of the bytes, hex: finds corruption and mix-ups at memory speed; not meant against an attacker."""
+def digest(buffer: Any) -> str:
+    """xxh3-128 of bytes or a uint8 array, hex: finds corruption and mix-ups at memory speed; not meant against an attacker."""
     return xxhash.xxh3_128_hexdigest(buffer)
 
 

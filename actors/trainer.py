@@ -55,7 +55,8 @@ class Trainer:
         samples, lengths = self._samples(advantages, groups)
         rows = [pack_row(groups, r) for r in plan_rows(groups, samples, self.spec.micro_batch_size)]
         self.policy.train()
-        old = [self._old_logprobs(row) for row in rows] if self.spec.num_iterations > 1 else [None] * len(rows)
+        several = self.spec.num_iterations > 1
+        old = [self._old_logprobs(row) if several else None for row in rows]
         totals: dict[str, float] = {}
         for _ in range(self.spec.num_iterations):
             totals = self._iteration(rows, old, sequences=len(lengths), tokens=sum(lengths))

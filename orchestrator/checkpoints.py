@@ -1,9 +1,9 @@
 """The output folder: one run at a time, checkpoints that are whole, and where a run goes on.
 
-    output_dir/
-      adapter_model.safetensors, adapter_config.json   the result
-      checkpoint-12/   the trainer's files, state.json, manifest.json with digests
-      config.yaml, metrics.jsonl, tensorboard/, quarantine.jsonl
+output_dir/
+  adapter_model.safetensors, adapter_config.json   the result
+  checkpoint-12/   the trainer's files, state.json, manifest.json with digests
+  config.yaml, metrics.jsonl, tensorboard/, quarantine.jsonl
 """
 
 import fcntl

@@ -28,9 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from orchestrator.cluster import Interrupted
     from orchestrator.config import load
     from orchestrator.display import Display
-    from orchestrator.run import Interrupted, run
+    from orchestrator.run import run
 
     try:
         run(load(args.config, args.overrides), Display())
@@ -74,7 +75,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="eagleray", description="Post-training of language models on Ray from one YAML.")
+    parser = argparse.ArgumentParser(
+        prog="eagleray", description="Post-training of language models on Ray from one YAML."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def job_command(name: str, function: object, text: str) -> argparse.ArgumentParser:

@@ -5,14 +5,17 @@ Every wait has a limit and turns what Ray raises into a message for a person. A 
 
 import logging
 import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -27,6 +30,57 @@ from orchestrator.plan import Node, Plan
 
 PLACEMENT_TIMEOUT_S = 120  # an autoscaler may have to start a node
 START_TIMEOUT_S = 1800  # an engine downloads, loads and compiles its model
+
+
+POLL_S = 0.5  # how often a wait looks for Ctrl-C
+
+
+class Interrupted(BaseException):
+    """The job was asked to end: Ctrl-C, or SIGTERM."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.exit_code = 128 + signum
+
+
+_signals: list[int] = []  # received and not yet acted on
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block, SIGINT and SIGTERM make the next wait raise Interrupted; a second one ends the process.
+
+    An exception raised by the handler itself could surface inside Ray's own code, which turns it into another.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def remember(signum: int, frame: Any) -> None:
+        _signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    _signals.clear()
+    before = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def wait(ref: Any, timeout_s: float) -> bool:
+    """Whether the value behind a ref is there within the limit. Raises Interrupted."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if _signals:
+            raise Interrupted(_signals.pop())
+        left = deadline - time.monotonic()
+        ready, _ = ray.wait([ref], timeout=max(0.0, min(POLL_S, left)), fetch_local=False)
+        if ready:
+            return True
+        if left <= 0:
+            return False
 
 
 @dataclass(frozen=True)
@@ -82,7 +136,7 @@ def placed(plan: Plan) -> Iterator[Any]:
     """Reserves the plan's bundles as one placement group for as long as the block runs."""
     group = placement_group([dict(bundle.resources) for bundle in plan.bundles], strategy=plan.strategy)
     try:
-        if not group.wait(timeout_seconds=PLACEMENT_TIMEOUT_S):
+        if not wait(group.ready(), PLACEMENT_TIMEOUT_S):
             wanted = ", ".join(f"{bundle} {dict(bundle.resources)}" for bundle in plan.bundles)
             raise ActorError(
                 f"the cluster did not free its bundles within {PLACEMENT_TIMEOUT_S} s: {wanted}. "
@@ -128,13 +182,14 @@ def stop(actor: Any) -> None:
 
 
 def fetch(ref: Any, who: str, timeout_s: float) -> Any:
-    """The value behind a ref. Raises EaglerayError: an actor's own as it was, ActorError for all else that can happen."""
+    """The value behind a ref. Raises EaglerayError: an actor's own as it was, ActorError for all else that can happen.
+
+    Raises Interrupted when the job is asked to end meanwhile.
+    """
+    if not wait(ref, timeout_s):
+        raise ActorError(f"{who} did not answer within {timeout_s:g} s; its stack is in the dashboard under Actors")
     try:
-        return ray.get(ref, timeout=timeout_s)
-    except GetTimeoutError as error:
-        raise ActorError(
-            f"{who} did not answer within {timeout_s:g} s; its stack is in the dashboard under Actors"
-        ) from error
+        return ray.get(ref)
     except RayTaskError as error:
         if isinstance(error.cause, EaglerayError):
             raise error.cause from None

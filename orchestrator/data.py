@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def load_prompts(config: JobConfig, search_paths: Sequence[str]) -> PromptSet:
     if config.val_set_size:
         count = round(config.val_set_size * len(train)) if config.val_set_size < 1 else int(config.val_set_size)
         if not 0 < count < len(train):
-            raise DataError(f"val_set_size: {config.val_set_size} of {len(train)} rows leaves no rows to train or to test")
+            raise DataError(
+                f"val_set_size: {config.val_set_size} of {len(train)} rows leaves no rows to train or to test"
+            )
         held_out, train = [*held_out, *train[:count]], train[count:]
     return _checked(config, PromptSet(tuple(train), tuple(held_out), tuple(bad)))
 
@@ -148,8 +151,10 @@ def _row(place: str, raw: Any, transform: Callable[[dict[str, Any]], dict[str, A
     columns = {name: value for name, value in raw.items() if name != "prompt"}
     if isinstance(prompt, str):
         return Row(prompt, columns, place) if prompt.strip() else BadRow(place, "`prompt` is empty")
-    good = isinstance(prompt, list) and prompt and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and m.get("content") is not None for m in prompt
+    good = (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and m.get("content") is not None for m in prompt)
     )
     if not good:
         return BadRow(place, "`prompt` is neither text nor a list of messages with role and content")
@@ -184,7 +189,9 @@ def _read(entry: DatasetConfig, search_paths: Sequence[str]) -> Iterator[tuple[s
     for file in files:
         kind = entry.ds_type or file.suffix.lstrip(".").lower()
         if kind not in READERS:
-            raise DataError(f"datasets: {file} is of no known kind; use one of {', '.join(sorted(READERS))}, or ds_type")
+            raise DataError(
+                f"datasets: {file} is of no known kind; use one of {', '.join(sorted(READERS))}, or ds_type"
+            )
         try:
             yield from READERS[kind](file)
         except (OSError, ValueError) as error:
@@ -204,9 +211,13 @@ def _local_files(entry: DatasetConfig, search_paths: Sequence[str]) -> list[Path
             if not files:
                 raise DataError(f"datasets: the folder {path} holds no file of a known kind")
             return files
-        if any(c in entry.path for c in "*?[") and (found := sorted(Path(base or ".").glob(entry.path))):
-            return found
-    if entry.path.startswith((".", "/", "~")) or entry.path.count("/") > 1 or Path(entry.path).suffix.lstrip(".") in READERS:
+        if any(c in entry.path for c in "*?[") and (found := sorted(glob(str(path)))):
+            return [Path(name) for name in found]
+    if (
+        entry.path.startswith((".", "/", "~"))
+        or entry.path.count("/") > 1
+        or Path(entry.path).suffix.lstrip(".") in READERS
+    ):
         raise DataError(f"datasets: there is no file {entry.path}; looked in {', '.join(['.', *search_paths])}")
     return None
 

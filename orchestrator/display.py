@@ -181,11 +181,8 @@ class Display:
             return
         try:
             show()
-        except (
-            OSError,
-            ValueError,
-            SystemExit,
-        ):  # ValueError: closed file; SystemExit: rich's answer to a broken pipe
+        except (OSError, ValueError, SystemExit):
+            # ValueError is Python's word for a closed file, SystemExit rich's answer to a broken pipe.
             self._lost = True
 
 

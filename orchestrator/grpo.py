@@ -191,7 +191,9 @@ class Loop:
                 rewards.append(combine_rewards({s.function: s.rewards for s in group}, weights))
         if failures:
             first = failures[0]
-            summary = f"reward {first.function} failed on {len(failures)} calls of step {self.step + 1}: {first.failure}"
+            summary = (
+                f"reward {first.function} failed on {len(failures)} calls of step {self.step + 1}: {first.failure}"
+            )
             if all(reward is None for group in rewards for reward in group):
                 raise RewardError(f"{summary}. No completion has a reward, so there is nothing to learn from")
             self.warn(f"{summary}; their completions were dropped")

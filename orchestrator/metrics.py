@@ -2,8 +2,8 @@
 
 `METRICS` is the one place that names a metric: the driver may only write names that stand there, the Ray gauges
 take their descriptions from it, and `report.py` and `display.py` read records by those names. A new metric is a
-line in the table. `MetricsLog` writes each record three times: a line of `metrics.jsonl` (the record that lasts and that
-a resumed run continues), TensorBoard, and Ray's metrics, which Prometheus knows as `ray_eagleray_<name>`.
+line in the table. `MetricsLog` writes each record three times: a line of `metrics.jsonl` (the record that lasts and
+that a resumed run continues), TensorBoard, and Ray's metrics, which Prometheus knows as `ray_eagleray_<name>`.
 """
 
 from __future__ import annotations

@@ -184,9 +184,7 @@ def _problem(plan: Plan, bundle: Bundle) -> str:
         gpus = sum(node.resources.get("GPU", 0) for node in plan.nodes)
         share = int(100 * gpus / len(plan.bundles)) / 100
         if 0 < share < 1:
-            remedies.append(
-                f"share GPUs with resources_per_worker: {{GPU: {share:g}}} and ray.engine_gpus: {share:g}"
-            )
+            remedies.append(f"share GPUs with resources_per_worker: {{GPU: {share:g}}} and ray.engine_gpus: {share:g}")
     if "CPU" in short:
         key = "ray.trainer_cpus" if bundle.role == "trainer" else "ray.engine_cpus"
         remedies.append(f"lower {key}")

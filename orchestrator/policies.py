@@ -63,7 +63,9 @@ class Policies:
             receipt: InstallReceipt = cluster.fetch(ref, who, self.timeout_s)
             header = self.published[version][0]
             others = [h for v, (h, _) in self.published.items() if v != version]
-            gaps.append(check_proof(header, receipt, [*others, *([self.first] if self.first else [])], self.tolerance, who))
+            gaps.append(
+                check_proof(header, receipt, [*others, *([self.first] if self.first else [])], self.tolerance, who)
+            )
             seconds.append(receipt.seconds)
         return max(gaps), max(seconds)
 

@@ -3,10 +3,7 @@
 Everything that a person can have got wrong is found before the first process starts, as far as it can be known then.
 """
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,14 +37,6 @@ class RunResult:
     evaluations: tuple[dict[str, Any], ...]  # label, solved, total, record; the first is before training
 
 
-class Interrupted(BaseException):
-    """The job was asked to end: Ctrl-C, or SIGTERM."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.exit_code = 128 + signum
-
-
 def plan_job(config: JobConfig, nodes: list[Node]) -> tuple[Plan, PromptSet]:
     """The plan of a job on these nodes; reads the datasets, starts nothing."""
     ensure_runnable(config)
@@ -56,7 +45,10 @@ def plan_job(config: JobConfig, nodes: list[Node]) -> tuple[Plan, PromptSet]:
 
 
 def run(config: JobConfig, display: Display) -> RunResult:
-    """Runs a job to its end. Raises EaglerayError for anything a person can act on, Interrupted on Ctrl-C or SIGTERM."""
+    """Runs a job to its end.
+
+    Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
+    """
     output_dir = output_path(config)
     _, prompts = plan_job(config, cluster.local_nodes())
     hub.resolve(config.base_model)
@@ -69,13 +61,14 @@ def run(config: JobConfig, display: Display) -> RunResult:
     with checkpoints.claimed(output_dir):
         resume = checkpoints.resume_point(config, output_dir, display.warn)
         _write_inputs(config, prompts, output_dir)
-        with _interruptible(), display.phase("starting Ray"), cluster.connected() as dashboard:
+        with cluster.interruptible(), ExitStack() as stack:
+            with display.phase("starting Ray"):
+                dashboard = stack.enter_context(cluster.connected())
             plan = make_plan(config, cluster.nodes(), len(prompts.train))
             ensure_placeable(plan)
             title = f"GRPO: {config.base_model} -> {output_dir}"
             display.header(title, [*describe(config, plan), f"dashboard   {dashboard}"])
-            job = _Job(config, plan, prompts, output_dir, display)
-            return job.run(probe, resume)
+            return _Job(config, plan, prompts, output_dir, display).run(probe, resume)
 
 
 class _Job:
@@ -148,7 +141,7 @@ class _Job:
                     self._evaluate(loop, log, f"after step {loop.step}")
                 if self.config.save_strategy != "no" and (loop.step % self.plan.save_steps == 0 or loop.step == total):
                     self._save(loop)
-        except Interrupted:
+        except cluster.Interrupted:
             saved = checkpoints.steps_saved(self.output_dir)
             kept = f"the checkpoint of step {saved[0]} is whole" if saved else "there is no checkpoint yet"
             self.display.note(
@@ -292,22 +285,3 @@ def _write_inputs(config: JobConfig, prompts: PromptSet, output_dir: Path) -> No
     if prompts.bad:
         rows = [{"place": row.place, "reason": row.reason} for row in prompts.bad]
         storage.write_json(output_dir / "quarantine.json", rows)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turns SIGINT and SIGTERM into Interrupted for the main thread, once: a second Ctrl-C ends the process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: Any) -> None:
-        signal.signal(signum, signal.SIG_DFL)
-        raise Interrupted(signum)
-
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

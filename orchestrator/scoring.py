@@ -81,9 +81,8 @@ class Scorer:
 
     def _result(self, function: _Function, call: Call) -> tuple[Scores, bool]:
         """A call's scores, and whether it took its process with it. Calls before it have ended, so it runs now."""
-        ready, _ = ray.wait([call.ref], timeout=self.timeout_s)
         reason = f"did not return within ray.reward_timeout_s = {self.timeout_s:g} s"
-        if ready:
+        if cluster.wait(call.ref, self.timeout_s):
             try:
                 score: Scores = ray.get(call.ref)
                 function.pending.remove(call)

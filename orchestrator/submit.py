@@ -23,7 +23,9 @@ def submit(config_path: str, overrides: Sequence[str], address: str | None) -> i
 
     path = Path(config_path)
     if not path.resolve().is_relative_to(Path.cwd()):
-        raise ConfigError(f"{config_path} is outside the current folder, which is what a job takes along; go to its folder")
+        raise ConfigError(
+            f"{config_path} is outside the current folder, which is what a job takes along; go to its folder"
+        )
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     try:
         client = JobSubmissionClient(address)

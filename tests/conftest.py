@@ -1,6 +1,9 @@
 """Environment of every test process. vLLM and the hub's client read these when they are imported."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -13,3 +16,14 @@ ENVIRONMENT = {
 
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny models, which gain nothing from threads that wait for each other on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

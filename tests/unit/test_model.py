@@ -15,6 +15,7 @@ from actors.packing import PackedRow, Sample, pack_row, plan_rows
 from actors.specs import LoraSpec, ModelSpec
 from actors.types import RolloutGroup
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPERATURE = 0.7
 
 
@@ -139,7 +140,7 @@ def test_expected_shapes_are_those_of_a_loaded_policy(folder: str, lora: LoraSpe
 def test_scaling_is_what_peft_applies(folder: str, use_rslora: bool) -> None:
     lora = LoraSpec(4, 12, use_rslora=use_rslora)
     policy = model.load_policy(ModelSpec(folder, "float32"), lora, gradient_checkpointing=False)
-    applied = {m.scaling["default"] for m in policy.modules() if getattr(m, "scaling", None)}
+    applied = {m.scaling["default"] for m in policy.modules() if isinstance(getattr(m, "scaling", None), dict)}
     assert applied == {model.scaling(lora)} == {6.0 if use_rslora else 3.0}
 
 

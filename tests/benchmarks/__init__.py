@@ -1,0 +1,14 @@
+"""Eagleray's speed, always as a ratio to a peer timed in turn with it.
+
+    common.py       the model, the actors, the timing in turn: what the figures share
+    results.py      rows of a figure, as JSON and as a table
+    step.py         one GRPO step through the actors, as the driver takes it
+    grpo_step.py    a step, against TRL's trainer
+    overhead.py     a step, against bare sampling and bare backpropagation of the same tokens
+    sync.py         trainer to engines, against a memory copy and against a file
+    decoding.py     sampling after a sync, against the untouched base model
+    rollout.py      sampling through the actor, against vLLM alone
+
+Run with `python -m tests.benchmarks NAME`. A new figure is a module with `run(pairs) -> list[Row]` and a line in
+`__main__.FIGURES`.
+"""

@@ -1,0 +1,61 @@
+"""What a step costs beyond the computation that no one can avoid.
+
+Ours: a step's wall time, from the call to the engine until the engine has acknowledged the next policy. It holds
+tokenizing, copies through the object store, process hops, rewards in their own process, packing, loss, optimizer step,
+publish with probe and digest, validation, install and probe.
+
+Bare, timed inside the same two processes on the same policy's tokens, and added up: `LLM.generate` on token ids with the
+same sampling parameters and an empty prefix cache, as after every sync; forward pass, cross entropy and backward pass
+over the rows that the trainer packed, which were packed and moved before the clock started; the reward function called
+on the texts in the driver.
+"""
+
+import time
+
+import ray
+import torch
+
+from actors import device, model
+from actors.packing import pack_row, plan_rows
+from actors.trainer import Trainer
+from actors.types import RolloutGroup
+from tests.benchmarks import common
+from tests.benchmarks.common import STEP, BareEngine
+from tests.benchmarks.results import Row
+from tests.benchmarks.step import Loop
+
+
+class BareTrainer(Trainer):
+    """The trainer, and its model without anything around it."""
+
+    def bare(self, advantages: list[list[float | None]], *groups: RolloutGroup) -> float:
+        """Seconds of forward and backward pass over the rows that `train` would make; changes no weight."""
+        samples, _ = self._samples(advantages, groups)
+        planned = plan_rows(groups, samples, self.spec.micro_batch_size)
+        rows = [pack_row(groups, row).to(device.device()) for row in planned]
+        self.policy.train()
+        started = time.perf_counter()
+        for row in rows:
+            logits_KV = model.row_logits(self.policy, row)
+            predicted = logits_KV[row.predicts_BT[row.mask_BT]]
+            torch.nn.functional.cross_entropy(predicted, row.completion_ids_BT[row.mask_BT]).backward()
+        float(self.parameters[0].grad.sum())  # waits for the device
+        seconds = time.perf_counter() - started
+        self.optimizer.zero_grad(set_to_none=True)
+        return seconds
+
+
+def run(pairs: int) -> list[Row]:
+    with common.session():
+        loop = Loop(STEP, BareEngine, BareTrainer)
+
+        def bare() -> float:
+            texts = [text for group in ray.get(loop.groups) for text in group.texts]
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
+            sampling = ray.get(loop.engine.bare.remote(loop.prompts, loop.sampling, loop.seed, cold=True))
+            training = ray.get(loop.trainer.bare.remote(loop.advantages, *loop.groups))
+            return float(sampling + training + common.wall(lambda: common.reward(completions))())
+
+        ours, theirs = common.in_turn(pairs, common.wall(loop.step), bare)
+    reach = 1.05 if device.has_gpu() else 1.10
+    return [Row("GRPO step", "bare generate + forward/backward + reward", ours, theirs, "cost", reach)]

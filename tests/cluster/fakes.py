@@ -1,0 +1,64 @@
+"""Engines and reward functions that do what a test asks for, in real Ray actors. Trainers in these tests are real."""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.specs import SamplingSpec
+from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader
+
+
+class FakeEngine:
+    """Samples random tokens, and answers the probe with what the trainer said of the version it holds."""
+
+    def __init__(self, lie: str = "") -> None:
+        self.lie = lie
+        self.headers: list[SnapshotHeader] = []
+
+    def install(self, header: SnapshotHeader, buffer: Any) -> InstallReceipt:
+        first = not self.headers
+        self.headers.append(header)
+        served = self.headers[0] if self.lie == "nothing" else self.headers[-1 if first or not self.lie else -2]
+        return InstallReceipt(header.version, header.digest, served.probe_logprobs, 0.0)
+
+    def versions(self) -> list[int]:
+        return [header.version for header in self.headers]
+
+    def generate(self, prompts: Sequence[Any], sampling: SamplingSpec, seed: int) -> tuple[Any, ...]:
+        rng = np.random.default_rng(seed)
+        version = self.headers[-1].version
+        groups = []
+        for prompt in prompts:
+            ids = tuple(rng.integers(3, 48, rng.integers(1, 6), dtype=np.int32) for _ in range(sampling.num_generations))
+            groups.append(
+                RolloutGroup(
+                    version,
+                    np.arange(3, 8, dtype=np.int32),
+                    ids,
+                    tuple(np.full(len(i), -3.0, np.float32) for i in ids),
+                    (False,) * len(ids),
+                    tuple(f"{prompt} {i.sum()}" for i in ids),
+                )
+            )
+        lengths = tuple(tuple(len(ids) for ids in group.completion_ids) for group in groups)
+        return (RolloutHeader(version, lengths, tuple(g.truncated for g in groups), 0.0), *groups)
+
+
+def parity(completions: list[str], **_: Any) -> list[float]:
+    """1 for an even sum of tokens."""
+    return [float(int(text.split()[-1]) % 2 == 0) for text in completions]
+
+
+def hangs_on_bad(completions: list[str], kind: list[str]) -> list[float]:
+    if kind[0] == "hang":
+        time.sleep(600)
+    if kind[0] == "exit":
+        os._exit(1)
+    if kind[0] == "raise":
+        raise RuntimeError("no idea")
+    if kind[0] == "short":
+        return [1.0]
+    return [1.0] * len(completions)

@@ -1,0 +1,110 @@
+"""The loop on real Ray with a real trainer of a tiny model and engines that sample at random."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from actors.errors import SyncError
+from actors.specs import RewardSpec
+from actors.trainer import Trainer
+from orchestrator.cluster import Actors
+from orchestrator.data import PromptSet, Row
+from orchestrator.grpo import Loop
+from orchestrator.plan import Node, make_plan
+from orchestrator.policies import Policies
+from orchestrator.schema import JobConfig
+from orchestrator.scoring import Scorer
+from tests.cluster.fakes import FakeEngine
+from tests.tiny import save_llama, trainer_spec
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def loop(folder: str, *, staleness: int = 0, interval: int = 1, lies: tuple[str, ...] = ("",)) -> Loop:
+    config = JobConfig(rl="grpo", base_model=folder, learning_rate=1e-2, micro_batch_size=8, bf16=False, max_steps=STEPS)
+    config.trl.num_generations = 4
+    config.trl.vllm_sync_interval = interval
+    config.trl.reward_funcs = ["tests.cluster.fakes.parity"]
+    config.ray.max_staleness = staleness
+    config.ray.engines = len(lies)
+    rows = tuple(Row(f"w{i} w{i + 1}", {}, "") for i in range(3, 13))
+    plan = make_plan(config, [Node("a", {"CPU": 8.0})], len(rows))
+    trainer = ray.remote(Trainer).remote(trainer_spec(folder))
+    ray.get(trainer.set_probe.remote([5, 9, 12, 30, 7]))
+    engines = tuple(ray.remote(FakeEngine).remote(lie) for lie in lies)
+    actors = Actors(trainer, engines)
+    scorer = Scorer(plan, [RewardSpec("tests.cluster.fakes.parity", ())], 30.0)
+    scorer.wait_ready()
+    made = Loop(config, plan, PromptSet(rows, rows[:2], ()), actors, Policies(actors, "float32", 60.0), scorer, print)
+    made.start()
+    return made
+
+
+@pytest.mark.parametrize(("staleness", "interval"), [(0, 1), (1, 1), (2, 1), (1, 2)])
+def test_no_rollout_is_staler_than_allowed(cluster: None, llama: str, staleness: int, interval: int) -> None:
+    made = loop(llama, staleness=staleness, interval=interval)
+    records = [made.advance() for _ in range(STEPS)]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    limit = staleness + interval - 1
+    assert max(record["staleness"] for record in records) <= limit
+    assert records[-1]["staleness"] > 0 or limit == 0  # the bound is used, not only kept
+    assert [record["policy_version"] for record in records] == list(range(1, STEPS + 1))
+
+
+def test_versions_by_hand(cluster: None, llama: str) -> None:
+    made = loop(llama, staleness=1)
+    assert [made.version_for(n) for n in range(5)] == [0, 0, 1, 2, 3]
+    for _ in range(3):
+        made.advance()
+    # Batches 0 to 3 are sent before step 3 ends: 0 and 1 with version 0, 2 with 1, 3 with 2.
+    assert ray.get(made.actors.engines[0].versions.remote()) == [0, 1, 2]
+    assert sorted(made.policies.published) == [2, 3]  # nothing older will be asked for
+
+
+def test_prompts_are_dealt_to_all_engines(cluster: None, llama: str) -> None:
+    made = loop(llama, lies=("", ""))
+    record = made.advance()
+    assert record["groups"] == 2
+    assert [ray.get(engine.versions.remote()) for engine in made.actors.engines] == [[0], [0]]
+    result = made.evaluate()
+    assert result.total == 2
+    assert [ray.get(engine.versions.remote()) for engine in made.actors.engines] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("lies", [("nothing",), ("before",), ("", "nothing")])
+def test_a_sync_that_lies_stops_the_job(cluster: None, llama: str, lies: tuple[str, ...]) -> None:
+    made = loop(llama, lies=lies)
+    with pytest.raises(SyncError) as error:
+        for _ in range(STEPS):
+            made.advance()
+    assert f"engine {len(lies) - 1}, installing policy version" in str(error.value)
+
+
+def run_to(made: Loop, step: int) -> list[dict[str, Any]]:
+    return [made.advance() for _ in range(step - made.step)]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_resumed_loop_repeats_the_uninterrupted_one(cluster: None, llama: str, tmp_path: Path, staleness: int) -> None:
+    straight = run_to(loop(llama, staleness=staleness), STEPS)
+    stopped = loop(llama, staleness=staleness)
+    run_to(stopped, 3)
+    older = [part for v in stopped.versions_needed() if v != 3 for part in stopped.policies.published[v]]
+    ray.get(stopped.actors.trainer.save.remote(str(tmp_path), *older))
+
+    resumed = loop(llama, staleness=staleness)
+    resumed.policies.published.clear()
+    for header, buffer in ray.get(resumed.actors.trainer.restore.remote(str(tmp_path))):
+        resumed.policies.add(header, ray.put(buffer))
+    resumed.step = 3
+    resumed.start()
+    keys = ("step", "loss", "reward", "grad_norm", "staleness", "completion_tokens")
+    repeated = [{key: record[key] for key in keys} for record in run_to(resumed, STEPS)]
+    assert repeated == [{key: record[key] for key in keys} for record in straight[3:]]

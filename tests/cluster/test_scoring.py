@@ -1,0 +1,65 @@
+"""Reward calls in real processes: one that fails, hangs or dies costs its own group and nothing else."""
+
+import numpy as np
+import pytest
+import ray
+
+from actors.errors import RewardError
+from actors.specs import RewardSpec
+from actors.types import RolloutGroup
+from orchestrator.data import Row
+from orchestrator.plan import Node, make_plan
+from orchestrator.schema import JobConfig
+from orchestrator.scoring import Scorer
+
+PLAN = make_plan(JobConfig(rl="grpo", base_model="m", learning_rate=1.0, micro_batch_size=8, bf16=False), [Node("a", {})], 8)
+GROUP = RolloutGroup(
+    0,
+    np.zeros(1, np.int32),
+    (np.zeros(1, np.int32),) * 2,
+    (np.zeros(1, np.float32),) * 2,
+    (False, False),
+    ("a 1", "b 2"),
+)
+
+
+def scorer(path: str, timeout_s: float) -> Scorer:
+    made = Scorer(PLAN, [RewardSpec(path, ())], timeout_s)
+    made.wait_ready()
+    return made
+
+
+def rows(*kinds: str) -> list[Row]:
+    return [Row("p", {"kind": kind}, "") for kind in kinds]
+
+
+def test_a_failing_call_costs_its_group_alone(cluster: None) -> None:
+    made = scorer("tests.cluster.fakes.hangs_on_bad", 3.0)
+    ref = ray.put(GROUP)
+    kinds = ["good", "raise", "good", "hang", "good", "exit", "good", "short"]
+    later = ["good", "good"]  # of the next batch, queued behind the call that hangs
+    first = made.submit(rows(*kinds), [ref] * len(kinds))
+    second = made.submit(rows(*later), [ref] * len(later))
+    scores = [group[0] for group in made.collect(first)]
+    assert [score.rewards for score in scores[::2]] == [(1.0, 1.0)] * 4
+    assert [score.rewards for score in scores[1::2]] == [()] * 4
+    reasons = [score.failure or "" for score in scores[1::2]]
+    assert "RuntimeError: no idea" in reasons[0]
+    assert "did not return within ray.reward_timeout_s = 3 s" in reasons[1]
+    assert "ended its process" in reasons[2]
+    assert "returned 1 rewards for 2 completions" in reasons[3]
+    assert [group[0].rewards for group in made.collect(second)] == [(1.0, 1.0)] * 2
+
+
+def test_calls_that_always_hang_are_given_up(cluster: None) -> None:
+    made = scorer("tests.cluster.fakes.hangs_on_bad", 1.0)
+    ref = ray.put(GROUP)
+    scores = made.collect(made.submit(rows(*["hang"] * 6), [ref] * 6))
+    assert ["did not return" in (group[0].failure or "") for group in scores] == [True, True] + [False] * 4
+    assert "not called, after 2 calls in a row" in (scores[-1][0].failure or "")
+    assert made.collect(made.submit(rows("good"), [ref]))[0][0].rewards == (1.0, 1.0)
+
+
+def test_a_function_that_does_not_exist(cluster: None) -> None:
+    with pytest.raises(RewardError, match="tests.cluster.fakes.nowhere cannot be imported"):
+        scorer("tests.cluster.fakes.nowhere", 1.0)

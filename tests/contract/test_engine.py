@@ -1,0 +1,331 @@
+"""What every way to install a policy into vLLM must keep, with the real engine and model.
+
+The references are transformers and PEFT: the adapter merged into the weights for `fused`, left beside them for
+`adapter`. A new way to install is a name in SYNCS and its reference in `reference`.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from tiny import SMOLLM2, fill_adapter
+from transformers import AutoModelForCausalLM
+
+from actors import hub, install, model, snapshot
+from actors.engine import RolloutEngine
+from actors.errors import SyncError
+from actors.loss import LossSpec
+from actors.packing import Sample, pack_row
+from actors.specs import EngineSpec, LoraSpec, OptimizerSpec, SamplingSpec, TrainerSpec
+from actors.trainer import Trainer
+from actors.types import RolloutGroup, SnapshotHeader
+
+SYNCS = ("fused", "adapter")
+POLICIES = 2  # versions an engine holds
+LORA = LoraSpec(8, 16)
+ADAPTER_SIZE = 0.015  # of B's elements: enough to change answers, too little to break the model
+PROBE = [1, 504, 338, 260, 3575, 282, 4649, 47, 378, 3575, 314, 7042, 30, 198, 788, 1]
+NEW_TOKENS = 12
+# fp32 on both sides, in other orders of summation through 30 layers.
+LOGPROB_TOLERANCE = 2e-3
+PROMPTS = [
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [{"role": "user", "content": "Write one sentence about the sea."}],
+    "Once upon a time there was",
+]
+
+Snapshot = tuple[SnapshotHeader, NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Policies:
+    """A trainer, and three versions that it published: 0 is the base, 1 and 2 have random adapters."""
+
+    trainer: Trainer
+    snapshots: tuple[Snapshot, ...]
+    folder: Path  # adapters as PEFT reads them, one folder a version
+
+    def base(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(hub.resolve(SMOLLM2.name), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    optimizer = OptimizerSpec(1e-4, "constant", 0, 10)
+    trainer = Trainer(TrainerSpec(SMOLLM2, LORA, optimizer, LossSpec(), micro_batch_size=8, temperature=1.0))
+    trainer.set_probe(PROBE)
+    folder = tmp_path_factory.mktemp("adapters")
+    snapshots = []
+    for version in range(3):
+        if version:
+            fill_adapter(trainer.policy, seed=version, size=ADAPTER_SIZE)
+        trainer.version = version
+        header, buffer = trainer.publish()
+        trainer.save_adapter(str(folder / str(version)))
+        snapshots.append((header, buffer))
+    return Policies(trainer, tuple(snapshots), folder)
+
+
+@pytest.fixture(scope="module", params=SYNCS)
+def engine(request: pytest.FixtureRequest) -> Iterator[RolloutEngine]:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    spec = EngineSpec(SMOLLM2, LORA, request.param, max_model_len=128, max_num_seqs=16, policies=POLICIES)
+    engine = RolloutEngine(spec, PROBE)
+    yield engine
+    engine.llm.llm_engine.engine_core.shutdown()
+    del engine.llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def untouched(engine: RolloutEngine) -> tuple[list[float], list[list[int]]]:
+    """Probe and greedy answers of an engine that has installed nothing. Asked for by the first test."""
+    assert engine.version is None
+    return engine.probe_logprobs(), greedy(engine)
+
+
+def greedy(engine: RolloutEngine) -> list[list[int]]:
+    _, *groups = engine.generate(PROMPTS, SamplingSpec(1, NEW_TOKENS, temperature=0.0), seed=0)
+    return [group.completion_ids[0].tolist() for group in groups]
+
+
+def transformers_greedy(reference: Any, engine: RolloutEngine) -> list[list[int]]:
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([engine.token_ids(prompt)])
+        out = reference.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+        answers.append(out[0, ids.shape[1] :].tolist())
+    return answers
+
+
+def reference(policies: Policies, version: int, sync: str) -> Any:
+    """What PEFT makes of the adapter's files: merged into the base, or beside it."""
+    loaded = PeftModel.from_pretrained(policies.base(), policies.folder / str(version)).eval()
+    return loaded.merge_and_unload() if sync == "fused" else loaded
+
+
+def slots(engine: RolloutEngine) -> set[int]:
+    (found,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager.list_adapters())
+    return set(found)
+
+
+def fails_once(function: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """`function`, but its call number `after` raises, and no other."""
+    calls = 0
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise MemoryError("no room")
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def break_install(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Makes the next install fail: before it changed anything, or with half of the layers changed."""
+    if engine.spec.sync == "fused":
+        after = {"first": 1, "half way": 150}[where]  # of 272 weights in the checkpoint
+        merged = install.merged_weights
+        armed = [True]
+
+        def breaking(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
+            count = 0
+            for item in merged(*args):
+                count += 1
+                if armed and count == after:
+                    armed.clear()
+                    raise MemoryError("no room")
+                yield item
+
+        monkeypatch.setattr(install, "merged_weights", breaking)
+    elif where == "first":
+        from vllm.lora.lora_model import LoRAModel
+
+        monkeypatch.setattr(LoRAModel, "from_lora_tensors", fails_once(LoRAModel.from_lora_tensors, 1))
+    else:
+        from vllm.lora.layers import MergedQKVParallelLinearWithLoRA as Layer
+
+        monkeypatch.setattr(Layer, "set_lora", fails_once(Layer.set_lora, 15))  # of 30 layers
+
+
+def test_before_any_install_the_base_answers(
+    engine: RolloutEngine, policies: Policies, untouched: tuple[list[float], list[list[int]]]
+) -> None:
+    probe, answers = untouched
+    assert answers == transformers_greedy(policies.base(), engine)
+    assert probe == pytest.approx(model.sequence_logprobs(policies.base(), PROBE), abs=LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize("where", ["first", "half way"])
+def test_a_first_install_that_fails_leaves_the_base(
+    engine: RolloutEngine,
+    policies: Policies,
+    untouched: tuple[list[float], list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    break_install(engine, monkeypatch, where)
+    with pytest.raises(SyncError, match=r"version 1 could not be installed \(MemoryError: no room\)"):
+        engine.install(*policies.snapshots[1])
+    assert engine.version is None
+    assert (engine.probe_logprobs(), greedy(engine)) == untouched
+
+
+def test_version_0_is_the_base(
+    engine: RolloutEngine, policies: Policies, untouched: tuple[list[float], list[list[int]]]
+) -> None:
+    header, buffer = policies.snapshots[0]
+    receipt = engine.install(header, buffer)
+    assert (receipt.version, receipt.digest, engine.version) == (0, header.digest, 0)
+    assert receipt.probe_logprobs == pytest.approx(untouched[0], abs=1e-6)
+    assert greedy(engine) == untouched[1]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_installed_policy_answers_as_peft_does(
+    engine: RolloutEngine, policies: Policies, untouched: tuple[list[float], list[list[int]]], version: int
+) -> None:
+    header, buffer = policies.snapshots[version]
+    receipt = engine.install(header, buffer)
+    expected = reference(policies, version, engine.spec.sync)
+    answers = greedy(engine)
+    assert answers == transformers_greedy(expected, engine)
+    assert answers != untouched[1], "the adapter changes no answer, so the test proves nothing"
+    assert (receipt.version, receipt.digest, engine.version) == (version, header.digest, version)
+    probe = model.sequence_logprobs(expected, PROBE)
+    assert receipt.probe_logprobs == pytest.approx(probe, abs=LOGPROB_TOLERANCE)
+    assert receipt.probe_logprobs == pytest.approx(header.probe_logprobs, abs=LOGPROB_TOLERANCE)
+    assert np.abs(np.array(probe) - untouched[0]).max() > 100 * LOGPROB_TOLERANCE
+
+
+def test_the_snapshot_is_not_written_to(engine: RolloutEngine, policies: Policies) -> None:
+    header, buffer = policies.snapshots[1]
+    view = buffer.view()
+    view.flags.writeable = False  # as it comes from the object store
+    first, second = engine.install(header, view), engine.install(header, view)
+    assert snapshot.digest(buffer) == header.digest == first.digest
+    assert first.probe_logprobs == second.probe_logprobs
+
+
+def test_an_older_version_comes_back_exactly(engine: RolloutEngine, policies: Policies) -> None:
+    first = [engine.install(*policies.snapshots[version]).probe_logprobs for version in (0, 1, 2)]
+    answers = greedy(engine)
+    again = {version: engine.install(*policies.snapshots[version]) for version in (1, 0, 2)}
+    for version, receipt in again.items():
+        assert (receipt.version, receipt.probe_logprobs) == (version, first[version])
+    assert engine.version == 2 and greedy(engine) == answers
+
+
+def test_a_version_with_other_contents_replaces_its_namesake(engine: RolloutEngine, policies: Policies) -> None:
+    """As when a trainer goes back to a checkpoint and trains the same versions anew."""
+    (first, first_buffer), (second, second_buffer) = policies.snapshots[1:]
+    expected = engine.install(second, second_buffer).probe_logprobs
+    answers = greedy(engine)
+    engine.install(first, first_buffer)
+    assert greedy(engine) != answers
+    receipt = engine.install(replace(second, version=1), second_buffer)
+    assert (receipt.version, receipt.probe_logprobs, greedy(engine)) == (1, expected, answers)
+
+
+def with_nan(header: SnapshotHeader, buffer: NDArray[np.uint8]) -> Snapshot:
+    changed = buffer.copy()
+    snapshot.unpack(header.entries, changed)[header.entries[-1].name].view(-1)[0] = float("nan")
+    return replace(header, digest=snapshot.digest(changed)), changed
+
+
+def test_a_refused_snapshot_leaves_the_old_policy_exactly(engine: RolloutEngine, policies: Policies) -> None:
+    before, answers = engine.install(*policies.snapshots[1]), greedy(engine)
+    with pytest.raises(SyncError, match="holds NaN or infinity"):
+        engine.install(*with_nan(*policies.snapshots[2]))
+    with pytest.raises(SyncError, match="bytes arrived of"):
+        engine.install(policies.snapshots[2][0], policies.snapshots[2][1][:-1])
+    assert engine.version == 1
+    assert (tuple(engine.probe_logprobs()), greedy(engine)) == (before.probe_logprobs, answers)
+
+
+@pytest.mark.parametrize("where", ["first", "half way"])
+@pytest.mark.parametrize("next_version", [1, 2], ids=["same version", "next version"])
+def test_an_install_that_fails_leaves_the_old_policy_exactly(
+    engine: RolloutEngine, policies: Policies, monkeypatch: pytest.MonkeyPatch, where: str, next_version: int
+) -> None:
+    before, answers = engine.install(*policies.snapshots[1]), greedy(engine)
+    break_install(engine, monkeypatch, where)
+    header, buffer = policies.snapshots[2]
+    with pytest.raises(SyncError, match="no room.*serves version 1 as before"):
+        engine.install(replace(header, version=next_version), buffer)
+    assert engine.version == 1
+    assert (tuple(engine.probe_logprobs()), greedy(engine)) == (before.probe_logprobs, answers)
+    after = engine.install(header, buffer)  # and the next one goes in as if nothing had been
+    assert after.probe_logprobs == pytest.approx(header.probe_logprobs, abs=LOGPROB_TOLERANCE)
+
+
+def test_old_slots_are_removed(engine: RolloutEngine, policies: Policies) -> None:
+    for version in (0, 1, 2, 2, 1, 0, 1):
+        engine.install(*policies.snapshots[version])
+        assert len(engine.installed) <= POLICIES
+        if engine.spec.sync == "adapter":
+            assert slots(engine) == {policy.slot for policy in engine.installed.values()}
+    assert list(engine.installed) == [0, 1]
+
+
+def completions(groups: list[RolloutGroup]) -> list[list[list[int]]]:
+    return [[ids.tolist() for ids in group.completion_ids] for group in groups]
+
+
+def test_the_seed_decides_every_draw(engine: RolloutEngine, policies: Policies) -> None:
+    engine.install(*policies.snapshots[1])
+    sampling = SamplingSpec(4, NEW_TOKENS)
+    found = []
+    for seed in (7, 8, 7):
+        header, *groups = engine.generate(PROMPTS, sampling, seed)
+        found.append(completions(groups))
+        assert header.policy_version == 1 and all(group.policy_version == 1 for group in groups)
+        assert header.completion_tokens == tuple(tuple(len(ids) for ids in group) for group in found[-1])
+        assert header.truncated == tuple(group.truncated for group in groups)
+    assert found[0] == found[2] != found[1]
+    assert len({tuple(ids) for ids in found[0][2]}) > 1, "the completions of a prompt do not differ"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logprobs_are_the_trainers(engine: RolloutEngine, policies: Policies, temperature: float) -> None:
+    engine.install(*policies.snapshots[2])  # which the trainer still holds
+    _, *groups = engine.generate(PROMPTS, SamplingSpec(3, NEW_TOKENS, temperature=temperature), seed=3)
+    row = pack_row(groups, [Sample(g, i, 1.0) for g in range(len(groups)) for i in range(3)])
+    with torch.no_grad():
+        logits_KV = model.row_logits(policies.trainer.policy, row)
+        logprobs_BT, _ = model.completion_logprobs(logits_KV, row, temperature)
+    gap_BT = (logprobs_BT - row.rollout_logprobs_BT) * row.mask_BT
+    assert gap_BT.abs().max() < LOGPROB_TOLERANCE
+    assert row.mask_BT.sum() > 50 and row.rollout_logprobs_BT.min() < -1.0
+
+
+def test_groups_hold_what_was_sampled(engine: RolloutEngine, policies: Policies) -> None:
+    engine.install(*policies.snapshots[0])
+    _, *groups = engine.generate(PROMPTS, SamplingSpec(2, 24), seed=1)
+    ended = 0
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        assert group.prompt_ids.tolist() == engine.token_ids(prompt)
+        for ids, text, truncated in zip(group.completion_ids, group.texts, group.truncated, strict=True):
+            assert text == engine.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+            assert truncated == (len(ids) == 24 and ids[-1] != engine.tokenizer.eos_token_id)
+            ended += not truncated
+    assert ended > 0, "no completion ended by itself, so the end token was not put to the test"
+
+
+def test_chat_prompts_go_through_the_template(engine: RolloutEngine) -> None:
+    text = engine.tokenizer.decode(engine.token_ids(PROMPTS[0]))
+    assert text.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    assert engine.tokenizer.decode(engine.token_ids(PROMPTS[2])) == PROMPTS[2]

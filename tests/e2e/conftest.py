@@ -1,0 +1,98 @@
+"""Jobs as a person starts them: the command line in a process of its own, on a Ray cluster that it starts and ends."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tests.tiny import save_llama
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose heads have a size that vLLM's CPU attention knows."""
+    folder = tmp_path_factory.mktemp("llama")
+    save_llama(folder)
+    vocab = len(AutoTokenizer.from_pretrained(folder))
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path: Path, llama: Path) -> Callable[..., Path]:
+    """Writes a small GRPO job on the tiny model, with changes; returns its file."""
+
+    def write(name: str = "job.yaml", **changes: Any) -> Path:
+        rows = "".join(f'{{"prompt": "w{i} w{i + 1} w{i + 2}"}}\n' for i in range(3, 19))
+        (tmp_path / "prompts.jsonl").write_text(rows)
+        (tmp_path / "tiny_rewards.py").write_text(
+            "import time\n\n"
+            "def even(completions, completion_ids, **_):\n"
+            "    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]\n\n"
+            "def raises(completions):\n    raise RuntimeError('no idea')\n\n"
+            "def hangs(completions):\n    time.sleep(600)\n"
+        )
+        config: dict[str, Any] = {
+            "base_model": str(llama),
+            "rl": "grpo",
+            "adapter": "lora",
+            "lora_r": 8,
+            "lora_alpha": 16,
+            "lora_target_linear": True,
+            "datasets": [{"path": str(tmp_path / "prompts.jsonl")}],
+            "sequence_len": 32,
+            "micro_batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 4,
+            "save_steps": 2,
+            "learning_rate": 1e-2,
+            "lr_scheduler": "constant",
+            "bf16": False,
+            "output_dir": str(tmp_path / "out"),
+            "trl": {"num_generations": 4, "max_completion_length": 8, "reward_funcs": ["tiny_rewards.even"]},
+            "ray": {"kv_cache_gib": 1},
+        }
+        for key, value in changes.items():
+            section, _, inner = key.rpartition("__")
+            (config[section] if section else config)[inner] = value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """`eagleray ARGUMENTS`, with stdout and stderr in one pipe."""
+    command = [sys.executable, "-m", "orchestrator", *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 600) -> tuple[int, str]:
+    """Exit code and output."""
+    output, _ = process.communicate(timeout=timeout_s)
+    return process.returncode, output

@@ -1,0 +1,152 @@
+"""Whole jobs: real Ray, real vLLM, real files."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors import hub, storage
+from tests.e2e.conftest import REPOSITORY, finish, start
+from tests.tiny import SMOLLM2
+
+
+
+def records(output_dir: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def children(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def test_the_demo_recipe_end_to_end(tmp_path: Path) -> None:
+    """Two steps of the demo, and its adapter: plain PEFT gives the answers that the engine gave."""
+    held_out = [json.loads(line) for line in (REPOSITORY / "configs/grpo/sums-held-out.jsonl").read_text().splitlines()][:12]
+    (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    overrides = [f"output_dir={tmp_path / 'out'}", "max_steps=2", f"test_datasets=[{{path: {tmp_path}/held-out.jsonl}}]"]
+    code, output = finish(start("run", "configs/grpo/smollm2-lora-cpu.yaml", *overrides, "learning_rate=2e-3"))
+    assert code == 0, output
+    out = tmp_path / "out"
+    assert "held-out accuracy" in output
+    assert f"adapter  {out}" in output
+    assert "Traceback" not in output
+    train = records(out, "train")
+    assert [record["step"] for record in train] == [1, 2]
+    assert all(record["completion_tokens"] > 64 and record["groups"] == 8 for record in train)
+    assert all(record["probe_gap"] < 1e-3 and record["engine_gap"] < 1e-3 for record in train)
+    assert list(out.glob("tensorboard/events*"))
+    storage.verify(out / "checkpoint-2")
+
+    tokenizer = AutoTokenizer.from_pretrained(hub.resolve(SMOLLM2.name))
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(hub.resolve(SMOLLM2.name), dtype=torch.float32), str(out)
+    )
+    solved = 0
+    for row in held_out:
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answer = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        numbers = [word.strip(".,!?=+") for word in tokenizer.decode(answer, skip_special_tokens=True).split()]
+        numbers = [word for word in numbers if word.lstrip("-").isdigit()]
+        solved += bool(numbers) and int(numbers[-1]) == row["answer"]
+    assert solved == round(records(out, "eval")[-1]["eval/accuracy"] * len(held_out))
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(job: Callable[..., Path], tmp_path: Path) -> None:
+    """With batches in flight: Ctrl-C after the checkpoint of step 2, then the same command goes on to the same losses."""
+    code, output = finish(start("run", job("a.yaml", output_dir=str(tmp_path / "a"), ray__max_staleness=1)))
+    assert code == 0, output
+
+    config = job("b.yaml", output_dir=str(tmp_path / "b"), ray__max_staleness=1, auto_resume_from_checkpoints=True)
+    process = start("run", config, "max_steps=1000")
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "b" / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    family = children(process.pid)
+    asked = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    code, output = finish(process, 60)
+    assert code == 130
+    assert "is whole" in output and "auto_resume_from_checkpoints=true" in output and "Traceback" not in output
+    assert time.monotonic() - asked < 30
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    for newer in (tmp_path / "b").glob("checkpoint-*"):
+        storage.verify(newer)
+        if newer.name != "checkpoint-2":
+            newer.rename(newer.with_name(f"moved-{newer.name}"))
+
+    code, output = finish(start("run", config))
+    assert code == 0, output
+    assert "resumed from" in output
+    keys = ("step", "loss", "reward", "grad_norm", "staleness", "completion_tokens", "engine_gap")
+    a, b = ([{key: r[key] for key in keys} for r in records(tmp_path / name, "train")] for name in "ab")
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("raises", "reward tiny_rewards.raises failed on 2 calls of step 1: RuntimeError: no idea"),
+        ("missing", "tiny_rewards.missing cannot be imported"),
+    ],
+)
+def test_a_reward_that_fails_ends_in_one_message(job: Callable[..., Path], function: str, expected: str) -> None:
+    code, output = finish(start("run", job(trl__reward_funcs=[f"tiny_rewards.{function}"])))
+    assert code == 1
+    assert f"eagleray: {'trl.reward_funcs: ' if function == 'missing' else ''}{expected}" in output
+    assert "Traceback" not in output
+
+
+def test_bad_input_ends_before_anything_starts(job: Callable[..., Path], tmp_path: Path) -> None:
+    good = job()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "w3"}\n{"question": "w4"}\n')
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "adapter_model.safetensors").write_text("mine")
+    cases = {
+        (tmp_path / "none.yaml",): "none.yaml",
+        (good, f"datasets=[{{path: {tmp_path}/empty.jsonl}}]"): "no prompts in",
+        (good, f"datasets=[{{path: {tmp_path}/bad.jsonl}}]"): "bad.jsonl:2: has no `prompt`",
+        (good, "base_model=/nowhere/at/all"): "there is no folder /nowhere/at/all",
+        (good, "base_model=nobody/nothing"): "nobody/nothing is no folder, not in the hub's cache",
+        (good, f"output_dir={tmp_path}/used"): "holds an earlier run",
+        (good, "trl.num_generations=1"): "num_generations",
+        (good, "lora_rr=3"): "did you mean lora_r?",
+        (good, "trl.max_completion_length=30"): "leaves 2",
+    }
+    for arguments, expected in cases.items():
+        code, output = finish(start("run", *arguments), 120)
+        assert code == 1, (arguments, output)
+        assert expected in output, (arguments, output)
+        assert "Traceback" not in output, (arguments, output)
+    assert (tmp_path / "used" / "adapter_model.safetensors").read_text() == "mine"
+
+
+def test_a_folder_in_use_is_refused(job: Callable[..., Path], tmp_path: Path) -> None:
+    from orchestrator.checkpoints import claimed
+
+    with claimed(tmp_path / "out"):
+        code, output = finish(start("run", job()), 120)
+    assert code == 1
+    assert "is in use by another run" in output
+
+
+def test_plan_starts_nothing(job: Callable[..., Path], tmp_path: Path) -> None:
+    code, output = finish(start("plan", job()), 120)
+    assert code == 0
+    assert "8 micro_batch_size x 1 gradient_accumulation_steps = 8 completions a step" in output
+    assert not (tmp_path / "out").exists()
+    code, output = finish(start("plan", job(ray__engine_cpus=4096)), 120)
+    assert code == 1
+    assert "engine 0 needs 4096 CPU" in output

@@ -1,0 +1,137 @@
+"""Prompts: what is read, what is refused and where, and which step sees which row."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import DataError
+from orchestrator.data import Row, load_prompts, rows_of_step, without_long_prompts
+from orchestrator.schema import DatasetConfig, JobConfig
+
+
+def job(path: Path | str, **changes: Any) -> JobConfig:
+    config = JobConfig(rl="grpo", base_model="m", learning_rate=1.0, datasets=[DatasetConfig(path=str(path))])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_rows_keep_prompt_columns_and_place(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"prompt": "1 + 1", "answer": 2}])
+    assert load_prompts(job(file), []).train == (Row("1 + 1", {"answer": 2}, f"{file}:1"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"prompt": "p"}\n\n{"prompt": "q"}\n'),
+        ("a.json", '[{"prompt": "p"}, {"prompt": "q"}]'),
+        ("a.csv", "prompt\np\nq\n"),
+        ("a.txt", "p\nq\n"),
+    ],
+)
+def test_text_formats(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert sorted(str(row.prompt) for row in load_prompts(job(tmp_path / name), []).train) == ["p", "q"]
+
+
+def test_parquet_folder_and_glob(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.table({"prompt": ["p"]}), tmp_path / "one.parquet")
+    jsonl(tmp_path / "two.jsonl", [{"prompt": "q"}])
+    for path in (tmp_path, tmp_path / "*.*"):
+        assert {row.prompt for row in load_prompts(job(path), []).train} == {"p", "q"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"prompt": ', "is not JSON"),
+        ([1], "is a list, not an object"),
+        ({"question": "x"}, "has no `prompt`; its fields are question"),
+        ({"prompt": " "}, "`prompt` is empty"),
+        ({"prompt": 3}, "`prompt` is neither text nor a list of messages"),
+        ({"prompt": []}, "`prompt` is neither text nor a list of messages"),
+        ({"prompt": [{"role": "user"}]}, "`prompt` is neither text nor a list of messages"),
+    ],
+)
+def test_a_bad_row_stops_the_job_with_its_place(tmp_path: Path, row: Any, reason: str) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"prompt": "good"}, row])
+    with pytest.raises(DataError) as error:
+        load_prompts(job(file), [])
+    assert f"{file}:2" in str(error.value)
+    assert reason in str(error.value)
+
+
+def test_a_share_of_bad_rows_can_be_left_out(tmp_path: Path) -> None:
+    config = job(jsonl(tmp_path / "a.jsonl", [{"prompt": "good"}, {"prompt": ""}]))
+    config.ray.max_bad_rows = 0.5
+    prompts = load_prompts(config, [])
+    assert [row.prompt for row in prompts.train] == ["good"]
+    assert [bad.place for bad in prompts.bad] == [f"{tmp_path}/a.jsonl:2"]
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no prompts in"):
+        load_prompts(job(jsonl(tmp_path / "a.jsonl", [])), [])
+    with pytest.raises(DataError, match="there is no file .*missing.jsonl"):
+        load_prompts(job(tmp_path / "missing.jsonl"), [])
+
+
+def test_long_prompts_are_bad_rows(tmp_path: Path) -> None:
+    config = job(jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "a b c"}]), sequence_len=10)
+    config.trl.max_completion_length = 8
+    prompts = load_prompts(config, [])
+    with pytest.raises(DataError, match="has 3 tokens; sequence_len 10 less max_completion_length 8 leaves 2"):
+        without_long_prompts(config, prompts, lambda prompt: len(str(prompt).split()))
+    config.ray.max_bad_rows = 0.5
+    kept = without_long_prompts(config, prompts, lambda prompt: len(str(prompt).split()))
+    assert [row.prompt for row in kept.train] == ["a"]
+
+
+def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"prompt": str(i)} for i in range(10)])
+    prompts = load_prompts(job(file, val_set_size=0.3), [])
+    assert len(prompts.held_out) == 3
+    assert {r.prompt for r in prompts.train} | {r.prompt for r in prompts.held_out} == {str(i) for i in range(10)}
+    assert not {r.prompt for r in prompts.train} & {r.prompt for r in prompts.held_out}
+    with pytest.raises(DataError, match="val_set_size"):
+        load_prompts(job(file, val_set_size=10), [])
+
+
+def test_a_transform_shapes_rows(tmp_path: Path) -> None:
+    (tmp_path / "shape_rows.py").write_text(
+        "def made(cfg):\n    return (lambda row: {'prompt': row['q'] + cfg.base_model}), {'remove_columns': ['q']}\n"
+    )
+    config = job(jsonl(tmp_path / "a.jsonl", [{"q": "x"}]))
+    assert config.datasets
+    config.datasets[0].type = "shape_rows.made"
+    assert load_prompts(config, [str(tmp_path)]).train[0].prompt == "xm"
+    config.datasets[0].type = "shape_rows.missing"
+    with pytest.raises(DataError, match="shape_rows.missing cannot be used"):
+        load_prompts(config, [str(tmp_path)])
+
+
+def test_each_epoch_sees_every_row_once_and_steps_do_not_depend_on_each_other() -> None:
+    rows = [Row(str(i), {}, "") for i in range(7)]
+    seen = [row.prompt for step in range(7) for row in rows_of_step(rows, step, 3, seed=5)]
+    assert len(seen) == 21
+    assert all(Counter(seen[e * 7 : e * 7 + 7]) == Counter(str(i) for i in range(7)) for e in range(3))
+    assert seen[:7] != seen[7:14]
+    assert [row.prompt for row in rows_of_step(rows, 4, 3, seed=5)] == seen[12:15]
+
+
+def test_the_fingerprint_tells_other_prompts(tmp_path: Path) -> None:
+    first = load_prompts(job(jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b"}])), [])
+    other = load_prompts(job(jsonl(tmp_path / "b.jsonl", [{"prompt": "a"}, {"prompt": "c"}])), [])
+    assert first.fingerprint != other.fingerprint

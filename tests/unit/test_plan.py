@@ -1,0 +1,96 @@
+"""The plan: batch arithmetic by hand, and bundles on clusters that exist only here."""
+
+from typing import Any
+
+import pytest
+
+from actors.errors import ConfigError
+from orchestrator.plan import Node, ensure_placeable, make_plan
+from orchestrator.schema import JobConfig
+
+LAPTOP = [Node("laptop", {"CPU": 2.0})]
+TWO_GPUS = [Node("a", {"CPU": 16.0, "GPU": 2.0})]
+
+
+def job(**changes: Any) -> JobConfig:
+    config = JobConfig(
+        rl="grpo", base_model="m", learning_rate=1.0, micro_batch_size=4, gradient_accumulation_steps=6, bf16=False
+    )
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        setattr(getattr(config, section) if section else config, key, value)
+    return config
+
+
+def test_batch_arithmetic() -> None:
+    # 4 x 6 = 24 completions; 24 / 8 = 3 prompts; 2 engines get 2 and 1; 100 / 3 = 33.3 steps an epoch
+    plan = make_plan(job(num_epochs=2.0, warmup_ratio=0.1, ray__engines=2), TWO_GPUS, 100)
+    assert (plan.completions_per_step, plan.prompts_per_step, plan.prompts_per_engine) == (24, 3, 2)
+    assert plan.max_num_seqs == 16
+    assert plan.total_steps == 67
+    assert plan.warmup_steps == 7
+    assert plan.save_steps == 33
+
+
+def test_max_steps_wins_over_epochs() -> None:
+    assert make_plan(job(max_steps=5, save_steps=2), LAPTOP, 100).total_steps == 5
+
+
+def test_cpu_bundles_and_threads() -> None:
+    plan = make_plan(job(), LAPTOP, 100)
+    assert [(str(b), dict(b.resources)) for b in plan.bundles] == [("trainer 0", {"CPU": 1}), ("engine 0", {"CPU": 1})]
+    assert plan.placement == (0, 0)
+    assert plan.threads == 2  # they take turns, so each may use the machine
+    assert make_plan(job(ray__max_staleness=1), LAPTOP, 100).threads == 1  # they run side by side
+
+
+def test_gpu_bundles() -> None:
+    plan = make_plan(job(), TWO_GPUS, 100)
+    assert [dict(b.resources) for b in plan.bundles] == [{"CPU": 1, "GPU": 1.0}, {"CPU": 1, "GPU": 1}]
+    assert plan.threads is None
+    ensure_placeable(plan)
+
+
+def test_a_gpu_can_be_shared() -> None:
+    one = [Node("a", {"CPU": 8.0, "GPU": 1.0})]
+    plan = make_plan(job(resources_per_worker={"GPU": 0.5}, ray__engine_gpus=0.5), one, 100)
+    ensure_placeable(plan)
+    assert plan.gpu_memory_utilization == pytest.approx(0.45)
+
+
+def test_what_does_not_fit_and_what_would() -> None:
+    one = [Node("a", {"CPU": 8.0, "GPU": 1.0})]
+    with pytest.raises(ConfigError) as error:
+        ensure_placeable(make_plan(job(), one, 100))
+    text = str(error.value)
+    assert "engine 0 needs 1 CPU + 1 GPU, but a has 7 CPU left" in text
+    assert "resources_per_worker: {GPU: 0.5} and ray.engine_gpus: 0.5" in text
+    assert "add a node with 1 CPU + 1 GPU" in text
+
+
+def test_cpus_that_are_missing() -> None:
+    with pytest.raises(ConfigError, match=r"engine 0 needs 2 CPU, but laptop has 1 CPU left; lower ray.engine_cpus"):
+        ensure_placeable(make_plan(job(ray__engine_cpus=2), LAPTOP, 100))
+
+
+def test_sixty_four_gpus_on_eight_nodes() -> None:
+    nodes = [Node(f"n{i}", {"CPU": 64.0, "GPU": 8.0}) for i in range(8)]
+    plan = make_plan(job(ray__engines=63), nodes, 1000)
+    ensure_placeable(plan)
+    placed = [plan.placement.count(i) for i in range(8)]
+    assert placed == [8] * 8
+    with pytest.raises(ConfigError, match="engine 63 needs .*ask for ray.engines: 63"):
+        ensure_placeable(make_plan(job(ray__engines=64), nodes, 1000))
+
+
+def test_a_bundle_never_spans_two_nodes() -> None:
+    nodes = [Node("a", {"CPU": 1.0}), Node("b", {"CPU": 1.0})]
+    assert make_plan(job(), nodes, 10).placement == (0, 1)
+    assert make_plan(job(ray__trainer_cpus=2), nodes, 10).placement[0] is None
+
+
+def test_dtype_follows_the_configuration() -> None:
+    assert make_plan(job(bf16=True), LAPTOP, 10).dtype == "bfloat16"
+    assert make_plan(job(bf16=False), LAPTOP, 10).dtype == "float32"
+    assert make_plan(job(bf16="auto"), TWO_GPUS, 10).dtype == "bfloat16"
+    assert make_plan(job(vllm__dtype="half"), LAPTOP, 10).dtype == "float16"
