@@ -19,6 +19,8 @@ from actors.errors import SyncError
 from actors.specs import EngineSpec, SamplingSpec
 from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader
 
+CPU_BLOCK_TOKENS = 32  # vLLM takes 128 on a CPU: most prompts fill no such block, and only full ones are cached
+
 
 @dataclass(frozen=True)
 class Installed:
@@ -59,6 +61,7 @@ class RolloutEngine:
             gpu_memory_utilization=spec.gpu_memory_utilization,
             enforce_eager=spec.enforce_eager or not device.has_gpu(),
             enable_prefix_caching=spec.enable_prefix_caching,
+            block_size=None if device.has_gpu() else CPU_BLOCK_TOKENS,
             logprobs_mode="processed_logprobs",
             worker_extension_cls="actors.install.PolicyInstaller",
             seed=spec.seed,

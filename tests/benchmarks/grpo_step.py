@@ -23,7 +23,7 @@ from tests.benchmarks.results import Row
 from tests.benchmarks.step import LEARNING_RATE, Loop
 
 CUTS = ((16, 4), (64, 1))  # completions per forward pass, passes per step
-TRIAL_STEPS = 2 if device.has_gpu() else 1  # a GPU's first step loads kernels; a CPU's is like any other
+TRIAL_STEPS = 2  # the first one loads kernels, which may take longer than a step
 
 
 def run(pairs: int) -> list[Row]:

@@ -40,6 +40,7 @@ PROMPTS = [
     [{"role": "user", "content": "Write one sentence about the sea."}],
     "Once upon a time there was",
 ]
+LONG_PROMPT = "The cat sat on the mat and looked at the moon. " * 14  # longer than a block of the prefix cache
 
 Snapshot = tuple[SnapshotHeader, NDArray[np.uint8]]
 
@@ -77,7 +78,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 def engine(request: pytest.FixtureRequest) -> Iterator[RolloutEngine]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    spec = EngineSpec(SMOLLM2, LORA, request.param, max_model_len=128, max_num_seqs=16, policies=POLICIES)
+    spec = EngineSpec(SMOLLM2, LORA, request.param, max_model_len=256, max_num_seqs=16, policies=POLICIES)
     engine = RolloutEngine(spec, PROBE)
     yield engine
     engine.llm.llm_engine.engine_core.shutdown()
@@ -102,9 +103,7 @@ def transformers_greedy(reference: Any, engine: RolloutEngine) -> list[list[int]
     answers = []
     for prompt in PROMPTS:
         ids = torch.tensor([engine.token_ids(prompt)])
-        out = reference.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
+        out = reference.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
         answers.append(out[0, ids.shape[1] :].tolist())
     return answers
 
@@ -142,9 +141,7 @@ def break_install(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch, where:
         armed = [True]
 
         def breaking(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
-            count = 0
-            for item in merged(*args):
-                count += 1
+            for count, item in enumerate(merged(*args), start=1):
                 if armed and count == after:
                     armed.clear()
                     raise MemoryError("no room")
@@ -301,8 +298,13 @@ def test_the_seed_decides_every_draw(engine: RolloutEngine, policies: Policies) 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_are_the_trainers(engine: RolloutEngine, policies: Policies, temperature: float) -> None:
+    prompts = [*PROMPTS, LONG_PROMPT]
+    sampling = SamplingSpec(3, NEW_TOKENS, temperature=temperature)
+    engine.install(*policies.snapshots[1])
+    engine.generate(prompts, sampling, seed=3)  # leaves another policy's keys and values in the prefix cache
     engine.install(*policies.snapshots[2])  # which the trainer still holds
-    _, *groups = engine.generate(PROMPTS, SamplingSpec(3, NEW_TOKENS, temperature=temperature), seed=3)
+    _, *groups = engine.generate(prompts, sampling, seed=3)
+    assert len(groups[-1].prompt_ids) > engine.llm.llm_engine.vllm_config.cache_config.block_size
     row = pack_row(groups, [Sample(g, i, 1.0) for g in range(len(groups)) for i in range(3)])
     with torch.no_grad():
         logits_KV = model.row_logits(policies.trainer.policy, row)

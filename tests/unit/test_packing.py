@@ -33,9 +33,7 @@ def test_a_row_is_laid_out_as_by_hand() -> None:
     assert row.completion_ids_BT.tolist() == [[11, 12, 13], [31, 32, 0], [41, 0, 0]]
     assert row.mask_BT.tolist() == [[True, True, True], [True, True, False], [True, False, False]]
     assert row.advantages_B.tolist() == [0.5, -1.0, 2.0]
-    torch.testing.assert_close(
-        row.rollout_logprobs_BT, torch.tensor([[-1.1, -1.2, -1.3], [-3.1, -3.2, 0.0], [-4.1, 0.0, 0.0]])
-    )
+    torch.testing.assert_close(row.rollout_logprobs_BT, torch.tensor([[-1.1, -1.2, -1.3], [-3.1, -3.2, 0.0], [-4.1, 0.0, 0.0]]))
 
 
 def test_each_token_is_predicted_by_the_position_before_it() -> None:
@@ -82,9 +80,7 @@ def test_a_plan_holds_each_sample_once_in_rows_that_are_not_too_long(seed: int, 
         random_group(int(rng.integers(1, 9)), rng.integers(1, 9, rng.integers(1, 7)).tolist(), seed=i)
         for i in range(int(rng.integers(1, 8)))
     ]
-    samples = [
-        Sample(g, i, 1.0) for g, gr in enumerate(groups) for i in range(len(gr.texts)) if rng.random() < 0.8
-    ]
+    samples = [Sample(g, i, 1.0) for g, gr in enumerate(groups) for i in range(len(gr.texts)) if rng.random() < 0.8]
     rows = plan_rows(groups, samples, per_row)
     key = lambda s: (s.group, s.index)  # noqa: E731
     assert sorted((s for row in rows for s in row), key=key) == sorted(samples, key=key)

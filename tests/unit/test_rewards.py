@@ -22,7 +22,7 @@ GROUP = RolloutGroup(
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 COLUMNS = {"answer": "4", "level": 2}
 
-SOURCE = '''
+SOURCE = """
 import asyncio
 import sys
 import numpy as np
@@ -76,7 +76,7 @@ def text(completions): return "abc"
 def words(completions): return ["good", "bad", "ugly"]
 def needs(completions, not_a_column): return [1.0, 2.0, 3.0]
 NOT_A_FUNCTION = 3
-'''
+"""
 
 
 @pytest.fixture(scope="module")

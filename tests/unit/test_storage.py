@@ -74,11 +74,10 @@ def truncate(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "nested/state.json"])
 @pytest.mark.parametrize(
-    ("damage", "message"), [(flip, "is not what was written"), (truncate, "is not what was written"), (Path.unlink, "is missing")]
+    ("damage", "message"),
+    [(flip, "is not what was written"), (truncate, "is not what was written"), (Path.unlink, "is missing")],
 )
-def test_verify_names_the_damaged_file(
-    tmp_path: Path, name: str, damage: Callable[[Path], None], message: str
-) -> None:
+def test_verify_names_the_damaged_file(tmp_path: Path, name: str, damage: Callable[[Path], None], message: str) -> None:
     path = filled(tmp_path / "checkpoint")
     damage(path / name)
     with pytest.raises(CheckpointError, match=f"{path / name} {message}"):
