@@ -80,7 +80,7 @@ class RolloutEngine:
         exactly.
         """
         started = time.perf_counter()
-        snapshot.validate(
+        digest = snapshot.validate(
             header,
             buffer,
             self.expected,
@@ -107,7 +107,7 @@ class RolloutEngine:
             for old in gone:
                 self._worker("eagleray_remove_adapter", old.slot)
         probe = tuple(self.probe_logprobs())
-        return InstallReceipt(header.version, snapshot.digest(buffer), probe, time.perf_counter() - started)
+        return InstallReceipt(header.version, digest, probe, time.perf_counter() - started)
 
     @property
     def version(self) -> int | None:

@@ -8,6 +8,7 @@ was not interrupted.
 import json
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from actors import device, hub, model, snapshot
+from actors import device, model, snapshot
 from actors.loss import grpo_loss, token_weights
 from actors.packing import PackedRow, Sample, pack_row, plan_rows
 from actors.specs import OptimizerSpec, TrainerSpec
@@ -169,8 +170,8 @@ class Trainer:
         """The adapter as PEFT writes it, loadable by PeftModel.from_pretrained."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        config = model.peft_config(self.spec.lora)
-        config.base_model_name_or_path = hub.resolve(self.spec.model.name)
+        config = copy(self.policy.peft_config["default"])  # as PEFT resolved it: the modules by name
+        config.base_model_name_or_path = self.spec.model.name
         config.inference_mode = True
         tensors = {name: t.detach().cpu().contiguous() for name, t in model.lora_tensors(self.policy).items()}
         save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -190,18 +190,30 @@ def fetch(ref: Any, who: str, timeout_s: float) -> Any:
         raise ActorError(f"{who} did not answer within {timeout_s:g} s; its stack is in the dashboard under Actors")
     try:
         return ray.get(ref)
-    except RayTaskError as error:
-        if isinstance(error.cause, EaglerayError):
-            raise error.cause from None
-        raise ActorError(f"{who} failed: {type(error.cause).__name__}: {error.cause}\n{_tail(str(error))}") from error
-    except RayActorError as error:
-        raise ActorError(f"{who} died: {_first_lines(str(error))}") from error
     except RayError as error:
-        raise ActorError(f"{who} is lost: {type(error).__name__}: {_first_lines(str(error))}") from error
+        if own := _own(error):
+            raise own from None
+        if isinstance(error, RayTaskError):
+            text = f"{who} failed: {type(error.cause).__name__}: {error.cause}\n{_tail(str(error))}"
+        elif isinstance(error, RayActorError):
+            text = f"{who} died: {_last_line(str(error))}"
+        else:
+            text = f"{who} is lost: {type(error).__name__}: {_last_line(str(error))}"
+        raise ActorError(text) from error
 
 
-def _first_lines(text: str, count: int = 4) -> str:
-    return " ".join(line.strip() for line in text.strip().splitlines()[:count])
+def _own(error: BaseException | None) -> EaglerayError | None:
+    """The message for a person behind what Ray raised, if the actor raised one, in a method or in its constructor."""
+    while error is not None:
+        if isinstance(error, EaglerayError) and not isinstance(error, RayTaskError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def _last_line(text: str) -> str:
+    """Where a traceback says what happened."""
+    return text.strip().splitlines()[-1].strip()
 
 
 def _tail(text: str, count: int = 8) -> str:

@@ -211,8 +211,8 @@ def _local_files(entry: DatasetConfig, search_paths: Sequence[str]) -> list[Path
             if not files:
                 raise DataError(f"datasets: the folder {path} holds no file of a known kind")
             return files
-        if any(c in entry.path for c in "*?[") and (found := sorted(glob(str(path)))):
-            return [Path(name) for name in found]
+        if any(c in entry.path for c in "*?[") and (matches := sorted(glob(str(path)))):
+            return [Path(name) for name in matches]
     if (
         entry.path.startswith((".", "/", "~"))
         or entry.path.count("/") > 1

@@ -13,7 +13,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from actors.errors import ActorError, EaglerayError
 from actors.specs import RewardSpec
 from actors.types import Scores
 from orchestrator import cluster
@@ -101,11 +100,7 @@ class Scorer:
             self._call(function, call)
 
     def _wait_ready(self, function: _Function) -> None:
-        try:
-            cluster.fetch(function.actor.ready.remote(), f"reward {function.spec.path}", cluster.PLACEMENT_TIMEOUT_S)
-        except ActorError as error:
-            cause = error.__cause__.__cause__ if error.__cause__ else None
-            raise cause if isinstance(cause, EaglerayError) else error from None
+        cluster.fetch(function.actor.ready.remote(), f"reward {function.spec.path}", cluster.PLACEMENT_TIMEOUT_S)
 
     def _queue(self, function: _Function, call: Call) -> Call:
         self._call(function, call)

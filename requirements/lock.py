@@ -21,7 +21,7 @@ LEFT_OUT = {
 }
 MODEL_RUNNERS = {
     "click-default-group", "condense-json", "diskcache", "llama_cpp_python", "llm", "puremagic",
-    "python-ulid", "sqlite-fts4", "sqlite-utils", "tabulate",
+    "python-ulid", "sqlite-fts4", "sqlite-utils",
 }  # fmt: skip
 
 

@@ -105,8 +105,8 @@ class NoModelEngine:
         """As RolloutEngine.install, without a model to place it in and without the probe."""
         started = time.perf_counter()
         name, rank = self.adapter.model, self.adapter.rank
-        snapshot.validate(header, buffer, self.shapes, base_model=name, rank=rank, scaling=SCALING)
-        return InstallReceipt(header.version, snapshot.digest(buffer), (), time.perf_counter() - started)
+        digest = snapshot.validate(header, buffer, self.shapes, base_model=name, rank=rank, scaling=SCALING)
+        return InstallReceipt(header.version, digest, (), time.perf_counter() - started)
 
     def load(self, path: Path) -> None:
         """Opens the file and reads every tensor, since load_file only maps them."""

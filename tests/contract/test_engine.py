@@ -15,7 +15,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from tiny import SMOLLM2, fill_adapter
 from transformers import AutoModelForCausalLM
 
 from actors import hub, install, model, snapshot
@@ -26,6 +25,7 @@ from actors.packing import Sample, pack_row
 from actors.specs import EngineSpec, LoraSpec, OptimizerSpec, SamplingSpec, TrainerSpec
 from actors.trainer import Trainer
 from actors.types import RolloutGroup, SnapshotHeader
+from tests.tiny import SMOLLM2, fill_adapter
 
 SYNCS = ("fused", "adapter")
 POLICIES = 2  # versions an engine holds

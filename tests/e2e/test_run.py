@@ -19,7 +19,6 @@ from tests.e2e.conftest import REPOSITORY, finish, start
 from tests.tiny import SMOLLM2
 
 
-
 def records(output_dir: Path, kind: str) -> list[dict[str, Any]]:
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SMOLLM2, alone_logprobs, fill_adapter, random_group, save_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +13,7 @@ from actors.errors import ConfigError
 from actors.packing import PackedRow, Sample, pack_row, plan_rows
 from actors.specs import LoraSpec, ModelSpec
 from actors.types import RolloutGroup
+from tests.tiny import SMOLLM2, alone_logprobs, fill_adapter, random_group, save_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPERATURE = 0.7

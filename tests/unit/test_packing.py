@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tiny import random_group
 
 from actors.packing import PackedRow, Sample, pack_row, plan_rows
 from actors.types import RolloutGroup
+from tests.tiny import random_group
 
 
 def group(prompt: list[int], *completions: list[int]) -> RolloutGroup:

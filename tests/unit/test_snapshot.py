@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from tiny import fill_adapter, save_llama, trainer_spec
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +17,7 @@ from actors import snapshot
 from actors.errors import SyncError
 from actors.trainer import Trainer
 from actors.types import SnapshotHeader, TensorEntry
+from tests.tiny import fill_adapter, save_llama, trainer_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = "someone/base"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import alone_logprobs, fill_adapter, random_group, save_llama, trainer_spec
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from actors.loss import LossSpec
 from actors.specs import OptimizerSpec, TrainerSpec
 from actors.trainer import Trainer
 from actors.types import RolloutGroup, TrainStats
+from tests.tiny import alone_logprobs, fill_adapter, random_group, save_llama, trainer_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BETA1 = 0.9
