@@ -45,6 +45,7 @@ class Plan:
     strategy: str  # of Ray's placement group
     gpu: bool
     dtype: str
+    attention: str  # the trainer's, of transformers
     sync: str  # fused | adapter
     threads: int | None  # CPU threads per actor; None with GPUs
     prompts_per_step: int
@@ -90,6 +91,8 @@ def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int) -> Plan:
         strategy={"pack": "PACK", "spread": "SPREAD"}[config.ray.placement],
         gpu=gpu,
         dtype=_dtype(config, gpu),
+        # Packed rows need a mask of their own, which flash attention's kernels do not take. The result is the same.
+        attention="eager" if config.attn_implementation == "eager" else "sdpa",
         sync="fused" if config.ray.sync == "auto" else config.ray.sync,
         threads=None if gpu else threads,
         prompts_per_step=prompts,
@@ -122,7 +125,8 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
     rewards = [f"reward {name}: its own process, no reserved CPU" for name in trl.reward_funcs or []]
     engines = config.ray.engines
     return [
-        f"model       {config.base_model}, {plan.dtype}, LoRA r={config.lora_r} alpha={config.lora_alpha}",
+        f"model       {config.base_model}, {plan.dtype}, {plan.attention} attention",
+        f"adapter     LoRA r={config.lora_r} alpha={config.lora_alpha}",
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {_amount(n.resources)}" for n in plan.nodes),
         f"placement   one placement group, {plan.strategy}",
         *(f"            {line}" for line in [*held, *rewards]),

@@ -207,7 +207,7 @@ def output_path(config: JobConfig) -> Path:
 
 
 def model_spec(config: JobConfig, plan: Plan) -> ModelSpec:
-    return ModelSpec(config.base_model, plan.dtype, config.trust_remote_code, config.attn_implementation)
+    return ModelSpec(config.base_model, plan.dtype, config.trust_remote_code, plan.attention)
 
 
 def lora_spec(config: JobConfig) -> LoraSpec:

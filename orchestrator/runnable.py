@@ -26,9 +26,9 @@ ACTS_ON = frozenset({
     "datasets", "test_datasets", "val_set_size", "sequence_len", "chat_template", "micro_batch_size",
     "gradient_accumulation_steps", "num_epochs", "max_steps", "learning_rate", "optimizer", "lr_scheduler",
     "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "bf16", "fp16", "gradient_checkpointing", "seed", "attn_implementation",
-    "flash_attention", "sdp_attention", "save_steps", "save_strategy", "save_total_limit", "eval_steps",
-    "logging_steps", "resume_from_checkpoint", "auto_resume_from_checkpoints", "use_tensorboard",
+    "adam_epsilon", "bf16", "gradient_checkpointing", "seed", "attn_implementation",
+    "sdp_attention", "save_steps", "save_strategy", "save_total_limit", "eval_steps",
+    "resume_from_checkpoint", "auto_resume_from_checkpoints", "use_tensorboard",
     "ray_num_workers", "resources_per_worker", "ray_run_name", "rl_beta", "trl.beta", "trl.use_vllm",
     "trl.vllm_mode", "trl.vllm_sync_interval", "trl.num_generations", "trl.max_completion_length",
     "trl.reward_funcs", "trl.reward_weights", "trl.temperature", "trl.top_p", "trl.top_k", "trl.min_p",
@@ -41,7 +41,7 @@ ACTS_ON = frozenset({
     "ray.importance_sampling_cap", "ray.kv_cache_gib", "ray.max_bad_rows", "ray.placement",
 })
 DATASET_ACTS_ON = frozenset({
-    "path", "type", "name", "split", "data_files", "ds_type", "revision", "trust_remote_code",
+    "path", "type", "name", "split", "data_files", "ds_type", "revision",
 })
 # fmt: on
 
@@ -122,6 +122,8 @@ _LIGER = "not used: a faster kernel, same result"
 _DDP = "not used: one trainer rank has nobody to exchange gradients with"
 IDLE: dict[str, str] = {
     "use_ray": "not used: every job runs on Ray",
+    "logging_steps": "not used: every step is recorded",
+    "flash_attention": "not used: packed prompts need a mask that its kernels do not take; sdpa gives the same result",
     "strict": "not used: every file is checked strictly",
     "reward_model": "not used: it concerns rl: reward_trainer",
     "special_tokens": "not used: padding is masked, so its token changes nothing",
@@ -161,6 +163,7 @@ _WANDB = "Weights & Biases is not implemented yet; use use_tensorboard: true"
 _SHARDED = "training over several GPUs is not implemented yet; remove it"
 _ADDED_TOKENS = "new tokens are not implemented yet; add them to the model and give its folder as base_model"
 NOT_YET: dict[str, str] = {
+    "fp16": "is not implemented yet; use bf16: auto",
     "hub_model_id": "pushing to the hub is not implemented yet; upload output_dir after the job",
     "tokens": _ADDED_TOKENS,
     "gptq": "a GPTQ base model is not implemented yet; use one that is not quantized",

@@ -20,6 +20,7 @@ from orchestrator.data import Row
 from orchestrator.plan import Plan
 
 MAX_LOST_IN_A_ROW = 2  # calls of one batch; then the rest is not tried, since each costs the whole time limit
+ENDED = "ended its process"
 
 
 @dataclass(eq=False)
@@ -75,29 +76,44 @@ class Scorer:
             lost = lost + 1 if is_lost else 0
             scores.append(score)
         if lost == MAX_LOST_IN_A_ROW:
-            self._replace(function)  # the calls not waited for are still queued there
+            # The calls that were given up are still queued in the process.
+            self._restart(function)
+            for waiting in function.pending:
+                self._call(function, waiting)
         return scores
 
     def _result(self, function: _Function, call: Call) -> tuple[Scores, bool]:
         """A call's scores, and whether it took its process with it. Calls before it have ended, so it runs now."""
-        reason = f"did not return within ray.reward_timeout_s = {self.timeout_s:g} s"
-        if cluster.wait(call.ref, self.timeout_s):
-            try:
-                score: Scores = ray.get(call.ref)
-                function.pending.remove(call)
-                return score, False
-            except RayActorError:
-                reason = "ended its process"
+        outcome = self._outcome(call)
+        restarted = outcome == ENDED
+        if restarted:
+            # A call behind it may have ended the process before this answer was out: it is made again, alone.
+            self._restart(function)
+            self._call(function, call)
+            outcome = self._outcome(call)
         function.pending.remove(call)
-        self._replace(function)
-        return self._failure(function, reason), True
+        if isinstance(outcome, str):
+            self._restart(function)
+            restarted = True
+        if restarted:
+            for waiting in function.pending:
+                self._call(function, waiting)
+        return (self._failure(function, outcome), True) if isinstance(outcome, str) else (outcome, False)
 
-    def _replace(self, function: _Function) -> None:
+    def _outcome(self, call: Call) -> Scores | str:
+        """What a call gave, or why it gave nothing."""
+        if not cluster.wait(call.ref, self.timeout_s):
+            return f"did not return within ray.reward_timeout_s = {self.timeout_s:g} s"
+        try:
+            scores: Scores = ray.get(call.ref)
+            return scores
+        except RayActorError:
+            return ENDED
+
+    def _restart(self, function: _Function) -> None:
         cluster.stop(function.actor)
         function.actor = cluster.start_reward(self.plan, function.spec)
         self._wait_ready(function)
-        for call in function.pending:
-            self._call(function, call)
 
     def _wait_ready(self, function: _Function) -> None:
         cluster.fetch(function.actor.ready.remote(), f"reward {function.spec.path}", cluster.PLACEMENT_TIMEOUT_S)
