@@ -5,6 +5,7 @@ Every wait has a limit and turns what Ray raises into a message for a person. A 
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -19,7 +20,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors import device
+from actors import device, errors
 from actors.engine import RolloutEngine
 from actors.errors import ActorError, EaglerayError
 from actors.rewards import RewardWorker
@@ -202,12 +203,15 @@ def fetch(ref: Any, who: str, timeout_s: float) -> Any:
         raise ActorError(text) from error
 
 
-def _own(error: BaseException | None) -> EaglerayError | None:
+def _own(error: RayError) -> EaglerayError | None:
     """The message for a person behind what Ray raised, if the actor raised one, in a method or in its constructor."""
-    while error is not None:
-        if isinstance(error, EaglerayError) and not isinstance(error, RayTaskError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
+    if isinstance(error, RayTaskError) and isinstance(error.cause, EaglerayError):
+        return error.cause
+    # Of a constructor's exception Ray keeps the traceback's text alone; ours come last in it.
+    found = list(re.finditer(r"^actors\.errors\.(\w+): ", str(error), re.MULTILINE))
+    if isinstance(error, RayActorError) and found:
+        own: EaglerayError = getattr(errors, found[-1][1])(str(error)[found[-1].end() :].strip())
+        return own
     return None
 
 
