@@ -16,7 +16,13 @@ from actors.errors import EaglerayError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Errors for people are one message on stderr, without a traceback."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse gives up on overrides that follow an option.
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
     _quieten()
     try:
         return int(args.command(args))

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
             ports.append(free.getsockname()[1])
     with TemporaryDirectory(prefix="er", dir="/tmp") as folder:
         environment = {**os.environ, "HOME": folder, "RAY_TMPDIR": folder}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # as an activated .venv has it
         environment["EAGLERAY_CACHE"] = str(Path.home() / ".cache" / "eagleray")
         for name in ("RAY_ADDRESS", "VLLM_ENABLE_V1_MULTIPROCESSING"):
             environment.pop(name, None)
@@ -42,6 +44,7 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
                     break
                 except requests.ConnectionError:
                     assert process.poll() is None, (Path(folder) / "head.log").read_text()
+                    time.sleep(0.5)
             yield address, environment
         finally:
             process.terminate()
