@@ -92,7 +92,13 @@ class RolloutEngine:
         try:
             self._place(new)
         except Exception as error:  # vLLM raises many kinds; whichever it is, the old policy must be served again
-            self._put_back(new.slot)
+            try:
+                self._put_back(new.slot)
+            except Exception as second:
+                raise SyncError(
+                    f"policy version {header.version} could not be installed ({type(error).__name__}: {error}), and what "
+                    f"was served before could not be put back ({type(second).__name__}: {second}); start the job anew"
+                ) from error
             raise SyncError(
                 f"policy version {header.version} could not be installed ({type(error).__name__}: {error}); "
                 f"the engine serves version {self.version} as before"

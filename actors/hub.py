@@ -35,7 +35,9 @@ def resolve(name: str) -> str:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(name, local_files_only=True)
+        cached = Path(snapshot_download(name, local_files_only=True))
+        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):  # else: its tokenizer alone, say
+            return str(cached)
     except HFValidationError as error:
         raise ConfigError(f"base_model: {name} is no folder and no name of a model ({error})") from error
     except LocalEntryNotFoundError:

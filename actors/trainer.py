@@ -6,6 +6,7 @@ was not interrupted.
 """
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from copy import copy
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors import device, model, snapshot
+from actors.errors import CheckpointError
 from actors.loss import grpo_loss, token_weights
 from actors.packing import PackedRow, Sample, pack_row, plan_rows
 from actors.specs import OptimizerSpec, TrainerSpec
@@ -47,6 +49,21 @@ class Trainer:
         """The sequence whose log-probabilities prove a sync; at least two tokens."""
         self.probe = tuple(token_ids)
 
+    def base_logprobs(self) -> tuple[float, ...]:
+        """The probe's log-probabilities under the base model: what an engine answers whose installs do nothing."""
+        self.policy.eval()
+        with self.policy.disable_adapter():
+            return tuple(model.sequence_logprobs(self.policy, self.probe))
+
+    def ensure_shared(self, marker: str, content: str) -> None:
+        """Raises CheckpointError unless the driver's file is seen here, so that checkpoints land where it looks."""
+        path = Path(marker)
+        if not path.is_file() or path.read_text(encoding="utf-8") != content:
+            raise CheckpointError(
+                f"output_dir: {path.parent} on the trainer's node is not the driver's folder of that name; "
+                "use storage that all nodes mount"
+            )
+
     def train(self, advantages: Sequence[Sequence[float | None]], *groups: RolloutGroup) -> TrainStats:
         """One batch: `num_iterations` optimizer steps over the completions that have an advantage.
 
@@ -59,27 +76,28 @@ class Trainer:
         several = self.spec.num_iterations > 1
         old = [self._old_logprobs(row) if several else None for row in rows]
         totals: dict[str, float] = {}
+        left_out = 0
         for _ in range(self.spec.num_iterations):
             totals = self._iteration(rows, old, sequences=len(lengths), tokens=sum(lengths))
+            left_out += bool(totals["left_out"])
         self.version += 1
         trained_tokens = int(sum(int(row.mask_BT.sum()) for row in rows))
-        share = 1.0 / max(trained_tokens, 1)
+        share = 1.0 / trained_tokens if trained_tokens else math.nan  # nothing was trained, so nothing was measured
         return TrainStats(
             version=self.version,
             loss=totals["loss"],
             grad_norm=totals["grad_norm"],
             learning_rate=totals["learning_rate"],
-            kl=totals["kl_sum"] * share,
+            kl=totals["kl_sum"] * share if self.spec.loss.beta else math.nan,
             entropy=totals["entropy_sum"] * share,
             clip_fraction=totals["clipped_sum"] * share,
-            importance_ratio=totals["importance_sum"] * share if trained_tokens else 1.0,
+            importance_ratio=totals["importance_sum"] * share,
             engine_gap=totals["mismatch_sum"] * share,
             trained_completions=len(samples),
             trained_tokens=trained_tokens,
             computed_tokens=sum(row.input_ids.numel() for row in rows),
-            padding=0.0,  # a packed row has none
             seconds=time.perf_counter() - started,
-            skipped=bool(totals["skipped"]),
+            left_out=left_out,
         )
 
     def _samples(
@@ -139,13 +157,14 @@ class Trainer:
             sums["entropy_sum"] += float((entropy_BT * row.mask_BT).sum())
             for name in STEP_SUMS:
                 sums[name] += float(getattr(out, name))
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.optimizer.max_grad_norm))
-        finite = bool(np.isfinite(grad_norm) and np.isfinite(sums["loss"]))
+        limit = self.spec.optimizer.max_grad_norm or math.inf
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        finite = math.isfinite(grad_norm) and math.isfinite(sums["loss"])
         if rows and finite:
             self.optimizer.step()
         self.scheduler.step()  # the schedule counts steps of the job, also those that had nothing to learn
         self.optimizer.zero_grad(set_to_none=True)
-        return {**sums, "grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": not (rows and finite)}
+        return {**sums, "grad_norm": grad_norm, "learning_rate": learning_rate, "left_out": not finite}
 
     def publish(self) -> tuple[SnapshotHeader, NDArray[np.uint8]]:
         """The current policy as header and buffer, two objects of the store: the driver fetches only the first.

@@ -69,13 +69,13 @@ class InstallReceipt:
 
 @dataclass(frozen=True)
 class TrainStats:
-    """One optimizer step of the trainer. Means are over the completion tokens that took part in the loss."""
+    """One batch of the trainer. Means are over the completion tokens that took part in the loss; NaN if there were none."""
 
     version: int  # of the policy after the step
     loss: float
     grad_norm: float  # before clipping; 0 when nothing was trained
     learning_rate: float
-    kl: float
+    kl: float  # NaN when beta is 0: it is not computed then
     entropy: float  # nats
     clip_fraction: float
     importance_ratio: float  # mean truncated ratio of trainer to engine probability
@@ -83,9 +83,8 @@ class TrainStats:
     trained_completions: int
     trained_tokens: int  # completion tokens in the loss
     computed_tokens: int  # positions that went through the model
-    padding: float  # share of computed positions that were padding
     seconds: float
-    skipped: bool  # nothing to learn, or a gradient that was not finite
+    left_out: int  # optimizer steps left out because loss or gradient was not finite
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 output_dir/
   adapter_model.safetensors, adapter_config.json   the result
   checkpoint-12/   the trainer's files, state.json, manifest.json with digests
-  config.yaml, metrics.jsonl, tensorboard/, quarantine.jsonl
+  config.yaml, metrics.jsonl, tensorboard/, quarantine.json
 """
 
 import fcntl
+import itertools
 import json
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,18 +22,30 @@ from orchestrator.schema import JobConfig
 
 STATE = "state.json"
 ADAPTER = "adapter_model.safetensors"
+LOCK = ".lock"
 
 
 @contextmanager
-def claimed(output_dir: Path) -> Iterator[None]:
-    """Holds the folder for this run. Raises ConfigError when another run holds it."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / ".lock", "w") as lock:
+def claimed(output_dir: Path) -> Iterator[str]:
+    """Holds the folder for this run; yields what stands in its lock file, unlike that of any other run.
+
+    Raises ConfigError when another run holds it, or it cannot be made.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(output_dir / LOCK, "a")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output_dir} cannot be written ({error}); choose another one") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
         except OSError as error:
             raise ConfigError(f"output_dir: {output_dir} is in use by another run; choose another one") from error
-        yield
+        lock.truncate(0)
+        content = uuid.uuid4().hex
+        lock.write(content)
+        lock.flush()
+        yield content
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -51,13 +65,19 @@ def resume_point(config: JobConfig, output_dir: Path, warn: Any) -> Path | None:
     CheckpointError when the checkpoint that was asked for is damaged. With auto_resume_from_checkpoints a damaged one
     is passed over with a warning.
     """
-    if config.resume_from_checkpoint:
-        path = Path(config.resume_from_checkpoint)
-        storage.verify(path)
-        return path
     saved = steps_saved(output_dir)
+    used = bool(saved) or (output_dir / ADAPTER).exists()
+    if config.resume_from_checkpoint:
+        path = Path(config.resume_from_checkpoint).resolve()
+        storage.verify(path)
+        if used and path.parent != output_dir:
+            raise ConfigError(
+                f"output_dir: {output_dir} holds a run that resume_from_checkpoint ({path}) is not part of; "
+                "choose another folder"
+            )
+        return path
     if not config.auto_resume_from_checkpoints:
-        if saved or (output_dir / ADAPTER).exists():
+        if used:
             raise ConfigError(
                 f"output_dir: {output_dir} holds an earlier run; go on with it by auto_resume_from_checkpoints: true, "
                 "or choose another folder"
@@ -70,7 +90,26 @@ def resume_point(config: JobConfig, output_dir: Path, warn: Any) -> Path | None:
             return path
         except CheckpointError as error:
             warn(str(error))
+    if used:
+        raise CheckpointError(
+            f"output_dir: {output_dir} holds an earlier run and no whole checkpoint of it to go on from; "
+            "choose another folder"
+        )
     return None
+
+
+def set_newer_aside(resumed: Path, step: int, output_dir: Path) -> list[Path]:
+    """Renames the folder's checkpoints of later steps than the resumed one: damaged, or of a future that is redone.
+
+    The run makes checkpoints under their names again. Returns where they lie now.
+    """
+    moved = []
+    for newer in steps_saved(output_dir) if resumed.parent == output_dir else []:
+        if newer > step:
+            path = checkpoint_path(output_dir, newer)
+            aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"aside-{n}-{path.name}")).exists())
+            moved.append(path.rename(aside))
+    return moved
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class PromptSet:
     @property
     def fingerprint(self) -> str:
         """Digest of the training prompts in their order: what a resumed run must find unchanged."""
-        return digest(json.dumps([row.prompt for row in self.train]).encode())
+        return digest(json.dumps([row.prompt for row in self.train], default=str).encode())
 
 
 def load_prompts(config: JobConfig, search_paths: Sequence[str]) -> PromptSet:
@@ -75,7 +76,11 @@ def without_long_prompts(config: JobConfig, prompts: PromptSet, count_tokens: Ca
     bad = list(prompts.bad)
 
     def fits(row: Row) -> bool:
-        tokens = count_tokens(row.prompt)
+        try:
+            tokens = count_tokens(row.prompt)
+        except Exception as error:  # a template is a program of its own, and a row may be none that it foresees
+            bad.append(BadRow(row.place, f"the chat template cannot take the prompt ({type(error).__name__}: {error})"))
+            return False
         if tokens > room:
             bad.append(
                 BadRow(row.place, f"the prompt has {tokens} tokens; sequence_len {config.sequence_len} less "
@@ -100,10 +105,11 @@ def rows_of_step(rows: Sequence[Row], step: int, per_step: int, seed: int) -> li
     return chosen
 
 
-def _order(count: int, seed: int, epoch: int) -> list[int]:
+@lru_cache(maxsize=2)  # a step may span two passes
+def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
+    return tuple(order)
 
 
 def _checked(config: JobConfig, prompts: PromptSet) -> PromptSet:
@@ -202,7 +208,7 @@ def _local_files(entry: DatasetConfig, search_paths: Sequence[str]) -> list[Path
     """Files of a local dataset, sorted; None for a name that can only be the hub's."""
     names = entry.data_files or []
     for base in ["", *search_paths]:
-        path = Path(base) / entry.path
+        path = Path(base) / Path(entry.path).expanduser()
         if path.is_file():
             return [path]
         if path.is_dir():

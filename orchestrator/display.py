@@ -121,14 +121,15 @@ class Display:
                 self._status = None
 
     def step(self, record: Record, max_steps: int) -> None:
-        """One row of the table; a metric that the record lacks shows as `-`. The record must hold `step`."""
+        """One row of the table; a metric that the record lacks, or that is NaN, shows as `-`. The record must hold `step`."""
         step = int(record["step"])
         if "step_s" in record:
             self._step_s.append(record["step_s"])
         left_s = (max_steps - step) * sum(self._step_s) / len(self._step_s) if self._step_s else math.nan
         cells = [(max(5, 2 * len(str(max_steps)) + 1), "step", f"{step}/{max_steps}")]
         for heading, (width, name, write) in COLUMNS.items():
-            cells.append((width, heading, write(record[name]) if name in record else "-"))
+            known = not math.isnan(record.get(name, math.nan))
+            cells.append((width, heading, write(record[name]) if known else "-"))
         cells.append((6, "ETA", duration(left_s) if math.isfinite(left_s) else "-"))
         gap = "  " if self._console.width >= WIDE else " "
         if self._rows % HEADER_EVERY == 0:

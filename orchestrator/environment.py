@@ -15,9 +15,9 @@ _QUIET = {
 def actor_environment(role: str, plan: Plan, kv_cache_gib: int | None) -> dict[str, str]:
     """role: trainer | engine | reward."""
     env = dict(_QUIET)
-    if plan.threads is not None and role != "reward":
-        # Ray would set it to the CPUs that the actor reserves.
-        env["OMP_NUM_THREADS"] = str(plan.threads)
+    threads = {"trainer": plan.trainer_threads, "engine": plan.engine_threads}.get(role)
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(threads)  # Ray would set it to the CPUs that the actor reserves
     if role == "engine":
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in the actor, where installs can reach it
         if not plan.gpu:

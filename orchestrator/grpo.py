@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import Any
 
-from actors.errors import RewardError
+from actors.errors import RewardError, SyncError
 from actors.specs import SamplingSpec
 from actors.types import RolloutHeader, Scores, TrainStats
 from orchestrator import cluster
@@ -58,6 +58,7 @@ class Loop:
 
     def start(self) -> None:
         """Publishes what the trainer holds. A resumed job has set `step` and added older policies before."""
+        self.policies.learn_base()
         self.policies.publish()
 
     def advance(self) -> Record:
@@ -65,7 +66,7 @@ class Loop:
         started = time.perf_counter()
         self._fill()
         batch = self.in_flight.popleft()
-        headers = batch.headers(self.config.ray.rollout_timeout_s)
+        headers = self._headers(batch)
         probe_gap, install_s = self.policies.confirm(batch.policy_version)
 
         scoring = time.perf_counter()
@@ -78,8 +79,8 @@ class Loop:
         ref = self.actors.trainer.train.remote(advantages, *batch.group_refs)
         stats: TrainStats = cluster.fetch(ref, "the trainer, training", self.config.ray.rollout_timeout_s)
         train_s = time.perf_counter() - training
-        if not math.isfinite(stats.grad_norm):
-            self.warn(f"step {self.step + 1}: the gradient was not finite, so the step was left out")
+        if stats.left_out:
+            self.warn(f"step {self.step + 1}: loss or gradient was not finite; {stats.left_out} optimizer step(s) left out")
 
         self.step += 1
         publish_s = 0.0
@@ -104,7 +105,6 @@ class Loop:
             "importance_ratio": stats.importance_ratio,
             "engine_gap": stats.engine_gap,
             "staleness": self.step - 1 - batch.policy_version,
-            "padding": stats.padding,
             "completion_tokens": tokens,
             "sample_s": max(header.seconds for header in headers),
             "score_s": score_s,
@@ -137,21 +137,24 @@ class Loop:
 
     def evaluate(self) -> Evaluation:
         """Greedy answers of the newest policy to every held-out prompt."""
-        version = max(self.policies.published)
+        if self.step not in self.policies.published:  # with vllm_sync_interval above 1
+            self.policies.publish()
+        version = self.step
         self.policies.install(version)
-        greedy = SamplingSpec(1, self.config.trl.max_completion_length, temperature=0.0)
+        trl = self.config.trl
+        greedy = SamplingSpec(1, trl.max_completion_length, temperature=0.0, extra=trl.generation_kwargs or {})
         batch = self._send(self.prompts.held_out, greedy, self.step, version)
-        headers = batch.headers(self.config.ray.rollout_timeout_s)
+        headers = self._headers(batch)
         self.policies.confirm(version)
         scores = self.scorer.collect(batch.calls)
         rewards = self._combined(scores, headers)
         record = _rollout_record(headers, scores, rewards, rewards)
-        total = len(batch.rows)
+        scored = sum(reward is not None for group in scores for reward in group[0].rewards)
         shown = {k: v for k, v in record.items() if k.split("/")[0] in ("accuracy", "reward", "completion_length")}
         return Evaluation(
             {"step": self.step, **{f"eval/{name}": value for name, value in shown.items()}},
-            solved=round(record["accuracy"] * total),
-            total=total,
+            solved=round(record["accuracy"] * scored),
+            total=scored,
         )
 
     def _send(self, rows: Sequence[Any], sampling: SamplingSpec, number: int, version: int) -> Batch:
@@ -164,6 +167,17 @@ class Loop:
             policy_version=version,
             seed=(self.config.seed * 1_000_003 + number) % MAX_SEED,
         )
+
+    def _headers(self, batch: Batch) -> list[RolloutHeader]:
+        """Raises SyncError when an engine sampled with another version than it was told to."""
+        headers = batch.headers(self.config.ray.rollout_timeout_s)
+        for index, header in enumerate(headers):
+            if header.policy_version != batch.policy_version:
+                raise SyncError(
+                    f"engine {index} sampled batch {batch.number} with policy version {header.policy_version}, "
+                    f"not with {batch.policy_version}"
+                )
+        return headers
 
     def _sampling(self) -> SamplingSpec:
         trl = self.config.trl
@@ -189,13 +203,15 @@ class Loop:
                 rewards.append([None] * size)
             else:
                 rewards.append(combine_rewards({s.function: s.rewards for s in group}, weights))
+        summary = f"every reward of step {self.step + 1} is None"
         if failures:
             first = failures[0]
             summary = (
                 f"reward {first.function} failed on {len(failures)} calls of step {self.step + 1}: {first.failure}"
             )
-            if all(reward is None for group in rewards for reward in group):
-                raise RewardError(f"{summary}. No completion has a reward, so there is nothing to learn from")
+        if all(reward is None for group in rewards for reward in group):
+            raise RewardError(f"{summary}. No completion has a reward, so there is nothing to learn from")
+        if failures:
             self.warn(f"{summary}; their completions were dropped")
         return rewards
 
@@ -218,7 +234,7 @@ def _rollout_record(
         "reward": fmean(kept) if kept else math.nan,
         "reward_std": pstdev(kept) if kept else math.nan,
         **{f"reward/{name}": fmean(values) if values else math.nan for name, values in by_function.items()},
-        "accuracy": sum(reward >= 1.0 for reward in first) / len(lengths),
+        "accuracy": fmean(reward >= 1.0 for reward in first) if first else math.nan,
         "completion_length": fmean(lengths),
         "truncated": fmean(truncated),
         "groups": len(rewards),

@@ -13,6 +13,7 @@ from actors.errors import ConfigError
 from orchestrator.schema import JobConfig
 
 Resources = Mapping[str, float]
+MAX_NUM_SEQS = 1024  # completions that an engine decodes side by side; the rest of a batch waits in its queue
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Plan:
     dtype: str
     attention: str  # the trainer's, of transformers
     sync: str  # fused | adapter
-    threads: int | None  # CPU threads per actor; None with GPUs
+    trainer_threads: int | None  # CPU threads; None with GPUs
+    engine_threads: int | None  # of each engine
     prompts_per_step: int
     completions_per_step: int
     prompts_per_engine: int  # at most
@@ -58,6 +60,7 @@ class Plan:
     total_steps: int
     warmup_steps: int
     save_steps: int
+    eval_steps: int | None  # None = only before and after training
     rows: int = field(default=0)
 
     @property
@@ -81,9 +84,7 @@ def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int) -> Plan:
         warmup = ceil(config.warmup_ratio * total_steps)
     per_engine = ceil(prompts / config.ray.engines)
     engine_share = min(1.0, _engine_gpus(config, gpu))
-    cpus = max((node.resources.get("CPU", 1) for node in nodes), default=1)
-    # On-policy, trainer and engine take turns, so each may use every core of its machine.
-    threads = int(cpus) if config.ray.max_staleness == 0 else max(config.ray.trainer_cpus, config.ray.engine_cpus)
+    trainer_threads, engine_threads = _threads(config, nodes)
     return Plan(
         bundles=bundles,
         nodes=tuple(nodes),
@@ -94,17 +95,21 @@ def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int) -> Plan:
         # Packed rows need a mask of their own, which flash attention's kernels do not take. The result is the same.
         attention="eager" if config.attn_implementation == "eager" else "sdpa",
         sync="fused" if config.ray.sync == "auto" else config.ray.sync,
-        threads=None if gpu else threads,
+        trainer_threads=None if gpu else trainer_threads,
+        engine_threads=None if gpu else engine_threads,
         prompts_per_step=prompts,
         completions_per_step=completions,
         prompts_per_engine=per_engine,
-        max_num_seqs=per_engine * config.trl.num_generations,
+        max_num_seqs=min(per_engine * config.trl.num_generations, MAX_NUM_SEQS),
         max_model_len=config.vllm.max_model_len or config.sequence_len,
         gpu_memory_utilization=config.vllm.gpu_memory_utilization * (engine_share if gpu else 1.0),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         warmup_steps=warmup,
-        save_steps=int(config.save_steps or max(1, round(steps_per_epoch))),
+        save_steps=_every(config.save_steps, config.saves_per_epoch or 1, steps_per_epoch, total_steps),
+        eval_steps=_every(config.eval_steps, config.evals_per_epoch, steps_per_epoch, total_steps)
+        if config.eval_steps or config.evals_per_epoch
+        else None,
         rows=rows,
     )
 
@@ -153,6 +158,26 @@ def _bundles(config: JobConfig, gpu: bool) -> tuple[Bundle, ...]:
         Bundle("trainer", 0, trainer),
         *(Bundle("engine", i, engine) for i in range(config.ray.engines)),
     )
+
+
+def _every(steps: float | None, per_epoch: int | None, steps_per_epoch: float, total_steps: int) -> int:
+    """A number of steps as it is, a share of all steps below 1, or so many times an epoch; at least 1."""
+    if steps is not None:
+        return max(1, round(steps * total_steps)) if steps < 1 else int(steps)
+    return max(1, round(steps_per_epoch / (per_epoch or 1)))
+
+
+def _threads(config: JobConfig, nodes: Sequence[Node]) -> tuple[int, int]:
+    """CPU threads of the trainer and of each engine.
+
+    On-policy, trainer and engines take turns, so the trainer may use every core of its machine, and the engines, which
+    all sample at once, share them. Otherwise each has the cores that it reserves.
+    """
+    if config.ray.max_staleness > 0:
+        return config.ray.trainer_cpus, config.ray.engine_cpus
+    cpus = int(max((node.resources.get("CPU", 1) for node in nodes), default=1))
+    engines_per_node = ceil(config.ray.engines / max(1, len(nodes)))
+    return cpus, max(1, cpus // engines_per_node)
 
 
 def _engine_gpus(config: JobConfig, gpu: bool) -> float:

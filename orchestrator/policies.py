@@ -5,7 +5,7 @@ before the first rollout of that version is used, so a staleness above 0 never w
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.errors import SyncError
@@ -26,9 +26,14 @@ class Policies:
         self.tolerance = PROBE_TOLERANCE[dtype]
         self.timeout_s = timeout_s
         self.published: dict[int, tuple[SnapshotHeader, Any]] = {}  # header, ref of the buffer
-        self.first: SnapshotHeader | None = None  # of the first version this run published: what a dead sync serves
+        self.base_logprobs: Sequence[float] = ()  # the probe's under the base model: what a dead sync serves
         self.installed: int | None = None
         self.receipts: dict[int, list[Any]] = {}  # refs not checked yet
+
+    def learn_base(self) -> None:
+        """Asks the trainer what the base model says of the probe; before the first install."""
+        ref = self.actors.trainer.base_logprobs.remote()
+        self.base_logprobs = cluster.fetch(ref, "the trainer, computing the probe", self.timeout_s)
 
     def publish(self) -> tuple[SnapshotHeader, float]:
         """The trainer's current policy becomes a version; returns its header and the seconds it took."""
@@ -41,7 +46,6 @@ class Policies:
     def add(self, header: SnapshotHeader, buffer_ref: Any) -> None:
         """Keeps a version under its number."""
         self.published[header.version] = (header, buffer_ref)
-        self.first = self.first or header
 
     def install(self, version: int) -> None:
         """Queues the install of a version at every engine, unless it is what they serve."""
@@ -62,10 +66,11 @@ class Policies:
             who = f"engine {index}, installing policy version {version}"
             receipt: InstallReceipt = cluster.fetch(ref, who, self.timeout_s)
             header = self.published[version][0]
-            others = [h for v, (h, _) in self.published.items() if v != version]
-            gaps.append(
-                check_proof(header, receipt, [*others, *([self.first] if self.first else [])], self.tolerance, who)
-            )
+            others: dict[str, Sequence[float]] = {
+                f"version {v}": h.probe_logprobs for v, (h, _) in self.published.items() if h.digest != header.digest
+            }
+            others["the base model"] = self.base_logprobs
+            gaps.append(check_proof(header, receipt, others, self.tolerance, who))
             seconds.append(receipt.seconds)
         return max(gaps), max(seconds)
 
@@ -77,15 +82,15 @@ class Policies:
 def check_proof(
     header: SnapshotHeader,
     receipt: InstallReceipt,
-    others: Sequence[SnapshotHeader],
+    others: Mapping[str, Sequence[float]],
     tolerance: float,
     who: str,
 ) -> float:
     """The probe gap, nats a token. Raises SyncError unless the receipt proves that the engine serves `header`.
 
     Version and digest prove that the bytes arrived. The probe proves that they answer: the engine's own
-    log-probabilities must agree with the trainer's within `tolerance`, and must not be nearer to those of another
-    version, since a sync that does nothing stays within any tolerance while the policy has hardly moved.
+    log-probabilities must agree with the trainer's within `tolerance`, and must not be nearer to those of `others`
+    (name -> log-probabilities), since a sync that does nothing stays within any tolerance while the policy has hardly moved.
     """
     if (receipt.version, receipt.digest) != (header.version, header.digest):
         raise SyncError(
@@ -98,9 +103,9 @@ def check_proof(
             f"{who}: its log-probabilities of the probe differ from the trainer's by {gap:.4f} nats a token "
             f"(limit {tolerance}): it does not serve this policy"
         )
-    for other in others:
-        if other.digest != header.digest and _distance(other.probe_logprobs, receipt.probe_logprobs) < gap / 2:
-            raise SyncError(f"{who}: it answers like version {other.version}: the install changed nothing")
+    for name, logprobs in others.items():
+        if _distance(logprobs, receipt.probe_logprobs) < gap / 2:
+            raise SyncError(f"{who}: it answers like {name}: the install changed nothing")
     return gap
 
 

@@ -4,7 +4,7 @@ Everything that a person can have got wrong is found before the first process st
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def run(config: JobConfig, display: Display) -> RunResult:
 
     Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
     """
-    output_dir = output_path(config)
+    config = with_absolute_paths(config)
+    output_dir = Path(config.output_dir)
     _, prompts = plan_job(config, cluster.local_nodes())
     hub.resolve(config.base_model)
     spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)
@@ -58,8 +59,13 @@ def run(config: JobConfig, display: Display) -> RunResult:
     prompts = without_long_prompts(config, prompts, lambda p: len(prompt_token_ids(tokenizer, p, template)))
     probe = [t for row in prompts.train[:PROBE_TOKENS] for t in prompt_token_ids(tokenizer, row.prompt, template)]
     probe = [*probe, *PROBE_FILLER][: min(PROBE_TOKENS, config.sequence_len - 1)]
-    with checkpoints.claimed(output_dir):
+    with checkpoints.claimed(output_dir) as marker:
         resume = checkpoints.resume_point(config, output_dir, display.warn)
+        if resume is not None:
+            state = checkpoints.read_state(resume)
+            checkpoints.ensure_same_job(state["job"], identity(config, prompts), resume)
+            for aside in checkpoints.set_newer_aside(resume, state["step"], output_dir):
+                display.note(f"a checkpoint of a later step than the one resumed from lies in {aside} now")
         _write_inputs(config, prompts, output_dir)
         with cluster.interruptible(), ExitStack() as stack:
             with display.phase("starting Ray"):
@@ -68,7 +74,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
             ensure_placeable(plan)
             title = f"GRPO: {config.base_model} -> {output_dir}"
             display.header(title, [*describe(config, plan), f"dashboard   {dashboard}"])
-            return _Job(config, plan, prompts, output_dir, display).run(probe, resume)
+            return _Job(config, plan, prompts, output_dir, display).run(probe, resume, marker)
 
 
 class _Job:
@@ -81,17 +87,8 @@ class _Job:
         self.output_dir = output_dir
         self.display = display
         self.evaluations: list[dict[str, Any]] = []
-        self.identity = {
-            "base_model": config.base_model,
-            "lora_r": config.lora_r,
-            "lora_alpha": config.lora_alpha,
-            "seed": config.seed,
-            "trl.num_generations": config.trl.num_generations,
-            "completions a step": plan.completions_per_step,
-            "datasets (digest of their prompts)": prompts.fingerprint,
-        }
 
-    def run(self, probe: list[int], resume: Path | None) -> RunResult:
+    def run(self, probe: list[int], resume: Path | None, marker: str) -> RunResult:
         with cluster.placed(self.plan) as group:
             actors = cluster.start_actors(
                 self.plan,
@@ -106,6 +103,8 @@ class _Job:
                 scorer.wait_ready()
                 set_probe = actors.trainer.set_probe.remote(probe)
                 cluster.fetch(set_probe, "the trainer, loading its model", cluster.START_TIMEOUT_S)
+                shared = actors.trainer.ensure_shared.remote(str(self.output_dir / checkpoints.LOCK), marker)
+                cluster.fetch(shared, "the trainer", self.config.ray.rollout_timeout_s)
                 for index, engine in enumerate(actors.engines):
                     cluster.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
             policies = Policies(actors, self.plan.dtype, self.config.ray.rollout_timeout_s)
@@ -136,7 +135,7 @@ class _Job:
                     record = loop.advance()
                 log.write("train", record)
                 self.display.step(record, total)
-                due = self.config.eval_steps and loop.step % int(self.config.eval_steps) == 0
+                due = self.plan.eval_steps and loop.step % self.plan.eval_steps == 0
                 if due or loop.step == total:
                     self._evaluate(loop, log, f"after step {loop.step}")
                 if self.config.save_strategy != "no" and (loop.step % self.plan.save_steps == 0 or loop.step == total):
@@ -172,16 +171,15 @@ class _Job:
             with storage.new_folder(path) as folder:
                 saved = loop.actors.trainer.save.remote(str(folder), *older)
                 cluster.fetch(saved, "the trainer, saving a checkpoint", self.config.ray.rollout_timeout_s)
-                state = {"step": loop.step, "evaluations": self.evaluations, "job": self.identity}
+                job = identity(self.config, self.prompts)
+                state = {"step": loop.step, "evaluations": self.evaluations, "job": job}
                 storage.write_json(folder / checkpoints.STATE, state)
+            checkpoints.prune(self.output_dir, self.config.save_total_limit)
         except (OSError, ActorError) as error:
-            self.display.warn(f"no checkpoint of step {loop.step}: {error}")
-            return
-        checkpoints.prune(self.output_dir, self.config.save_total_limit)
+            self.display.warn(f"saving the checkpoint of step {loop.step}: {error}")
 
     def _restore(self, loop: Loop, path: Path) -> None:
         state = checkpoints.read_state(path)
-        checkpoints.ensure_same_job(state["job"], self.identity, path)
         ref = loop.actors.trainer.restore.remote(str(path))
         for header, buffer in cluster.fetch(ref, f"the trainer, restoring {path}", cluster.START_TIMEOUT_S):
             loop.policies.add(header, cluster.keep(buffer))
@@ -198,12 +196,45 @@ def search_paths(config: JobConfig) -> list[str]:
     return list(dict.fromkeys(str(folder) for folder in folders))
 
 
-def output_path(config: JobConfig) -> Path:
-    """output_dir as an absolute path. In a Ray job a relative one lies in ~/eagleray: Ray deletes the job's own folder."""
-    path = Path(config.output_dir).expanduser()
+def with_absolute_paths(config: JobConfig) -> JobConfig:
+    """Actors run in other folders than the driver, so every path that they get is absolute.
+
+    In a Ray job relative outputs lie in ~/eagleray: Ray deletes the job's own folder.
+    """
+    base_model = Path(config.base_model).expanduser()
+    resume = config.resume_from_checkpoint
+    return replace(
+        config,
+        base_model=str(base_model.resolve()) if base_model.is_dir() else config.base_model,
+        output_dir=str(_kept(config.output_dir)),
+        resume_from_checkpoint=str(_kept(resume)) if resume else None,
+    )
+
+
+def _kept(name: str) -> Path:
+    path = Path(name).expanduser()
     if not path.is_absolute() and "runtime_resources" in Path.cwd().parts:
         path = Path.home() / "eagleray" / path
     return path.resolve()
+
+
+def identity(config: JobConfig, prompts: PromptSet) -> dict[str, Any]:
+    """What a resumed job must have as it was: the adapter's shape, and what decides which policy samples which prompt."""
+    return {
+        "base_model": config.base_model,
+        "lora_r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_target_linear": config.lora_target_linear,
+        "lora_target_modules": config.lora_target_modules,
+        "peft_use_rslora": config.peft_use_rslora,
+        "seed": config.seed,
+        "trl.num_generations": config.trl.num_generations,
+        "trl.vllm_sync_interval": config.trl.vllm_sync_interval,
+        "ray.max_staleness": config.ray.max_staleness,
+        "ray.engines": config.ray.engines,
+        "completions a step": config.micro_batch_size * config.gradient_accumulation_steps,
+        "datasets (digest of their prompts)": prompts.fingerprint,
+    }
 
 
 def model_spec(config: JobConfig, plan: Plan) -> ModelSpec:
@@ -231,7 +262,7 @@ def trainer_spec(config: JobConfig, plan: Plan) -> TrainerSpec:
         optimizer=OptimizerSpec(
             learning_rate=config.learning_rate,
             scheduler=config.lr_scheduler,
-            warmup_steps=plan.warmup_steps,
+            warmup_steps=plan.warmup_steps * trl.num_iterations,
             total_steps=plan.total_steps * trl.num_iterations,
             weight_decay=config.weight_decay,
             beta1=config.adam_beta1,
@@ -255,7 +286,7 @@ def trainer_spec(config: JobConfig, plan: Plan) -> TrainerSpec:
         mask_truncated_completions=trl.mask_truncated_completions,
         gradient_checkpointing=bool(config.gradient_checkpointing),
         seed=config.seed,
-        threads=plan.threads,
+        threads=plan.trainer_threads,
     )
 
 

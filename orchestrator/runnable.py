@@ -27,7 +27,7 @@ ACTS_ON = frozenset({
     "gradient_accumulation_steps", "num_epochs", "max_steps", "learning_rate", "optimizer", "lr_scheduler",
     "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
     "adam_epsilon", "bf16", "gradient_checkpointing", "seed", "attn_implementation",
-    "sdp_attention", "save_steps", "save_strategy", "save_total_limit", "eval_steps",
+    "sdp_attention", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "saves_per_epoch", "evals_per_epoch",
     "resume_from_checkpoint", "auto_resume_from_checkpoints", "use_tensorboard",
     "ray_num_workers", "resources_per_worker", "ray_run_name", "rl_beta", "trl.beta", "trl.use_vllm",
     "trl.vllm_mode", "trl.vllm_sync_interval", "trl.num_generations", "trl.max_completion_length",
@@ -55,6 +55,11 @@ SCHEDULERS = (
 # fmt: on
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+# fields of vLLM's SamplingParams that leave what the driver decides (number, length, temperature, logprobs) alone
+GENERATION_KWARGS = (
+    "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "bad_words",
+    "allowed_token_ids", "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty",
+)  # fmt: skip
 SPEED_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin")
 
 
@@ -89,9 +94,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _absent_or("tokenizer_default"),
         "the tokenizer's own template is used; remove the key",
     ),
-    ("save_steps", lambda v: isinstance(v, float), "is a share of all steps; give a whole number of steps"),
-    ("eval_steps", lambda v: isinstance(v, float), "is a share of all steps; give a whole number of steps"),
-    ("save_strategy", _absent_or("steps", "no"), "is not implemented yet; use save_steps"),
+    ("save_strategy", _absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
     ("ray_num_workers", lambda v: v != 1, "more than one trainer rank is not implemented yet; use 1"),
     (
         "plugins",
@@ -108,6 +111,16 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "trl.reward_funcs",
         lambda v: any(not FUNCTION.fullmatch(name) for name in v or []),
         "a reward model is not implemented yet; name functions as module.fn",
+    ),
+    (
+        "trl.generation_kwargs",
+        lambda v: bool(set(v or {}) - set(GENERATION_KWARGS)),
+        f"takes {', '.join(GENERATION_KWARGS)}; use the keys of trl: for the rest",
+    ),
+    (
+        "lora_target_modules",
+        lambda v: bool({"embed_tokens", "lm_head"} & set([v] if isinstance(v, str) else v or [])),
+        "embeddings cannot be synchronized to the engines; name linear layers",
     ),
     (
         "vllm.tensor_parallel_size",
@@ -184,9 +197,7 @@ NOT_YET: dict[str, str] = {
     "activation_offloading": "is not implemented yet; use gradient_checkpointing: true",
     "torch_compile": "is not implemented yet; remove it",
     "liger_use_token_scaling": "changes the loss and is not implemented yet; remove it",
-    "saves_per_epoch": "is not implemented yet; use save_steps",
     "save_only_model": "checkpoints always hold what a resume needs; remove it",
-    "evals_per_epoch": "is not implemented yet; use eval_steps",
     "early_stopping_patience": "is not implemented yet; use max_steps",
     "loss_watchdog_threshold": "is not implemented yet; remove it",
     "loss_watchdog_patience": "is not implemented yet; remove it",
@@ -222,9 +233,11 @@ def ensure_runnable(config: JobConfig) -> None:
         text = f"{what} implemented yet: this version of Eagleray runs rl: grpo"
         config.source.raise_if_any([Problem("rl", text)])
     config.source.raise_if_any(_not_runnable(config))
-    for key, text in IDLE.items():
-        if value_of(config, key) != default_of(key):
-            log.warning("%s", config.source.describe(Problem(key, text)))
+    notes = [Problem(key, text) for key, text in IDLE.items() if value_of(config, key) != default_of(key)]
+    if config.attn_implementation not in (None, "eager", "sdpa") and not config.flash_attention:
+        notes.append(Problem("attn_implementation", IDLE["flash_attention"]))
+    for note in notes:
+        log.warning("%s", config.source.describe(note))
 
 
 def keys() -> list[str]:
@@ -249,6 +262,8 @@ def _not_runnable(config: JobConfig) -> Iterator[Problem]:
             yield Problem(key, text)
     for name, entries in (("datasets", config.datasets), ("test_datasets", config.test_datasets)):
         for index, entry in enumerate(entries or []):
+            if entry.type is not None and not (isinstance(entry.type, str) and FUNCTION.fullmatch(entry.type)):
+                yield Problem(f"{name}[{index}].type", f"{entry.type}: {_DATASET_NOT_YET}")
             for f in dataclasses.fields(DatasetConfig):
                 if f.name not in DATASET_ACTS_ON and getattr(entry, f.name) != f.default:
                     yield Problem(f"{name}[{index}].{f.name}", _DATASET_NOT_YET)

@@ -5,13 +5,14 @@ raises is a failure of its group; one that outlasts its limit or takes its proce
 replaced and the calls behind it are made again. Rewards are never made up.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from actors.specs import RewardSpec
 from actors.types import Scores
@@ -30,6 +31,11 @@ class Call:
     row: Row
     group_ref: Any
     ref: Any = None
+    scores: Scores | None = None  # None until it has ended
+
+    def settled(self) -> Scores:
+        assert self.scores is not None, "collect settles every call of its batch"
+        return self.scores
 
 
 @dataclass
@@ -61,44 +67,39 @@ class Scorer:
 
     def collect(self, calls: Sequence[Sequence[Call]]) -> list[list[Scores]]:
         """The scores of a batch, [groups][functions]; its groups must have been sampled, since time runs from now."""
-        by_function = [self._collect(f, c) for f, c in zip(self.functions, calls, strict=True)]
-        return [list(scores) for scores in zip(*by_function, strict=True)]
+        for function, own in zip(self.functions, calls, strict=True):
+            self._settle(function, own[-1])
+        return [[call.settled() for call in of_group] for of_group in zip(*calls, strict=True)]
 
-    def _collect(self, function: _Function, calls: Sequence[Call]) -> list[Scores]:
-        scores: list[Scores] = []
+    def _settle(self, function: _Function, last: Call) -> None:
+        """Gives scores to every call up to `last`, also to those of batches queued before it."""
         lost = 0
-        for call in calls:
+        while last.scores is None:
+            call = function.pending[0]  # all before it have ended, so it runs now
             if lost == MAX_LOST_IN_A_ROW:
-                function.pending.remove(call)
-                scores.append(self._failure(function, f"not called, after {lost} calls in a row were lost"))
-                continue
-            score, is_lost = self._result(function, call)
-            lost = lost + 1 if is_lost else 0
-            scores.append(score)
+                call.scores = self._failure(function, f"not called, after {lost} calls in a row were lost")
+            else:
+                call.scores, is_lost = self._result(function, call)
+                lost = lost + 1 if is_lost else 0
+            function.pending.popleft()
         if lost == MAX_LOST_IN_A_ROW:
             # The calls that were given up are still queued in the process.
             self._restart(function)
-            for waiting in function.pending:
-                self._call(function, waiting)
-        return scores
 
     def _result(self, function: _Function, call: Call) -> tuple[Scores, bool]:
-        """A call's scores, and whether it took its process with it. Calls before it have ended, so it runs now."""
+        """A call's scores, and whether it took its process with it."""
         outcome = self._outcome(call)
-        restarted = outcome == ENDED
-        if restarted:
+        if outcome == ENDED:
             # A call behind it may have ended the process before this answer was out: it is made again, alone.
-            self._restart(function)
-            self._call(function, call)
+            self._restart(function, alone=call)
             outcome = self._outcome(call)
-        function.pending.remove(call)
+            if not isinstance(outcome, str):
+                for waiting in itertools.islice(function.pending, 1, None):
+                    self._call(function, waiting)
         if isinstance(outcome, str):
-            self._restart(function)
-            restarted = True
-        if restarted:
-            for waiting in function.pending:
-                self._call(function, waiting)
-        return (self._failure(function, outcome), True) if isinstance(outcome, str) else (outcome, False)
+            self._restart(function, without=call)
+            return self._failure(function, outcome), True
+        return outcome, False
 
     def _outcome(self, call: Call) -> Scores | str:
         """What a call gave, or why it gave nothing."""
@@ -109,11 +110,17 @@ class Scorer:
             return scores
         except RayActorError:
             return ENDED
+        except RayError as error:
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
 
-    def _restart(self, function: _Function) -> None:
+    def _restart(self, function: _Function, *, alone: Call | None = None, without: Call | None = None) -> None:
+        """A new process; the pending calls are made again: all, `alone` one of them, or all `without` one."""
         cluster.stop(function.actor)
         function.actor = cluster.start_reward(self.plan, function.spec)
         self._wait_ready(function)
+        for call in [alone] if alone else function.pending:
+            if call is not without:
+                self._call(function, call)
 
     def _wait_ready(self, function: _Function) -> None:
         cluster.fetch(function.actor.ready.remote(), f"reward {function.spec.path}", cluster.PLACEMENT_TIMEOUT_S)

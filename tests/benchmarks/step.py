@@ -51,7 +51,7 @@ class Loop:
         calls = [self.reward.score.remote(p, {}, g) for p, g in zip(self.prompts, self.groups, strict=True)]
         self.advantages = group_advantages([scores.rewards for scores in ray.get(calls)], "group")
         stats = ray.get(self.trainer.train.remote(self.advantages, *self.groups))
-        if stats.skipped or stats.trained_tokens != self.work.total:
+        if stats.left_out or stats.trained_tokens != self.work.total:
             raise RuntimeError(f"a step trained {stats.trained_tokens} tokens of {self.work.total}")
         self.sync()
 

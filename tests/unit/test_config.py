@@ -534,9 +534,11 @@ def test_sft_loads_and_is_named(tmp_path: Path) -> None:
         ("tokenizer_type: LlamaTokenizer\n", "tokenizer_type: only AutoTokenizer is loaded"),
         ("gradient_checkpointing: offload\n", "gradient_checkpointing: offloading is not implemented"),
         ("attn_implementation: xformers\n", "attn_implementation: xformers is not implemented yet"),
-        ("save_steps: 0.5\n", "save_steps: 0.5 is a share of all steps"),
         ("lora_modules_to_save: [lm_head]\n", "lora_modules_to_save: only LoRA weights are synchronized"),
         ("  vllm_mode: colocate\n", "trl.vllm_mode: colocate is not implemented"),
+        ("  generation_kwargs: {n: 3}\n", "trl.generation_kwargs: takes stop, "),
+        ("test_datasets: [{path: x, type: alpaca}]\n", "test_datasets[0].type: alpaca: rl: grpo does not read it"),
+        ("lora_target_modules: [embed_tokens]\n", "lora_target_modules: embeddings cannot be synchronized"),
         (
             "test_datasets: [{path: x, roles: {user: [u]}}]\n",
             "test_datasets[0].roles: rl: grpo does not read it",

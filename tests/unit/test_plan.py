@@ -40,14 +40,29 @@ def test_cpu_bundles_and_threads() -> None:
     plan = make_plan(job(), LAPTOP, 100)
     assert [(str(b), dict(b.resources)) for b in plan.bundles] == [("trainer 0", {"CPU": 1}), ("engine 0", {"CPU": 1})]
     assert plan.placement == (0, 0)
-    assert plan.threads == 2  # they take turns, so each may use the machine
-    assert make_plan(job(ray__max_staleness=1), LAPTOP, 100).threads == 1  # they run side by side
+    assert (plan.trainer_threads, plan.engine_threads) == (2, 2)  # they take turns, so each may use the machine
+    two = make_plan(job(ray__engines=2), LAPTOP, 100)
+    assert (two.trainer_threads, two.engine_threads) == (2, 1)  # the engines sample at once
+    asynchronous = make_plan(job(ray__max_staleness=1), LAPTOP, 100)
+    assert (asynchronous.trainer_threads, asynchronous.engine_threads) == (1, 1)  # they run side by side
+
+
+def test_when_to_save_and_evaluate() -> None:
+    # 100 rows, 3 prompts a step: 33.3 steps an epoch, 67 steps in two
+    def saves(**changes: Any) -> tuple[int, int | None]:
+        plan = make_plan(job(num_epochs=2.0, **changes), LAPTOP, 100)
+        return plan.save_steps, plan.eval_steps
+
+    assert saves() == (33, None)
+    assert saves(save_steps=5, eval_steps=4) == (5, 4)
+    assert saves(save_steps=0.1, eval_steps=0.5) == (7, 34)
+    assert saves(saves_per_epoch=3, evals_per_epoch=2) == (11, 17)
 
 
 def test_gpu_bundles() -> None:
     plan = make_plan(job(), TWO_GPUS, 100)
     assert [dict(b.resources) for b in plan.bundles] == [{"CPU": 1, "GPU": 1.0}, {"CPU": 1, "GPU": 1}]
-    assert plan.threads is None
+    assert (plan.trainer_threads, plan.engine_threads) == (None, None)
     ensure_placeable(plan)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors import model
+from actors.errors import CheckpointError
 from actors.loss import LossSpec
 from actors.specs import OptimizerSpec, TrainerSpec
 from actors.trainer import Trainer
@@ -139,7 +140,7 @@ def test_statistics_are_those_of_a_loop_over_completions(folder: str) -> None:
     assert stats.engine_gap == pytest.approx(float(gap_N.abs().mean()), abs=1e-5)
     assert stats.importance_ratio == pytest.approx(float(gap_N.exp().clamp(max=CAP).mean()), abs=1e-5)
     assert stats.entropy == pytest.approx(float(entropy_N.mean()), abs=1e-5)
-    assert (stats.kl, stats.clip_fraction, stats.padding, stats.skipped) == (0.0, 0.0, 0.0, False)
+    assert (stats.clip_fraction, stats.left_out) == (0.0, 0) and np.isnan(stats.kl)
     assert (stats.trained_completions, stats.trained_tokens) == (len(trained), len(gap_N)) == (7, 21)
 
 
@@ -165,7 +166,7 @@ def test_groups_without_advantage_change_no_weight(folder: str) -> None:
     before = weights(trainer)
     stats = trainer.train([[0.0] * 3, [None] * 2, [0.0] * 4], *GROUPS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
-    assert stats.skipped and (stats.loss, stats.grad_norm, stats.computed_tokens) == (0.0, 0.0, 0)
+    assert stats.left_out == 0 and (stats.loss, stats.grad_norm, stats.computed_tokens) == (0.0, 0.0, 0)
     assert stats.version == 2
     assert trainer.train(ADVANTAGES, *GROUPS).learning_rate == pytest.approx(1e-2 * 0.8)  # the schedule went on
 
@@ -176,10 +177,10 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_leaves_no_trace(folder
     hook = trainer.parameters[3].register_hook(lambda gradient: gradient * float("nan"))
     stats = trainer.train(ADVANTAGES, *GROUPS)
     hook.remove()
-    assert stats.skipped and np.isfinite(stats.loss) and not np.isfinite(stats.grad_norm)
+    assert stats.left_out == 1 and np.isfinite(stats.loss) and not np.isfinite(stats.grad_norm)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
     after, expected = trainer.train(ADVANTAGES, *GROUPS), plain.train(ADVANTAGES, *GROUPS)
-    assert not after.skipped and after.loss == expected.loss
+    assert after.left_out == 0 and after.loss == expected.loss
     assert all(torch.equal(tensor, weights(plain)[name]) for name, tensor in weights(trainer).items())
 
 
@@ -187,7 +188,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(folder: str) -> None:
     trainer = make(trainer_spec(folder))
     before = weights(trainer)
     stats = trainer.train([[float("inf"), 0.0, 0.0], [None] * 2, [0.0] * 4], *GROUPS)
-    assert stats.skipped
+    assert stats.left_out == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
 
 
@@ -301,3 +302,23 @@ def test_a_pickle_in_the_checkpoint_is_never_opened(folder: str, tmp_path: Path)
     assert not marker.exists()
     pickle.loads((checkpoint / names[0]).read_bytes())
     assert marker.exists(), "the payload does nothing, so the test proved nothing"
+
+
+def test_max_grad_norm_0_clips_nothing(folder: str) -> None:
+    def weights_after(limit: float) -> dict[str, torch.Tensor]:
+        trainer = make(trainer_spec(folder, optimizer=OptimizerSpec(1e-2, "constant", 0, 10, max_grad_norm=limit)))
+        trainer.train(ADVANTAGES, *GROUPS)
+        return weights(trainer)
+
+    unclipped, off = weights_after(1e9), weights_after(0.0)
+    assert all(torch.equal(tensor, unclipped[name]) for name, tensor in off.items())
+    assert any(tensor.abs().sum() > 0 for name, tensor in off.items() if "lora_B" in name)
+
+
+def test_only_the_drivers_own_folder_is_shared(folder: str, tmp_path: Path) -> None:
+    trainer = make(trainer_spec(folder))
+    (tmp_path / ".lock").write_text("this run")
+    trainer.ensure_shared(str(tmp_path / ".lock"), "this run")
+    for marker, content in ((tmp_path / ".lock", "another"), (tmp_path / "none" / ".lock", "this run")):
+        with pytest.raises(CheckpointError, match="use storage that all nodes mount"):
+            trainer.ensure_shared(str(marker), content)
