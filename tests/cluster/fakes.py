@@ -21,7 +21,8 @@ class FakeEngine:
     def install(self, header: SnapshotHeader, buffer: Any) -> InstallReceipt:
         first = not self.headers
         self.headers.append(header)
-        served = self.headers[0] if self.lie == "nothing" else self.headers[-1 if first or not self.lie else -2]
+        before = self.lie == "before" and not first
+        served = self.headers[0] if self.lie == "nothing" else self.headers[-2 if before else -1]
         return InstallReceipt(header.version, header.digest, served.probe_logprobs, 0.0)
 
     def versions(self) -> list[int]:
@@ -44,7 +45,8 @@ class FakeEngine:
                 )
             )
         lengths = tuple(tuple(len(ids) for ids in group.completion_ids) for group in groups)
-        return (RolloutHeader(version, lengths, tuple(g.truncated for g in groups), 0.0), *groups)
+        said = -1 if self.lie == "version" else version
+        return (RolloutHeader(said, lengths, tuple(g.truncated for g in groups), 0.0), *groups)
 
 
 def parity(completions: list[str], **_: Any) -> list[float]:

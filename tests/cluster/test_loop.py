@@ -87,6 +87,20 @@ def test_a_sync_that_lies_stops_the_job(cluster: None, llama: str, lies: tuple[s
     assert f"engine {len(lies) - 1}, installing policy version" in str(error.value)
 
 
+def test_completions_of_another_version_stop_the_job(cluster: None, llama: str) -> None:
+    with pytest.raises(SyncError, match="engine 0 sampled batch 0 with policy version -1, not with 0"):
+        loop(llama, lies=("version",)).advance()
+
+
+def test_evaluation_asks_the_newest_policy_and_training_goes_on_with_its_own(cluster: None, llama: str) -> None:
+    made = loop(llama, interval=2)
+    made.advance()
+    assert made.evaluate().record["step"] == 1
+    assert ray.get(made.actors.engines[0].versions.remote()) == [0, 1]
+    made.advance()  # the second step of the interval is sampled with version 0, as without the evaluation
+    assert ray.get(made.actors.engines[0].versions.remote()) == [0, 1, 0]
+
+
 def run_to(made: Loop, step: int) -> list[dict[str, Any]]:
     return [made.advance() for _ in range(step - made.step)]
 

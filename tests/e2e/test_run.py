@@ -30,10 +30,11 @@ def children(pid: int) -> list[psutil.Process]:
 
 def test_the_demo_recipe_end_to_end(tmp_path: Path) -> None:
     """Two steps of the demo, and its adapter: plain PEFT gives the answers that the engine gave."""
-    held_out = [json.loads(line) for line in (REPOSITORY / "configs/grpo/sums-held-out.jsonl").read_text().splitlines()][:12]
+    held_out = [json.loads(line) for line in (REPOSITORY / "configs/grpo/sums-held-out.jsonl").read_text().splitlines()][:8]
     (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     overrides = [f"output_dir={tmp_path / 'out'}", "max_steps=2", f"test_datasets=[{{path: {tmp_path}/held-out.jsonl}}]"]
-    code, output = finish(start("run", "configs/grpo/smollm2-lora-cpu.yaml", *overrides, "learning_rate=2e-3"))
+    overrides += ["learning_rate=2e-3", "gradient_accumulation_steps=2"]
+    code, output = finish(start("run", "configs/grpo/smollm2-lora-cpu.yaml", *overrides))
     assert code == 0, output
     out = tmp_path / "out"
     assert "held-out accuracy" in output
@@ -41,7 +42,7 @@ def test_the_demo_recipe_end_to_end(tmp_path: Path) -> None:
     assert "Traceback" not in output
     train = records(out, "train")
     assert [record["step"] for record in train] == [1, 2]
-    assert all(record["completion_tokens"] > 64 and record["groups"] == 8 for record in train)
+    assert all(record["completion_tokens"] > 32 and record["groups"] == 4 for record in train)
     assert all(record["probe_gap"] < 1e-3 and record["engine_gap"] < 1e-3 for record in train)
     assert list(out.glob("tensorboard/events*"))
     storage.verify(out / "checkpoint-2")
