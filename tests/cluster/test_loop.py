@@ -47,7 +47,7 @@ def loop(folder: str, *, staleness: int = 0, interval: int = 1, lies: tuple[str,
     return made
 
 
-@pytest.mark.parametrize(("staleness", "interval"), [(0, 1), (1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("staleness", "interval"), [(0, 1), (2, 1), (1, 2)])
 def test_no_rollout_is_staler_than_allowed(cluster: None, llama: str, staleness: int, interval: int) -> None:
     made = loop(llama, staleness=staleness, interval=interval)
     records = [made.advance() for _ in range(STEPS)]
@@ -78,7 +78,7 @@ def test_prompts_are_dealt_to_all_engines(cluster: None, llama: str) -> None:
     assert [ray.get(engine.versions.remote()) for engine in made.actors.engines] == [[0, 1], [0, 1]]
 
 
-@pytest.mark.parametrize("lies", [("nothing",), ("before",), ("", "nothing")])
+@pytest.mark.parametrize("lies", [("before",), ("", "nothing")])
 def test_a_sync_that_lies_stops_the_job(cluster: None, llama: str, lies: tuple[str, ...]) -> None:
     made = loop(llama, lies=lies)
     with pytest.raises(SyncError) as error:
@@ -105,8 +105,8 @@ def run_to(made: Loop, step: int) -> list[dict[str, Any]]:
     return [made.advance() for _ in range(step - made.step)]
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
-def test_a_resumed_loop_repeats_the_uninterrupted_one(cluster: None, llama: str, tmp_path: Path, staleness: int) -> None:
+def test_a_resumed_loop_repeats_the_uninterrupted_one(cluster: None, llama: str, tmp_path: Path) -> None:
+    staleness = 2  # with batches in flight, sampled by two older policies
     straight = run_to(loop(llama, staleness=staleness), STEPS)
     stopped = loop(llama, staleness=staleness)
     run_to(stopped, 3)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -94,17 +93,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(job: Callable[..., Path], 
     assert a == b
 
 
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        ("raises", "reward tiny_rewards.raises failed on 2 calls of step 1: RuntimeError: no idea"),
-        ("missing", "trl.reward_funcs: tiny_rewards.missing cannot be imported (AttributeError"),
-    ],
-)
-def test_a_reward_that_fails_ends_in_one_message(job: Callable[..., Path], function: str, expected: str) -> None:
-    code, output = finish(start("run", job(trl__reward_funcs=[f"tiny_rewards.{function}"])))
+def test_a_reward_that_fails_ends_in_one_message(job: Callable[..., Path]) -> None:
+    code, output = finish(start("run", job(trl__reward_funcs=["tiny_rewards.raises"])))
     assert code == 1
-    assert f"eagleray: {expected}" in output
+    assert "eagleray: reward tiny_rewards.raises failed on 2 calls of step 1: RuntimeError: no idea" in output
     assert "Traceback" not in output
 
 
