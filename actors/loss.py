@@ -7,7 +7,7 @@ Nothing here knows a model, a tokenizer or a device. The numbers are those of `t
 defaults, except that the correction for the engine's log-probabilities truncates per token (see
 `_engine_weights`).
 
-A new loss type gets its name in LOSS_TYPES, its token loss in `_policy_loss` and its normalizer in
+A new loss type gets its name in LOSS_TYPES of specs.py, its token loss in `_policy_loss` and its normalizer in
 `token_weights`.
 """
 
@@ -16,40 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.errors import ConfigError
-
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")
-IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """What to minimize; the names are those of the `trl:` section where it has them.
-
-    Raises ConfigError for an unknown loss type or level, and for a cap that would silence every token.
-    """
-
-    loss_type: str = "dapo"  # one of LOSS_TYPES
-    epsilon_low: float = 0.2  # ratios are clipped at 1 - epsilon_low; unused by cispo
-    epsilon_high: float = 0.2  # ratios are clipped at 1 + epsilon_high; for cispo, at epsilon_high itself
-    beta: float = 0.0  # weight of the KL to the reference policy; 0 = no reference needed
-    importance_sampling_level: str = "token"  # token, or sequence (GSPO)
-    importance_sampling_cap: float | None = 3.0  # bound of the weight pi_old / pi_engine; None = no weight
-    max_completion_length: int = 256  # tokens; the constant that dr_grpo divides by
-
-    def __post_init__(self) -> None:
-        if self.loss_type not in LOSS_TYPES:
-            raise ConfigError(f"unknown loss_type {self.loss_type!r}; use one of {', '.join(LOSS_TYPES)}")
-        if self.importance_sampling_level not in IMPORTANCE_SAMPLING_LEVELS:
-            raise ConfigError(
-                f"unknown importance_sampling_level {self.importance_sampling_level!r}; "
-                f"use one of {', '.join(IMPORTANCE_SAMPLING_LEVELS)}"
-            )
-        if self.importance_sampling_cap is not None and self.importance_sampling_cap <= 0:
-            raise ConfigError(
-                f"importance_sampling_cap is {self.importance_sampling_cap}; "
-                "use a number above 0, or null for no correction"
-            )
+from actors.specs import LossSpec
 
 
 @dataclass(frozen=True)

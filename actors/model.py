@@ -15,6 +15,8 @@ from actors.errors import ConfigError
 from actors.packing import PackedRow
 from actors.specs import LoraSpec, ModelSpec
 
+FP32_LOGITS_AT_ONCE = 2**21  # elements, 8 MiB: stays in a processor's cache, and fills a GPU
+
 
 def load_tokenizer(model: ModelSpec) -> Any:
     """The model's tokenizer, from the same folder as its weights."""
@@ -89,37 +91,106 @@ def expected_lora_shapes(model: ModelSpec, lora: LoraSpec) -> dict[str, tuple[in
 
 
 def row_logits(policy: Any, row: PackedRow) -> Tensor:
-    """Logits [K, V] fp32 at the row's kept positions only: the prompt's are never computed."""
-    dtype = next(policy.parameters()).dtype
-    out = policy(
-        input_ids=row.input_ids,
-        position_ids=row.position_ids,
-        attention_mask=row.attention_mask(dtype),
-        logits_to_keep=row.keep,
-        use_cache=False,
-    )
-    logits: Tensor = out.logits[0].float()
+    """Logits [K, V] in the base's dtype at the row's kept positions only: the prompt's are never computed."""
+    dtype = base_dtype(policy)
+    with computing_in(dtype):
+        out = policy(
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
+            attention_mask=row.attention_mask(dtype),
+            logits_to_keep=row.keep,
+            use_cache=False,
+        )
+    logits: Tensor = out.logits.squeeze(0)  # an index would make the gradient a copy
     return logits
 
 
+def base_dtype(policy: Any) -> torch.dtype:
+    """The dtype of the frozen weights."""
+    dtype: torch.dtype = next(policy.parameters()).dtype
+    return dtype
+
+
+def computing_in(dtype: torch.dtype) -> torch.autocast:
+    """A context in which LoRA's fp32 parameters compute in the base's dtype, as the weights that they change do.
+
+    Without it every LoRA layer would copy its activations to fp32 and back, at several times the cost.
+    """
+    return torch.autocast(device.device().type, dtype, enabled=dtype != torch.float32)
+
+
 def completion_logprobs(logits_KV: Tensor, row: PackedRow, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B, T] of the row's completion tokens at `temperature`, and entropies [B, T] in nats.
+    """Log-probabilities [B, T] fp32 of the row's completion tokens at `temperature`, and entropies [B, T] in nats.
 
     The entropies take no gradient. Values at padding mean nothing.
     """
-    logits_KV = logits_KV / temperature
-    log_norm_K = torch.logsumexp(logits_KV, -1)
-    logprobs_BT = logits_KV[row.predicts_BT, row.completion_ids_BT] - log_norm_K[row.predicts_BT]
-    with torch.no_grad():
-        # H = log Z - E[logit]
-        entropy_K = log_norm_K - (torch.exp(logits_KV - log_norm_K[:, None]) * logits_KV).sum(-1)
-    return logprobs_BT, entropy_K[row.predicts_BT]
+    logprobs_N, entropy_K = _TokenLogprobs.apply(
+        logits_KV, row.predicts_BT.flatten(), row.completion_ids_BT.flatten(), temperature
+    )
+    return logprobs_N.view(row.predicts_BT.shape), entropy_K[row.predicts_BT]
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature) at N (position, token) pairs, and the entropy of each position.
+
+    Logits are the largest tensor of a step, K times a vocabulary of 50 to 260 thousand. They are kept in the model's
+    dtype, and what needs fp32 is done for a few positions at a time: the plain expression would hold about five copies
+    in fp32, and on a CPU it takes as long as a third of the model.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_KV: Tensor, positions_N: Tensor, tokens_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        log_norms, entropies = [], []
+        scratch_kV, exps_kV = (_scratch(logits_KV) for _ in range(2))
+        for logits_kV in logits_KV.split(len(scratch_kV)):
+            scaled_kV, exp_kV = scratch_kV[: len(logits_kV)], exps_kV[: len(logits_kV)]
+            torch.div(logits_kV, temperature, out=scaled_kV)
+            top_k1 = scaled_kV.amax(-1, keepdim=True)
+            torch.exp(scaled_kV.sub_(top_k1), out=exp_kV)
+            norm_k = exp_kV.sum(-1)
+            log_norms.append(top_k1.squeeze(-1) + norm_k.log())
+            entropies.append(norm_k.log() - exp_kV.mul_(scaled_kV).sum(-1) / norm_k)  # H = log Z - E[logit]
+        log_norm_K = torch.cat(log_norms)
+        logprobs_N = logits_KV[positions_N, tokens_N].float() / temperature - log_norm_K[positions_N]
+        entropy_K = torch.cat(entropies)
+        ctx.save_for_backward(logits_KV, log_norm_K, positions_N, tokens_N)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy_K)
+        return logprobs_N, entropy_K
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        """d log p(t) / d logit(v) = (1 if v is t else 0 - p(v)) / temperature."""
+        logits_KV, log_norm_K, positions_N, tokens_N = ctx.saved_tensors
+        grad_N = grad_N / ctx.temperature
+        grad_K = torch.zeros_like(log_norm_K).index_add_(0, positions_N, grad_N)
+        grad_KV = torch.empty_like(logits_KV)
+        scratch_kV = _scratch(logits_KV)
+        size = len(scratch_kV)
+        for out_kV, logits_kV, log_norm_k, grad_k in zip(
+            grad_KV.split(size), logits_KV.split(size), log_norm_K.split(size), grad_K.split(size), strict=True
+        ):
+            prob_kV = torch.div(logits_kV, ctx.temperature, out=scratch_kV[: len(logits_kV)])
+            prob_kV.sub_(log_norm_k[:, None]).exp_()
+            out_kV.copy_(prob_kV.mul_(-grad_k[:, None]))
+        grad_KV.index_put_((positions_N, tokens_N), grad_N.to(grad_KV.dtype), accumulate=True)
+        return grad_KV, None, None, None
+
+
+def _scratch(logits_KV: Tensor) -> Tensor:
+    """Room in fp32 for as many positions as are worked on at once, used again and again."""
+    positions, vocabulary = logits_KV.shape
+    count = min(positions, max(1, FP32_LOGITS_AT_ONCE // vocabulary))
+    return torch.empty(count, vocabulary, dtype=torch.float32, device=logits_KV.device)
 
 
 @torch.no_grad()
 def sequence_logprobs(policy: Any, token_ids: Sequence[int]) -> list[float]:
     """log p(token | tokens before it) at temperature 1 for all but the first token of one sequence."""
-    ids = torch.tensor([list(token_ids)], device=next(policy.parameters()).device)
-    logits = policy(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    ids = torch.tensor([list(token_ids)], device=device.device())
+    with computing_in(base_dtype(policy)):
+        logits = policy(input_ids=ids, use_cache=False).logits[0, :-1].float()
     chosen = torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[:, 0]
     return [float(x) for x in chosen]

@@ -23,10 +23,10 @@ def digest(buffer: Any) -> str:
     return xxhash.xxh3_128_hexdigest(buffer)
 
 
-def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[TensorEntry, ...], NDArray[np.uint8]]:
+def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[TensorEntry, ...], NDArray[np.uint8], str]:
     """Copies tensors (any device and dtype) into one buffer, sorted by name.
 
-    Returns the manifest and the buffer, uint8 [total bytes].
+    Returns the manifest, the buffer, uint8 [total bytes], and its digest.
     """
     entries, offset = [], 0
     for name in sorted(tensors):
@@ -36,12 +36,18 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[TensorEntry, ...], 
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, nbytes))
         offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
     buffer = np.zeros(offset, dtype=np.uint8)
+    whole = xxhash.xxh3_128()
+    digested = 0
     for entry in entries:
         # numpy copies in this thread. torch would wake its pool for every tensor, and where engines share the cores
         # each wake-up waits for a time slice: seconds instead of a fraction of one.
         source = tensors[entry.name].detach().contiguous().view(-1).view(torch.uint8)
-        buffer[entry.offset : entry.offset + entry.nbytes] = source.cpu().numpy()
-    return tuple(entries), buffer
+        end = entry.offset + entry.nbytes
+        buffer[entry.offset : end] = source.cpu().numpy()
+        whole.update(buffer.data[digested:end])  # while the tensor is still in the processor's cache
+        digested = end
+    whole.update(buffer.data[digested:])
+    return tuple(entries), buffer, whole.hexdigest()
 
 
 def unpack(entries: tuple[TensorEntry, ...], buffer: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
@@ -85,9 +91,6 @@ def validate(
         raise refuse(f"its LoRA scaling is {header.scaling}, this job's is {scaling}")
     if buffer.nbytes != header.nbytes:
         raise refuse(f"{buffer.nbytes} bytes arrived of {header.nbytes}")
-    found = digest(buffer)
-    if found != header.digest:
-        raise refuse(f"the bytes have digest {found}, published was {header.digest}")
     names = {entry.name for entry in header.entries}
     if missing := sorted(expected.keys() - names):
         raise refuse(f"{len(missing)} tensors are missing, first {missing[0]}")
@@ -96,10 +99,28 @@ def validate(
     for entry in header.entries:
         if entry.shape != expected[entry.name]:
             raise refuse(f"{entry.name} has shape {entry.shape}, the model needs {expected[entry.name]}")
-    for name, tensor in unpack(header.entries, buffer).items():
-        # A sum is not finite when any element is not; unlike isfinite().all() it makes no temporary of the same size.
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = np.add.reduce(tensor.float().view(-1).numpy())  # in this thread, as in pack
-        if not np.isfinite(total):
-            raise refuse(f"{name} holds NaN or infinity")
+    found, not_finite = _examine(header.entries, buffer)
+    if found != header.digest:
+        raise refuse(f"the bytes have digest {found}, published was {header.digest}")
+    if not_finite:
+        raise refuse(f"{not_finite[0]} holds NaN or infinity")
     return found
+
+
+def _examine(entries: tuple[TensorEntry, ...], buffer: NDArray[np.uint8]) -> tuple[str, list[str]]:
+    """The buffer's digest, and the names of tensors that hold NaN or infinity: one pass over the memory for both."""
+    whole = xxhash.xxh3_128()
+    digested = 0
+    not_finite = []
+    # An overflow of the sum is an answer here, not a mishap.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for entry, view in zip(entries, _views(entries, buffer), strict=True):
+            end = entry.offset + entry.nbytes
+            whole.update(buffer.data[digested:end])
+            digested = end
+            # A sum is not finite when any element is not; unlike isfinite().all() it makes no temporary of the same
+            # size. numpy works in this thread, as in pack.
+            if not np.isfinite(np.add.reduce(view.float().view(-1).numpy())):
+                not_finite.append(entry.name)
+    whole.update(buffer.data[digested:])
+    return whole.hexdigest(), not_finite

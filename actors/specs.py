@@ -6,7 +6,10 @@ A new actor gets a spec here. Paths are absolute: workers start in other folders
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from actors.loss import LossSpec
+from actors.errors import ConfigError
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,35 @@ class OptimizerSpec:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0 = no clipping
     fused: bool = True
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What to minimize; the names are those of the `trl:` section where it has them.
+
+    Raises ConfigError for an unknown loss type or level, and for a cap that would silence every token.
+    """
+
+    loss_type: str = "dapo"  # one of LOSS_TYPES
+    epsilon_low: float = 0.2  # ratios are clipped at 1 - epsilon_low; unused by cispo
+    epsilon_high: float = 0.2  # ratios are clipped at 1 + epsilon_high; for cispo, at epsilon_high itself
+    beta: float = 0.0  # weight of the KL to the reference policy; 0 = no reference needed
+    importance_sampling_level: str = "token"  # token, or sequence (GSPO)
+    importance_sampling_cap: float | None = 3.0  # bound of the weight pi_old / pi_engine; None = no weight
+    max_completion_length: int = 256  # tokens; the constant that dr_grpo divides by
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise ConfigError(f"unknown loss_type {self.loss_type!r}; use one of {', '.join(LOSS_TYPES)}")
+        if self.importance_sampling_level not in IMPORTANCE_SAMPLING_LEVELS:
+            raise ConfigError(
+                f"unknown importance_sampling_level {self.importance_sampling_level!r}; "
+                f"use one of {', '.join(IMPORTANCE_SAMPLING_LEVELS)}"
+            )
+        if self.importance_sampling_cap is not None and self.importance_sampling_cap <= 0:
+            raise ConfigError(
+                f"importance_sampling_cap is {self.importance_sampling_cap}; use a number above 0, or null for no correction"
+            )
 
 
 @dataclass(frozen=True)

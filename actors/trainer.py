@@ -171,7 +171,7 @@ class Trainer:
 
         The buffer is returned rather than put, since what an actor puts dies with it.
         """
-        entries, buffer = snapshot.pack(model.lora_tensors(self.policy))
+        entries, buffer, digest = snapshot.pack(model.lora_tensors(self.policy))
         self.policy.eval()
         header = SnapshotHeader(
             version=self.version,
@@ -180,7 +180,7 @@ class Trainer:
             scaling=model.scaling(self.spec.lora),
             entries=entries,
             nbytes=buffer.nbytes,
-            digest=snapshot.digest(buffer),
+            digest=digest,
             probe_logprobs=tuple(model.sequence_logprobs(self.policy, self.probe)),
         )
         return header, buffer

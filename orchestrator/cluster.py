@@ -102,11 +102,7 @@ def local_nodes() -> list[Node]:
 
 def nodes() -> list[Node]:
     """The nodes of the connected cluster."""
-    return [
-        Node(node["NodeManagerHostname"], {k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU")})
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    return [Node(node["NodeManagerHostname"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 @contextmanager

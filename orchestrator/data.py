@@ -7,6 +7,7 @@ quarantine with its place and reason; too many of them stop the job. A new file 
 import csv
 import importlib
 import json
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 from actors.errors import DataError
 from actors.snapshot import digest
 from orchestrator.schema import DatasetConfig, JobConfig
+
+log = logging.getLogger("eagleray")
 
 Prompt = str | list[dict[str, Any]]
 PROBE_TOKENS = 64  # enough that two policies never agree on all of them by chance
@@ -192,6 +195,9 @@ def _read(entry: DatasetConfig, search_paths: Sequence[str]) -> Iterator[tuple[s
     if files is None:
         yield from _read_hub(entry)
         return
+    asked = {"name": entry.name, "split": entry.split if entry.split != "train" else None, "revision": entry.revision}
+    if unused := [name for name, value in asked.items() if value]:
+        log.warning("datasets: %s not used: %s lies on this machine, not on the hub", ", ".join(unused), entry.path)
     for file in files:
         kind = entry.ds_type or file.suffix.lstrip(".").lower()
         if kind not in READERS:

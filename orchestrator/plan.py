@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
-from actors import device
 from actors.errors import ConfigError
 from orchestrator.schema import JobConfig
+from orchestrator.source import Problem
 
 Resources = Mapping[str, float]
 MAX_NUM_SEQS = 1024  # completions that an engine decodes side by side; the rest of a batch waits in its queue
@@ -71,9 +71,16 @@ class Plan:
         ]
 
 
-def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int) -> Plan:
-    """Resolves a job of rl: grpo over `rows` training prompts."""
+def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int, cpu_dtype: str = "float32") -> Plan:
+    """Resolves a job of rl: grpo over `rows` training prompts.
+
+    cpu_dtype: what bf16: auto means on nodes without a GPU. Raises ConfigError for GPUs that an engine must have and
+    may not.
+    """
     gpu = any(node.resources.get("GPU", 0) > 0 for node in nodes)
+    if gpu and config.ray.engine_gpus == 0:
+        text = "is 0, but the cluster has GPUs and vLLM needs one; give a number or a share, or remove it"
+        config.source.raise_if_any([Problem("ray.engine_gpus", text)])
     bundles = _bundles(config, gpu)
     completions = config.micro_batch_size * config.gradient_accumulation_steps
     prompts = completions // config.trl.num_generations
@@ -91,7 +98,7 @@ def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int) -> Plan:
         placement=_place(bundles, nodes),
         strategy={"pack": "PACK", "spread": "SPREAD"}[config.ray.placement],
         gpu=gpu,
-        dtype=_dtype(config, gpu),
+        dtype=_dtype(config, gpu, cpu_dtype),
         # Packed rows need a mask of their own, which flash attention's kernels do not take. The result is the same.
         attention="eager" if config.attn_implementation == "eager" else "sdpa",
         sync="fused" if config.ray.sync == "auto" else config.ray.sync,
@@ -149,10 +156,10 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
 
 
 def _bundles(config: JobConfig, gpu: bool) -> tuple[Bundle, ...]:
-    trainer: dict[str, float] = {"CPU": config.ray.trainer_cpus}
+    asked = {name: n for name, n in config.resources_per_worker.items() if n and (gpu or name != "GPU")}
+    trainer: dict[str, float] = {"CPU": config.ray.trainer_cpus, **asked}
     engine: dict[str, float] = {"CPU": config.ray.engine_cpus}
     if gpu:
-        trainer |= {name: n for name, n in config.resources_per_worker.items() if name != "CPU" and n}
         engine["GPU"] = _engine_gpus(config, gpu)
     return (
         Bundle("trainer", 0, trainer),
@@ -224,13 +231,14 @@ def _problem(plan: Plan, bundle: Bundle) -> str:
 
 
 def _amount(resources: Resources) -> str:
-    shown = [f"{resources[r]:g} {r}" for r in ("CPU", "GPU") if resources.get(r)]
+    hidden = ("memory", "object_store_memory")  # bytes, and every node's own name, which Ray counts as resources too
+    shown = [f"{n:g} {name}" for name, n in sorted(resources.items()) if n and not name.startswith(("node:", *hidden))]
     return " + ".join(shown) or "nothing"
 
 
-def _dtype(config: JobConfig, gpu: bool) -> str:
+def _dtype(config: JobConfig, gpu: bool, cpu_dtype: str) -> str:
     if config.vllm.dtype != "auto":
-        return {"half": "float16", "float": "float32"}.get(config.vllm.dtype, config.vllm.dtype)
+        return "float32" if config.vllm.dtype == "float" else config.vllm.dtype
     if config.bf16 == "auto":
-        return device.fastest_dtype(gpu)
+        return "bfloat16" if gpu else cpu_dtype
     return "bfloat16" if config.bf16 else "float32"

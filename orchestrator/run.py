@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors import hub, model, storage
+from actors import device, hub, model, storage
 from actors.engine import prompt_token_ids
 from actors.errors import ActorError
-from actors.loss import LossSpec
-from actors.specs import EngineSpec, LoraSpec, ModelSpec, OptimizerSpec, RewardSpec, TrainerSpec
+from actors.specs import EngineSpec, LoraSpec, LossSpec, ModelSpec, OptimizerSpec, RewardSpec, TrainerSpec
 from orchestrator import checkpoints, cluster
 from orchestrator.config import dump
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
@@ -41,7 +40,12 @@ def plan_job(config: JobConfig, nodes: list[Node]) -> tuple[Plan, PromptSet]:
     """The plan of a job on these nodes; reads the datasets, starts nothing."""
     ensure_runnable(config)
     prompts = load_prompts(config, search_paths(config))
-    return make_plan(config, nodes, len(prompts.train)), prompts
+    return resolved(config, nodes, prompts), prompts
+
+
+def resolved(config: JobConfig, nodes: list[Node], prompts: PromptSet) -> Plan:
+    """The plan for these nodes. Of CPU nodes it takes this machine's processor as an example."""
+    return make_plan(config, nodes, len(prompts.train), device.fastest_dtype(gpu=False))
 
 
 def run(config: JobConfig, display: Display) -> RunResult:
@@ -70,7 +74,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
         with cluster.interruptible(), ExitStack() as stack:
             with display.phase("starting Ray"):
                 dashboard = stack.enter_context(cluster.connected())
-            plan = make_plan(config, cluster.nodes(), len(prompts.train))
+            plan = resolved(config, cluster.nodes(), prompts)
             ensure_placeable(plan)
             title = f"GRPO: {config.base_model} -> {output_dir}"
             display.header(title, [*describe(config, plan), f"dashboard   {dashboard}"])

@@ -128,6 +128,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "engines over several GPUs are not implemented yet; use 1",
     ),
     ("vllm.data_parallel_size", lambda v: v != 1, "use ray.engines for more engines"),
+    ("vllm.dtype", lambda v: v in ("half", "float16"), "is not implemented yet; use bfloat16 or float32"),
 )
 
 _SFT = "not used: it concerns SFT"

@@ -150,6 +150,12 @@ def _grpo(config: JobConfig) -> Iterator[Problem]:
             f"{config.vllm.max_model_len} is below sequence_len: {config.sequence_len}, prompt and completion"
         )
         yield Problem("vllm.max_model_len", f"{text} together; raise it, or remove it")
+    if config.vllm.dtype != "auto" and config.bf16 != "auto" and (config.vllm.dtype == "bfloat16") != bool(config.bf16):
+        text = f"{config.vllm.dtype} contradicts bf16: {str(config.bf16).lower()}; trainer and engine share a dtype"
+        yield Problem("vllm.dtype", f"{text}, so remove one of the two")
+    if trl.loss_type == "cispo" and trl.epsilon_high is None:
+        text = f"cispo caps ratios at epsilon_high itself, which epsilon would set to {trl.epsilon:g}"
+        yield Problem("trl.epsilon_high", f"{text}; add for example trl.epsilon_high: 5.0")
     if config.ray.sync == "adapter" and config.lora_r is not None and config.lora_r not in LORA_RANKS:
         ranks = ", ".join(map(str, LORA_RANKS))
         yield Problem(

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
+from actors.specs import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
+from orchestrator.credit import SCALES
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
-
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")
 
 # fmt: off
 # transformers 5.19 (OptimizerNames, SchedulerType) and the ones that Axolotl adds
@@ -48,8 +48,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "fsdp_version": (1, 2),
     "trl.vllm_mode": ("server", "colocate"),
     "trl.loss_type": LOSS_TYPES,
-    "trl.scale_rewards": ("group", "batch", "none"),
-    "trl.importance_sampling_level": ("token", "sequence"),
+    "trl.scale_rewards": SCALES,
+    "trl.importance_sampling_level": IMPORTANCE_SAMPLING_LEVELS,
     "vllm.dtype": ("auto", "bfloat16", "float16", "half", "float32", "float"),
     "ray.sync": ("auto", "fused", "adapter"),
     "ray.placement": ("pack", "spread"),

@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors.loss import LossSpec
-from actors.specs import LoraSpec, ModelSpec, OptimizerSpec, TrainerSpec
+from actors.specs import LoraSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from actors.types import RolloutGroup
 
 VOCAB = 48

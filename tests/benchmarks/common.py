@@ -171,7 +171,6 @@ def random_policy(version: int) -> tuple[SnapshotHeader, np.ndarray[Any, np.dtyp
     generator = torch.Generator().manual_seed(version)
     shapes = model.expected_lora_shapes(MODEL, LORA)
     tensors = {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    entries, buffer = snapshot.pack(tensors)
-    digest = snapshot.digest(buffer)
+    entries, buffer, digest = snapshot.pack(tensors)
     header = SnapshotHeader(version, MODEL.name, LORA.r, model.scaling(LORA), entries, buffer.nbytes, digest, ())
     return header, buffer

@@ -4,9 +4,8 @@ from typing import Any
 
 import ray
 
-from actors.loss import LossSpec
 from actors.rewards import RewardWorker
-from actors.specs import OptimizerSpec, RewardSpec, TrainerSpec
+from actors.specs import LossSpec, OptimizerSpec, RewardSpec, TrainerSpec
 from orchestrator.credit import group_advantages
 from tests.benchmarks import common
 from tests.benchmarks.common import LORA, MODEL, PROBE, Work

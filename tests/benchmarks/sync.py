@@ -75,14 +75,13 @@ class Publisher:
         self.adapter = adapter
         self.version = 0
         self.tensors = {name: torch.randn(shape) for name, shape in adapter.shapes().items()}
-        _, self.source = snapshot.pack(self.tensors)
+        _, self.source, _ = snapshot.pack(self.tensors)
         self.target = np.ones_like(self.source)
 
     def publish(self) -> tuple[SnapshotHeader, NDArray[np.uint8]]:
         """As Trainer.publish, without the probe."""
         self.version += 1
-        entries, buffer = snapshot.pack(self.tensors)
-        digest = snapshot.digest(buffer)
+        entries, buffer, digest = snapshot.pack(self.tensors)
         name, rank = self.adapter.model, self.adapter.rank
         return SnapshotHeader(self.version, name, rank, SCALING, entries, buffer.nbytes, digest, ()), buffer
 

@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM
 from actors import hub, install, model, snapshot
 from actors.engine import RolloutEngine
 from actors.errors import SyncError
-from actors.loss import LossSpec
 from actors.packing import Sample, pack_row
-from actors.specs import EngineSpec, LoraSpec, OptimizerSpec, SamplingSpec, TrainerSpec
+from actors.specs import EngineSpec, LoraSpec, LossSpec, OptimizerSpec, SamplingSpec, TrainerSpec
 from actors.trainer import Trainer
 from actors.types import RolloutGroup, SnapshotHeader
 from tests.tiny import SMOLLM2, fill_adapter

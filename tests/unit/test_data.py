@@ -43,6 +43,19 @@ def test_text_formats(tmp_path: Path, name: str, content: str) -> None:
     assert sorted(str(row.prompt) for row in load_prompts(job(tmp_path / name), []).train) == ["p", "q"]
 
 
+def test_what_only_a_hub_dataset_has_is_named_when_it_is_given_for_a_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"prompt": "w"}])
+    config = job(file)
+    assert config.datasets
+    config.datasets[0].split, config.datasets[0].revision = "train", "main"
+    load_prompts(config, [])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"datasets: revision not used: {file} lies on this machine, not on the hub"
+    ]
+
+
 def test_parquet_folder_and_glob(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from actors.errors import ConfigError
-from actors.loss import LOSS_TYPES, LossOutput, LossSpec, grpo_loss, token_weights
+from actors.loss import LossOutput, grpo_loss, token_weights
+from actors.specs import LOSS_TYPES, LossSpec
 from orchestrator.credit import combine_rewards, group_advantages
 
 VOCAB = 24

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from actors.errors import ConfigError
-from orchestrator.plan import Node, ensure_placeable, make_plan
+from orchestrator.plan import Node, describe, ensure_placeable, make_plan
 from orchestrator.schema import JobConfig
 
 LAPTOP = [Node("laptop", {"CPU": 2.0})]
@@ -108,4 +108,20 @@ def test_dtype_follows_the_configuration() -> None:
     assert make_plan(job(bf16=True), LAPTOP, 10).dtype == "bfloat16"
     assert make_plan(job(bf16=False), LAPTOP, 10).dtype == "float32"
     assert make_plan(job(bf16="auto"), TWO_GPUS, 10).dtype == "bfloat16"
-    assert make_plan(job(vllm__dtype="half"), LAPTOP, 10).dtype == "float16"
+    assert make_plan(job(bf16="auto"), LAPTOP, 10, "bfloat16").dtype == "bfloat16"
+    assert make_plan(job(vllm__dtype="float"), TWO_GPUS, 10).dtype == "float32"
+
+
+def test_an_engine_without_a_gpu_on_a_gpu_cluster_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ray.engine_gpus: is 0, but the cluster has GPUs"):
+        make_plan(job(ray__engine_gpus=0.0), TWO_GPUS, 10)
+
+
+def test_a_worker_may_ask_for_any_resource_that_ray_counts() -> None:
+    asked = {"GPU": 1.0, "CPU": 2.0, "fast_disk": 1.0}
+    plan = make_plan(job(resources_per_worker=asked), [Node("a", {"CPU": 8.0, "fast_disk": 1.0, "node:a": 1.0})], 10)
+    assert plan.bundles[0].resources == {"CPU": 2.0, "fast_disk": 1.0}
+    assert plan.placement == (0, 0)
+    assert any("trainer 0: 2 CPU + 1 fast_disk on a" in line for line in describe(job(), plan))
+    missing = make_plan(job(resources_per_worker=asked), LAPTOP, 10)
+    assert "trainer 0 needs 2 CPU + 1 fast_disk" in missing.problems[0]

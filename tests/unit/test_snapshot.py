@@ -57,7 +57,7 @@ def odd_tensors() -> dict[str, Tensor]:
 
 def test_pack_and_unpack_keep_every_bit() -> None:
     tensors = odd_tensors()
-    entries, buffer = snapshot.pack(tensors)
+    entries, buffer, _ = snapshot.pack(tensors)
     found = snapshot.unpack(entries, buffer)
     assert found.keys() == tensors.keys()
     for name, expected in tensors.items():
@@ -65,7 +65,7 @@ def test_pack_and_unpack_keep_every_bit() -> None:
 
 
 def test_tensors_lie_side_by_side_on_cache_lines_in_the_order_of_names() -> None:
-    entries, buffer = snapshot.pack(odd_tensors())
+    entries, buffer, _ = snapshot.pack(odd_tensors())
     assert [e.name for e in entries] == sorted(odd_tensors())
     end = 0
     for entry in entries:
@@ -77,19 +77,20 @@ def test_tensors_lie_side_by_side_on_cache_lines_in_the_order_of_names() -> None
 
 def test_equal_tensors_make_equal_bytes_in_whatever_order_they_come() -> None:
     tensors = odd_tensors()
-    _, forward = snapshot.pack(tensors)
-    _, backward = snapshot.pack(dict(reversed(tensors.items())))
-    assert snapshot.digest(forward) == snapshot.digest(backward)
+    _, forward, digest = snapshot.pack(tensors)
+    _, backward, _ = snapshot.pack(dict(reversed(tensors.items())))
+    assert digest == snapshot.digest(forward) == snapshot.digest(backward)
 
 
 def test_nothing_packs_to_nothing() -> None:
-    entries, buffer = snapshot.pack({})
+    entries, buffer, digest = snapshot.pack({})
     assert (entries, buffer.nbytes, snapshot.unpack(entries, buffer)) == ((), 0, {})
+    assert digest == snapshot.digest(b"")
 
 
 def test_a_later_change_of_the_tensors_does_not_reach_the_buffer() -> None:
     tensor = torch.ones(4)
-    entries, buffer = snapshot.pack({"a": tensor})
+    entries, buffer, _ = snapshot.pack({"a": tensor})
     tensor.zero_()
     assert snapshot.unpack(entries, buffer)["a"].tolist() == [1.0] * 4
 
@@ -143,8 +144,7 @@ def made(change: Callable[[dict[str, Tensor]], None] = lambda tensors: None) -> 
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in EXPECTED.items()}
     change(tensors)
-    entries, buffer = snapshot.pack(tensors)
-    digest = snapshot.digest(buffer)
+    entries, buffer, digest = snapshot.pack(tensors)
     return SnapshotHeader(7, BASE, 4, 2.0, entries, buffer.nbytes, digest, (-1.0,)), buffer
 
 
@@ -210,5 +210,5 @@ def test_every_single_byte_is_under_the_digest() -> None:
 
 
 def test_an_entry_is_plain_data() -> None:
-    entries, _ = snapshot.pack({"a": torch.zeros(2, 3, dtype=torch.bfloat16)})
+    entries, _, _ = snapshot.pack({"a": torch.zeros(2, 3, dtype=torch.bfloat16)})
     assert entries == (TensorEntry("a", "bfloat16", (2, 3), 0, 12),)

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from actors import model
 from actors.errors import CheckpointError
-from actors.loss import LossSpec
-from actors.specs import OptimizerSpec, TrainerSpec
+from actors.specs import LossSpec, OptimizerSpec, TrainerSpec
 from actors.trainer import Trainer
 from actors.types import RolloutGroup, TrainStats
 from tests.tiny import alone_logprobs, fill_adapter, random_group, save_llama, trainer_spec
