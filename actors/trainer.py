@@ -44,6 +44,7 @@ class Trainer:
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer, self.scheduler = _optimizer(self.parameters, spec.optimizer)
         self.probe: tuple[int, ...] = ()
+        self.buffer: NDArray[np.uint8] | None = None  # of the last publish
 
     def set_probe(self, token_ids: Sequence[int]) -> None:
         """The sequence whose log-probabilities prove a sync; at least two tokens."""
@@ -169,9 +170,11 @@ class Trainer:
     def publish(self) -> tuple[SnapshotHeader, NDArray[np.uint8]]:
         """The current policy as header and buffer, two objects of the store: the driver fetches only the first.
 
-        The buffer is returned rather than put, since what an actor puts dies with it.
+        The buffer is returned rather than put, since what an actor puts dies with it. The next call writes over it:
+        the store has a copy, and whoever calls without Ray takes one.
         """
-        entries, buffer, digest = snapshot.pack(model.lora_tensors(self.policy))
+        entries, buffer, digest = snapshot.pack(model.lora_tensors(self.policy), self.buffer)
+        self.buffer = buffer
         self.policy.eval()
         header = SnapshotHeader(
             version=self.version,

@@ -136,6 +136,7 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
     ]
     rewards = [f"reward {name}: its own process, no reserved CPU" for name in trl.reward_funcs or []]
     engines = config.ray.engines
+    unused = plan.gpu and config.ray.kv_cache_gib is not None
     return [
         f"model       {config.base_model}, {plan.dtype}, {plan.attention} attention",
         f"adapter     LoRA r={config.lora_r} alpha={config.lora_alpha}",
@@ -151,6 +152,7 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
         f"steps       {plan.total_steps} ({plan.rows} prompts, {plan.steps_per_epoch:.1f} steps an epoch), "
         f"checkpoint every {plan.save_steps}",
         f"sync        {plan.sync}, max_staleness {config.ray.max_staleness}",
+        *(["kv cache    vllm.gpu_memory_utilization decides; ray.kv_cache_gib is for engines on CPUs"] if unused else []),
         f"loss        {trl.loss_type}, beta {trl.beta}, importance sampling cap {config.ray.importance_sampling_cap}",
     ]
 

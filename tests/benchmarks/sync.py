@@ -77,11 +77,13 @@ class Publisher:
         self.tensors = {name: torch.randn(shape) for name, shape in adapter.shapes().items()}
         _, self.source, _ = snapshot.pack(self.tensors)
         self.target = np.ones_like(self.source)
+        self.buffer: NDArray[np.uint8] | None = None
 
     def publish(self) -> tuple[SnapshotHeader, NDArray[np.uint8]]:
         """As Trainer.publish, without the probe."""
         self.version += 1
-        entries, buffer, digest = snapshot.pack(self.tensors)
+        entries, buffer, digest = snapshot.pack(self.tensors, self.buffer)
+        self.buffer = buffer
         name, rank = self.adapter.model, self.adapter.rank
         return SnapshotHeader(self.version, name, rank, SCALING, entries, buffer.nbytes, digest, ()), buffer
 

@@ -69,7 +69,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
         trainer.version = version
         header, buffer = trainer.publish()
         trainer.save_adapter(str(folder / str(version)))
-        snapshots.append((header, buffer))
+        snapshots.append((header, buffer.copy()))
     return Policies(trainer, tuple(snapshots), folder)
 
 

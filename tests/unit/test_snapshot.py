@@ -95,6 +95,15 @@ def test_a_later_change_of_the_tensors_does_not_reach_the_buffer() -> None:
     assert snapshot.unpack(entries, buffer)["a"].tolist() == [1.0] * 4
 
 
+def test_a_used_buffer_of_the_right_size_is_written_over() -> None:
+    _, used, _ = snapshot.pack({"a": torch.ones(4), "b": torch.ones(4)})
+    entries, buffer, digest = snapshot.pack({"a": torch.full((4,), 2.0), "b": torch.zeros(4)}, used)
+    assert buffer is used and digest == snapshot.digest(buffer)
+    assert [tensor.tolist() for tensor in snapshot.unpack(entries, buffer).values()] == [[2.0] * 4, [0.0] * 4]
+    _, other, _ = snapshot.pack({"a": torch.ones(40)}, used)
+    assert other is not used
+
+
 def test_digest_is_xxh3_of_128_bits() -> None:
     assert snapshot.digest(b"") == "99aa06d3014798d86001c324468d497f"  # xxHash's own test vector
     assert snapshot.digest(np.zeros(0, np.uint8)) == snapshot.digest(b"")

@@ -234,7 +234,8 @@ def test_a_resumed_run_repeats_the_one_that_went_on(folder: str, tmp_path: Path)
     older = []
     for n in range(2):
         assert step(stopped, n) == expected[n]
-        older.append(stopped.publish())  # which must not draw: `straight` publishes nothing
+        header, buffer = stopped.publish()  # which must not draw: `straight` publishes nothing
+        older.append((header, buffer.copy()))
     step(stopped, 2)
     stopped.save(str(tmp_path), *older[0], *older[1])
 
