@@ -13,9 +13,10 @@ from actors.types import InstallReceipt, SnapshotHeader
 from orchestrator import cluster
 from orchestrator.cluster import Actors
 
-# Mean difference between the trainer's and an engine's log-probability of the probe, nats a token. Rounding alone
-# stays one order of magnitude below.
-PROBE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.2}
+# Mean difference between the trainer's and an engine's log-probability of the probe, nats a token, above which the engine
+# serves something else altogether. Rounding stays below a hundredth of the first, and was seen up to a third of the second:
+# bfloat16 has 8 bits, and the two sides multiply in different orders.
+PROBE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.5}
 
 
 class Policies:
