@@ -14,6 +14,10 @@
     trainer.py   the actor that learns
     engine.py    the actor that samples
     rewards.py   the actor that scores
+    formats/     dataset rows to token ids, a module a family of types
+    preparing.py pieces of files to prepared rows, on Ray Data's workers
+    methods/     SFT, DPO, KTO, ORPO and reward models: TRL's trainer, a file a method
+    dataset_loop.py what each Ray Train worker does
 
 An actor never imports the orchestrator: what it needs arrives in its constructor.
 """

@@ -25,8 +25,8 @@ def load_tokenizer(model: ModelSpec) -> Any:
     return AutoTokenizer.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
 
 
-def peft_config(lora: LoraSpec) -> Any:
-    """PEFT's configuration of the adapter."""
+def peft_config(lora: LoraSpec, task: str = "CAUSAL_LM") -> Any:
+    """PEFT's configuration of the adapter. task: PEFT's name of it, CAUSAL_LM or SEQ_CLS."""
     from peft import LoraConfig
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
@@ -36,7 +36,23 @@ def peft_config(lora: LoraSpec) -> Any:
         lora_dropout=lora.dropout,
         target_modules=targets,
         use_rslora=lora.use_rslora,
-        task_type="CAUSAL_LM",
+        use_dora=lora.use_dora,
+        modules_to_save=list(lora.modules_to_save) or None,
+        task_type=task,
+    )
+
+
+def quantization(model: ModelSpec) -> Any:
+    """bitsandbytes' configuration: NF4 with double quantization (QLoRA, arXiv:2305.14314), or LLM.int8()."""
+    from transformers import BitsAndBytesConfig
+
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
     )
 
 

@@ -20,6 +20,7 @@ class ModelSpec:
     dtype: str  # bfloat16 | float32
     trust_remote_code: bool = False
     attn_implementation: str | None = None  # of transformers; None = its default
+    quantization: str | None = None  # nf4 | int8: bitsandbytes, of the frozen base; None = none
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class LoraSpec:
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,3 +134,21 @@ class RewardSpec:
 
     path: str  # module.function
     search_paths: tuple[str, ...]  # folders put first on the import path
+
+
+@dataclass(frozen=True)
+class DatasetTrainSpec:
+    """The workers of a dataset job."""
+
+    method: str  # a name of actors.methods.METHODS
+    model: ModelSpec
+    lora: LoraSpec | None  # None = full fine-tuning
+    train_files: tuple[str, ...]  # Arrow files of prepared rows, in order
+    held_out_files: tuple[str, ...]
+    packed: bool  # rows hold several documents each
+    output_dir: str
+    job: Mapping[str, object]  # what a resumed job must have as it was; part of each checkpoint
+    arguments: Mapping[str, object]  # of the method's TRL configuration, beside what the method itself sets
+    early_stopping_patience: int | None = None  # evaluations without a better held-out loss
+    resume_from: str | None = None  # a checkpoint
+    threads: int | None = None  # CPU threads of a worker

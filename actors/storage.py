@@ -37,15 +37,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        digests = {str(file.relative_to(beside)): digest(file.read_bytes()) for file in _files(beside)}
-        for file in _files(beside):
-            _sync(file)
-        write_json(beside / MANIFEST, {"digests": digests})
+        seal(beside)
         os.rename(beside, path)
         _sync(path.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest, last of all: a digest of every file that is there."""
+    digests = {str(file.relative_to(folder)): digest(file.read_bytes()) for file in _files(folder)}
+    for file in _files(folder):
+        _sync(file)
+    write_json(folder / MANIFEST, {"digests": digests})
 
 
 def verify(path: Path) -> None:

@@ -5,10 +5,13 @@
     values.py       choices and ranges of single keys
     validate.py     contradictions between keys
     axolotl_keys.py keys of Axolotl that are hints, or refused
-    runnable.py     what this version acts on
+    runnable.py     what this version acts on; the tables are in online_keys.py and dataset_keys.py
     config.py       all of that as load() and dump()
     data.py         prompts: reading, checking, dealing to steps
     plan.py         configuration and cluster to roles, bundles and batch arithmetic: a pure function
+    dataset_plan.py the same for dataset jobs
+    prepare.py      datasets to token ids on disk, by Ray Data
+    arguments.py    configuration to the arguments of TRL's trainers
     environment.py  the environment each actor starts with
     cluster.py      the only module that starts Ray, placement groups and actors
     policies.py     published versions, their installs and proofs
@@ -17,7 +20,10 @@
     credit.py       rewards to advantages
     checkpoints.py  output folder: lock, checkpoints, resume
     grpo.py         the loop
-    run.py          a job from configuration to result
+    run.py          which shape a job has
+    online_job.py   an online job (rl: grpo) from configuration to result
+    dataset_job.py  a dataset job (every other method) from configuration to result
+    jobs.py         what both share
     metrics.py      what a run measures
     display.py      what it shows
     report.py       its curves

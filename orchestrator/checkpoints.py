@@ -21,7 +21,7 @@ from actors.errors import CheckpointError, ConfigError
 from orchestrator.schema import JobConfig
 
 STATE = "state.json"
-ADAPTER = "adapter_model.safetensors"
+RESULTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 LOCK = ".lock"
 
 
@@ -66,7 +66,7 @@ def resume_point(config: JobConfig, output_dir: Path, warn: Any) -> Path | None:
     is passed over with a warning.
     """
     saved = steps_saved(output_dir)
-    used = bool(saved) or (output_dir / ADAPTER).exists()
+    used = bool(saved) or any((output_dir / name).exists() for name in RESULTS)
     if config.resume_from_checkpoint:
         path = Path(config.resume_from_checkpoint).resolve()
         storage.verify(path)

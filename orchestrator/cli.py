@@ -49,8 +49,8 @@ def _run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from orchestrator import cluster
     from orchestrator.config import load
-    from orchestrator.plan import describe, ensure_placeable
-    from orchestrator.run import plan_job
+    from orchestrator.plan import ensure_placeable
+    from orchestrator.run import plan_lines
 
     config = load(args.config, args.overrides)
     if os.environ.get("RAY_ADDRESS"):
@@ -58,9 +58,9 @@ def _plan(args: argparse.Namespace) -> int:
             nodes = cluster.nodes()
     else:
         nodes = cluster.local_nodes()
-    plan, _ = plan_job(config, nodes)
-    print("\n".join(describe(config, plan)))
-    ensure_placeable(plan)
+    lines, problems = plan_lines(config, nodes)
+    print("\n".join(lines))
+    ensure_placeable(problems)
     return 0
 
 

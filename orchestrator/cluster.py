@@ -168,6 +168,24 @@ def start_reward(plan: Plan, spec: RewardSpec) -> Any:
     return ray.remote(RewardWorker).options(num_cpus=0, runtime_env={"env_vars": env}).remote(spec)
 
 
+def start_free(cls: type) -> Any:
+    """Starts an actor that reserves nothing."""
+    return ray.remote(cls).options(num_cpus=0).remote()
+
+
+def pause(seconds: float) -> None:
+    """Sleeps, unless the job is asked to end: raises Interrupted then."""
+    if _signals:
+        raise Interrupted(_signals.pop())
+    time.sleep(seconds)
+
+
+def told(error: BaseException) -> str:
+    """What an exception of Ray's says, for a person: its last line, and the end of its traceback."""
+    text = str(error) or type(error).__name__
+    return f"{_last_line(text)}\n{_tail(text)}"
+
+
 def keep(value: Any) -> Any:
     """Puts a value into the object store; it lives as long as the driver does."""
     return ray.put(value)

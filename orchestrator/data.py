@@ -4,7 +4,6 @@ A row is a `prompt` (text, or chat messages) and columns for the reward function
 quarantine with its place and reason; too many of them stop the job. A new file format is a line in READERS.
 """
 
-import csv
 import importlib
 import json
 import logging
@@ -17,6 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import DataError
+from actors.preparing import (
+    BadRow,
+    HubSpec,
+    arrow_rows,
+    csv_rows,
+    hub_rows,
+    json_rows,
+    jsonl_rows,
+    parquet_rows,
+)
 from actors.snapshot import digest
 from orchestrator.schema import DatasetConfig, JobConfig
 
@@ -33,14 +42,6 @@ class Row:
     prompt: Prompt
     columns: dict[str, Any]
     place: str  # file:line, for messages
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row in quarantine."""
-
-    place: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,17 @@ def load_prompts(config: JobConfig, search_paths: Sequence[str]) -> PromptSet:
     held_out = _read_all(config, config.test_datasets or [], search_paths, bad)
     random.Random(config.seed).shuffle(train)
     if config.val_set_size:
-        count = round(config.val_set_size * len(train)) if config.val_set_size < 1 else int(config.val_set_size)
-        if not 0 < count < len(train):
-            raise DataError(
-                f"val_set_size: {config.val_set_size} of {len(train)} rows leaves no rows to train or to test"
-            )
+        count = held_out_count(config, len(train))
         held_out, train = [*held_out, *train[:count]], train[count:]
     return _checked(config, PromptSet(tuple(train), tuple(held_out), tuple(bad)))
+
+
+def held_out_count(config: JobConfig, total: int) -> int:
+    """How many of all rows val_set_size holds out. Raises DataError when that leaves none to train, or none to test."""
+    count = round(config.val_set_size * total) if config.val_set_size < 1 else int(config.val_set_size)
+    if not 0 < count < total:
+        raise DataError(f"val_set_size: {config.val_set_size} of {total} rows leaves no rows to train or to test")
+    return count
 
 
 def without_long_prompts(config: JobConfig, prompts: PromptSet, count_tokens: Callable[[Prompt], int]) -> PromptSet:
@@ -117,16 +122,24 @@ def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 def _checked(config: JobConfig, prompts: PromptSet) -> PromptSet:
     total = len(prompts.train) + len(prompts.held_out) + len(prompts.bad)
-    first = f"; the first: {prompts.bad[0].place}: {prompts.bad[0].reason}" if prompts.bad else ""
-    if total and len(prompts.bad) > config.ray.max_bad_rows * total:
+    ensure_usable(config, "prompts", len(prompts.train), total, len(prompts.bad), prompts.bad)
+    return prompts
+
+
+def ensure_usable(config: JobConfig, what: str, kept: int, total: int, bad_rows: int, bad: Sequence[BadRow]) -> None:
+    """Raises DataError for more bad rows than ray.max_bad_rows allows, or when nothing to train on is kept.
+
+    bad: the first of the bad rows.
+    """
+    first = f"; the first: {bad[0].place}: {bad[0].reason}" if bad else ""
+    if bad_rows > config.ray.max_bad_rows * total:
         raise DataError(
-            f"{len(prompts.bad)} of {total} rows cannot be used{first}. "
+            f"{bad_rows} of {total} rows cannot be used{first}. "
             "Mend them, or let a share of rows be left out with ray.max_bad_rows"
         )
-    if not prompts.train:
+    if not kept:
         names = ", ".join(entry.path for entry in config.datasets or [])
-        raise DataError(f"datasets: no prompts in {names}{first}")
-    return prompts
+        raise DataError(f"datasets: no {what} in {names}{first}")
 
 
 def _read_all(
@@ -191,23 +204,41 @@ def _transform(
 
 
 def _read(entry: DatasetConfig, search_paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    files = _local_files(entry, search_paths)
+    files = local_files(entry, search_paths)
     if files is None:
-        yield from _read_hub(entry)
+        yield from hub_rows(hub_spec(entry))
         return
-    asked = {"name": entry.name, "split": entry.split if entry.split != "train" else None, "revision": entry.revision}
-    if unused := [name for name, value in asked.items() if value]:
-        log.warning("datasets: %s not used: %s lies on this machine, not on the hub", ", ".join(unused), entry.path)
-    for file in files:
-        kind = entry.ds_type or file.suffix.lstrip(".").lower()
-        if kind not in READERS:
-            raise DataError(
-                f"datasets: {file} is of no known kind; use one of {', '.join(sorted(READERS))}, or ds_type"
-            )
+    for file, kind in files:
         try:
             yield from READERS[kind](file)
         except (OSError, ValueError) as error:
             raise DataError(f"datasets: {file} cannot be read: {error}") from error
+
+
+def local_files(entry: DatasetConfig, search_paths: Sequence[str]) -> list[tuple[Path, str]] | None:
+    """Files of a local dataset and their kinds in READERS; None for a name that can only be the hub's.
+
+    Raises DataError for files that are not there or of no known kind.
+    """
+    files = _local_files(entry, search_paths)
+    if files is None:
+        return None
+    asked = {"name": entry.name, "split": entry.split if entry.split != "train" else None, "revision": entry.revision}
+    if unused := [name for name, value in asked.items() if value]:
+        log.warning("datasets: %s not used: %s lies on this machine, not on the hub", ", ".join(unused), entry.path)
+    kinds = [entry.ds_type or file.suffix.lstrip(".").lower() for file in files]
+    for file, kind in zip(files, kinds, strict=True):
+        if kind not in READERS:
+            raise DataError(
+                f"datasets: {file} is of no known kind; use one of {', '.join(sorted(READERS))}, or ds_type"
+            )
+    return list(zip(files, kinds, strict=True))
+
+
+def hub_spec(entry: DatasetConfig) -> HubSpec:
+    """A dataset of the hub, as an entry names it."""
+    files = tuple(entry.data_files) if isinstance(entry.data_files, list) else entry.data_files
+    return HubSpec(entry.path, entry.name, entry.split or "train", files, entry.revision)
 
 
 def _local_files(entry: DatasetConfig, search_paths: Sequence[str]) -> list[Path] | None:
@@ -234,77 +265,18 @@ def _local_files(entry: DatasetConfig, search_paths: Sequence[str]) -> list[Path
     return None
 
 
-def _read_hub(entry: DatasetConfig) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-
-    split = entry.split or "train"
-    try:
-        dataset = load_dataset(
-            entry.path, entry.name, split=split, data_files=entry.data_files, revision=entry.revision
-        )
-    except Exception as error:  # the hub's client raises its own, requests' and OS errors alike
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"datasets: {entry.path} is no local file and the hub did not give it: {reason}") from error
-    for index, row in enumerate(dataset):
-        yield f"{entry.path}[{split}]:{index}", dict(row)
-
-
-def _jsonl(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                place = f"{file}:{number}"
-                try:
-                    yield place, json.loads(line)
-                except ValueError as error:
-                    yield place, BadRow(place, f"is not JSON ({error})")
-
-
-def _json(file: Path) -> Iterator[tuple[str, Any]]:
-    text = file.read_text(encoding="utf-8")
-    if text.lstrip()[:1] != "[":
-        yield from _jsonl(file)  # many people name their JSON lines .json
-        return
-    for index, row in enumerate(json.loads(text)):
-        yield f"{file}[{index}]", row
-
-
-def _csv(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8", newline="") as handle:
-        reader = csv.DictReader(handle)
-        for row in reader:
-            yield f"{file}:{reader.line_num}", row
-
-
-def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet as parquet
-
-    yield from _enumerated(file, parquet.read_table(file).to_pylist())
-
-
-def _arrow(file: Path) -> Iterator[tuple[str, Any]]:
-    from datasets import Dataset
-
-    yield from _enumerated(file, Dataset.from_file(str(file)).to_list())
-
-
 def _text(file: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             yield f"{file}:{number}", {"prompt": line}
 
 
-def _enumerated(file: Path, rows: list[Any]) -> Iterator[tuple[str, Any]]:
-    for index, row in enumerate(rows):
-        yield f"{file}[{index}]", row
-
-
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    "jsonl": _jsonl,
-    "json": _json,
-    "csv": _csv,
-    "parquet": _parquet,
-    "arrow": _arrow,
+    "jsonl": jsonl_rows,
+    "json": json_rows,
+    "csv": csv_rows,
+    "parquet": parquet_rows,
+    "arrow": arrow_rows,
     "txt": _text,
     "text": _text,
 }

@@ -2,8 +2,8 @@
 
 A header, one table row per step, a line per evaluation, a summary: lines are only ever appended, so a terminal,
 a pipe, a file and `ray job logs` show the same text. A terminal has colour and, below the last line, a spinner
-with what the run is waiting for. A column of the table is a line in `COLUMNS`; its number comes from the step's
-record (`metrics.py`).
+with what the run is waiting for. A column of the table is a line in ONLINE_COLUMNS or DATASET_COLUMNS; its number
+comes from the step's record (`metrics.py`).
 
 Showing is never a reason to stop: when the other end of stdout is gone, the run goes on in silence.
 """
@@ -60,8 +60,11 @@ def _seconds(value: float) -> str:
     return f"{value:.2f}s" if value < 10 else f"{value:.1f}s"
 
 
-# heading -> (width, the record's metric, how to write it). With 4-digit steps and the ETA, 80 columns in all.
-COLUMNS: dict[str, tuple[int, str, Callable[[float], str]]] = {
+# heading -> (width, the record's metric, how to write it)
+Columns = Mapping[str, tuple[int, str, Callable[[float], str]]]
+
+# With 4-digit steps and the ETA, 80 columns in all.
+ONLINE_COLUMNS: Columns = {
     "reward": (6, "reward", lambda value: number(value, 3)),
     "accuracy": (8, "accuracy", percent),
     "length": (6, "completion_length", lambda value: number(value, 1)),
@@ -72,6 +75,34 @@ COLUMNS: dict[str, tuple[int, str, Callable[[float], str]]] = {
     "sync": (6, "sync_s", _seconds),
     "tok/s": (6, "tokens_per_s", lambda value: number(value, 0)),
 }
+_LOSS: Columns = {
+    "loss": (7, "loss", lambda value: number(value, 4)),
+    "grad": (6, "grad_norm", lambda value: number(value, 2)),
+    "rate": (7, "learning_rate", lambda value: number(value, 6)),
+}
+_PAIRS: Columns = {
+    "margin": (7, "reward_margin", lambda value: number(value, 3)),
+    "accuracy": (8, "pair_accuracy", percent),
+}
+_TIME: Columns = {"step time": (9, "step_s", _seconds)}
+DATASET_COLUMNS: dict[str | None, Columns] = {
+    None: {**_LOSS, "tokens right": (12, "token_accuracy", percent), **_TIME},
+    "kto": {
+        **_LOSS,
+        "liked": (7, "reward_chosen", lambda value: number(value, 3)),
+        "disliked": (8, "reward_rejected", lambda value: number(value, 3)),
+        "KL": (6, "kl", lambda value: number(value, 3)),
+        **_TIME,
+    },
+    **dict.fromkeys(("dpo", "ipo", "orpo", "reward_trainer"), {**_LOSS, **_PAIRS, **_TIME}),
+}
+# What is said of held-out rows: words -> (metric, how to write it)
+HELD_OUT: dict[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("eval/loss", lambda value: number(value, 4)),
+    "tokens right": ("eval/token_accuracy", percent),
+    "margin": ("eval/reward_margin", lambda value: number(value, 3)),
+    "pair accuracy": ("eval/pair_accuracy", percent),
+}
 
 
 class Display:
@@ -81,6 +112,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None) -> None:
+        self.columns = ONLINE_COLUMNS  # a job of another shape sets its own
         if console is None:
             # Asked here, since rich would take FORCE_COLOR, common in job environments, for a terminal.
             console = Console(force_terminal=sys.stdout is not None and sys.stdout.isatty())
@@ -94,6 +126,7 @@ class Display:
         self._announced: set[str] = set()
         self._status: Status | None = None
         self._evaluations: list[tuple[str, float]] = []  # label, held-out accuracy as a share
+        self._held_out: list[Record] = []
 
     def header(self, title: str, lines: Sequence[str]) -> None:
         """What is about to run: a title and the lines below it."""
@@ -127,7 +160,7 @@ class Display:
             self._step_s.append(record["step_s"])
         left_s = (max_steps - step) * sum(self._step_s) / len(self._step_s) if self._step_s else math.nan
         cells = [(max(5, 2 * len(str(max_steps)) + 1), "step", f"{step}/{max_steps}")]
-        for heading, (width, name, write) in COLUMNS.items():
+        for heading, (width, name, write) in self.columns.items():
             known = not math.isnan(record.get(name, math.nan))
             cells.append((width, heading, write(record[name]) if known else "-"))
         cells.append((6, "ETA", duration(left_s) if math.isfinite(left_s) else "-"))
@@ -144,6 +177,12 @@ class Display:
         line = f"held-out accuracy {percent(solved / total)} ({solved}/{total}){reward}  [{label}]"
         self._print(line, "bold green")
 
+    def held_out(self, record: Record) -> None:
+        """One line for an evaluation on held-out rows, with whatever of HELD_OUT the record has."""
+        self._held_out.append(record)
+        shown = [f"{words} {write(record[name])}" for words, (name, write) in HELD_OUT.items() if name in record]
+        self._print(f"held-out {', '.join(shown)}  [after step {int(record['step'])}]", "bold green")
+
     def note(self, text: str) -> None:
         """A line that people may want to know."""
         self._print(text)
@@ -156,6 +195,11 @@ class Display:
         """How it ended: held-out accuracy at the first and the last evaluation, `lines`, and the wall time."""
         shown = [f"{percent(share)} ({label})" for label, share in self._evaluations]
         gain = [f"held-out accuracy {' -> '.join(shown[:1] + shown[1:][-1:])}"] if shown else []
+        if self._held_out:
+            first, last = self._held_out[0], self._held_out[-1]
+            for words, (name, write) in HELD_OUT.items():
+                if name in first and name in last:
+                    gain.append(f"held-out {words} {write(first[name])} -> {write(last[name])}")
         self._block(title, [*gain, *lines, f"wall time {duration(time.monotonic() - self._began)}"])
 
     def _block(self, title: str, lines: Sequence[str]) -> None:

@@ -12,6 +12,11 @@ _QUIET = {
 }
 
 
+def worker_environment(threads: int | None) -> dict[str, str]:
+    """Of a Ray Train worker. threads: on CPU."""
+    return {**_QUIET, **({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})}
+
+
 def actor_environment(role: str, plan: Plan, kv_cache_gib: int | None) -> dict[str, str]:
     """role: trainer | engine | reward."""
     env = dict(_QUIET)

@@ -28,7 +28,7 @@ class Node:
 class Bundle:
     """What one actor reserves."""
 
-    role: str  # trainer | engine
+    role: str  # trainer | engine | worker
     index: int
     resources: Resources
 
@@ -66,9 +66,7 @@ class Plan:
     @property
     def problems(self) -> list[str]:
         """For each bundle that no node can hold: what it needs, what is free, and what would fit."""
-        return [
-            _problem(self, bundle) for bundle, node in zip(self.bundles, self.placement, strict=True) if node is None
-        ]
+        return shortages(self.bundles, self.nodes, self.placement)
 
 
 def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int, cpu_dtype: str = "float32") -> Plan:
@@ -95,7 +93,7 @@ def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int, cpu_dtype: st
     return Plan(
         bundles=bundles,
         nodes=tuple(nodes),
-        placement=_place(bundles, nodes),
+        placement=first_fit(bundles, nodes),
         strategy={"pack": "PACK", "spread": "SPREAD"}[config.ray.placement],
         gpu=gpu,
         dtype=_dtype(config, gpu, cpu_dtype),
@@ -121,17 +119,17 @@ def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int, cpu_dtype: st
     )
 
 
-def ensure_placeable(plan: Plan) -> None:
-    """Raises ConfigError when a bundle fits nowhere."""
-    if plan.problems:
-        raise ConfigError("the cluster cannot hold this job:\n  " + "\n  ".join(plan.problems))
+def ensure_placeable(problems: Sequence[str]) -> None:
+    """Raises ConfigError when a bundle fits nowhere; problems: of a plan."""
+    if problems:
+        raise ConfigError("the cluster cannot hold this job:\n  " + "\n  ".join(problems))
 
 
 def describe(config: JobConfig, plan: Plan) -> list[str]:
     """The plan for a person, a line each."""
     trl = config.trl
     held = [
-        f"{bundle}: {_amount(bundle.resources)} on {plan.nodes[node].name if node is not None else 'no node'}"
+        f"{bundle}: {amount(bundle.resources)} on {plan.nodes[node].name if node is not None else 'no node'}"
         for bundle, node in zip(plan.bundles, plan.placement, strict=True)
     ]
     rewards = [f"reward {name}: its own process, no reserved CPU" for name in trl.reward_funcs or []]
@@ -140,7 +138,7 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
     return [
         f"model       {config.base_model}, {plan.dtype}, {plan.attention} attention",
         f"adapter     LoRA r={config.lora_r} alpha={config.lora_alpha}",
-        f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {_amount(n.resources)}" for n in plan.nodes),
+        f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"placement   one placement group, {plan.strategy}",
         *(f"            {line}" for line in [*held, *rewards]),
         f"batch       {config.micro_batch_size} micro_batch_size x {config.gradient_accumulation_steps} "
@@ -195,8 +193,8 @@ def _engine_gpus(config: JobConfig, gpu: bool) -> float:
     return config.ray.engine_gpus if config.ray.engine_gpus is not None else config.vllm.tensor_parallel_size
 
 
-def _place(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> tuple[int | None, ...]:
-    """First fit, the largest bundle first. A bundle lies on one node; Ray's own choice may differ."""
+def first_fit(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> tuple[int | None, ...]:
+    """For each bundle the node that holds it, or None: first fit, the largest bundle first. Ray's own choice may differ."""
     free = [dict(node.resources) for node in nodes]
     placement: dict[int, int | None] = {}
     for i in sorted(range(len(bundles)), key=lambda i: (-bundles[i].resources.get("GPU", 0), i)):
@@ -209,30 +207,40 @@ def _place(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> tuple[int | None
     return tuple(placement[i] for i in range(len(bundles)))
 
 
-def _problem(plan: Plan, bundle: Bundle) -> str:
-    left = [dict(node.resources) for node in plan.nodes]
-    for other, node in zip(plan.bundles, plan.placement, strict=True):
-        if node is not None:
-            for resource, amount in other.resources.items():
-                left[node][resource] -= amount
-    free = "; ".join(f"{node.name} has {_amount(has)} left" for node, has in zip(plan.nodes, left, strict=True))
-    short = [r for r, amount in bundle.resources.items() if all(has.get(r, 0) < amount for has in left)]
+def shortages(bundles: Sequence[Bundle], nodes: Sequence[Node], placement: Sequence[int | None]) -> list[str]:
+    """A line for each bundle that no node can hold: what it needs, what is free, and what would fit."""
+    left = [dict(node.resources) for node in nodes]
+    for bundle, place in zip(bundles, placement, strict=True):
+        if place is not None:
+            for resource, needed in bundle.resources.items():
+                left[place][resource] -= needed
+    free = "; ".join(f"{node.name} has {amount(has)} left" for node, has in zip(nodes, left, strict=True))
+    gpus = sum(node.resources.get("GPU", 0) for node in nodes)
+    share = int(100 * gpus / len(bundles)) / 100
+    lines = []
+    for bundle, place in zip(bundles, placement, strict=True):
+        if place is None:
+            short = [r for r, needed in bundle.resources.items() if all(has.get(r, 0) < needed for has in left)]
+            remedies = _remedies(bundle, short, share)
+            lines.append(f"{bundle} needs {amount(bundle.resources)}, but {free}; {', or '.join(remedies)}")
+    return lines
+
+
+def _remedies(bundle: Bundle, short: Sequence[str], share: float) -> list[str]:
+    """share: of a GPU, if all bundles had the same."""
     remedies = []
-    if "GPU" in short:
-        gpus = sum(node.resources.get("GPU", 0) for node in plan.nodes)
-        share = int(100 * gpus / len(plan.bundles)) / 100
-        if 0 < share < 1:
-            remedies.append(f"share GPUs with resources_per_worker: {{GPU: {share:g}}} and ray.engine_gpus: {share:g}")
+    if "GPU" in short and 0 < share < 1:
+        engines = f" and ray.engine_gpus: {share:g}" if bundle.role != "worker" else ""
+        remedies.append(f"share GPUs with resources_per_worker: {{GPU: {share:g}}}{engines}")
     if "CPU" in short:
-        key = "ray.trainer_cpus" if bundle.role == "trainer" else "ray.engine_cpus"
-        remedies.append(f"lower {key}")
-    if bundle.role == "engine" and bundle.index > 0:
-        remedies.append(f"ask for ray.engines: {bundle.index}")
-    remedies.append(f"add a node with {_amount(bundle.resources)}")
-    return f"{bundle} needs {_amount(bundle.resources)}, but {free}; " + ", or ".join(remedies)
+        remedies.append(f"lower {'ray.engine_cpus' if bundle.role == 'engine' else 'ray.trainer_cpus'}")
+    if bundle.index > 0:
+        remedies.append(f"ask for {'ray.engines' if bundle.role == 'engine' else 'ray_num_workers'}: {bundle.index}")
+    return [*remedies, f"add a node with {amount(bundle.resources)}"]
 
 
-def _amount(resources: Resources) -> str:
+def amount(resources: Resources) -> str:
+    """Resources for a person, such as 2 CPU + 1 GPU."""
     hidden = ("memory", "object_store_memory")  # bytes, and every node's own name, which Ray counts as resources too
     shown = [f"{n:g} {name}" for name, n in sorted(resources.items()) if n and not name.startswith(("node:", *hidden))]
     return " + ".join(shown) or "nothing"

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from actors.errors import EaglerayError
 from orchestrator.metrics import METRICS, METRICS_FILE, Kind, entry, read
 
-WIDTH_PX, HEIGHT_PX, DPI = 1600, 1840, 100
+WIDTH_PX, ROW_PX, DPI = 1600, 460, 100
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb5", "#e07b28", "#3a9a5b", "#c2413b", "#8a8f98"
 FAMILY = ("#7b61b8", "#3a9a5b", "#c2413b", "#1fa3a3", "#b8860b", "#d1609f")
 MARK_UP_TO = 40  # points: beyond that, markers and noise hide the trend
@@ -62,11 +62,13 @@ def report(output_dir: Path, out: Path | None = None) -> Path:
         raise EaglerayError(f"{path} holds no training step yet; report again after the first step")
     curves = Curves(records)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    figure = Figure(figsize=(WIDTH_PX / DPI, HEIGHT_PX / DPI), dpi=DPI, layout=layout)
+    panels = PANELS if curves.train("policy_version")[0] else DATASET_PANELS
+    rows = len(panels) // 2
+    figure = Figure(figsize=(WIDTH_PX / DPI, rows * ROW_PX / DPI), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(_title(output_dir), fontsize=17, fontweight="bold")
     last = max(record["step"] for record in records)
-    for axes, (title, draw) in zip(figure.subplots(4, 2).flat, PANELS.items(), strict=True):
+    for axes, (title, draw) in zip(figure.subplots(rows, 2).flat, panels.items(), strict=True):
         _frame(axes, title, last)
         draw(axes, curves)
         twins = axes.get_shared_x_axes().get_siblings(axes)
@@ -238,6 +240,47 @@ def _speed(axes: Axes, curves: Curves) -> None:
     if axes.has_data():
         axes.set_ylim(bottom=0)
 
+
+def _held_out(axes: Axes, curves: Curves, names: dict[str, tuple[str, str]], unit: str) -> None:
+    """Training curves, and the held-out values of the same metrics as marks. names: metric -> label, color."""
+    for name, (label, color) in names.items():
+        _line(axes, curves.train(name), label, color)
+        steps, values = curves.of("eval", f"eval/{name}")
+        if steps:
+            axes.plot(steps, values, "D--", label=f"{label}, held out", color=color, markersize=6, linewidth=1)
+    axes.set_ylabel(unit)
+    _legend(axes)
+
+
+def _row_loss(axes: Axes, curves: Curves) -> None:
+    _held_out(axes, curves, {"loss": ("loss", BLUE)}, "loss [nats]")
+
+
+def _row_accuracy(axes: Axes, curves: Curves) -> None:
+    names = {"token_accuracy": ("tokens right", BLUE), "pair_accuracy": ("pairs right", ORANGE)}
+    _held_out(axes, curves, names, "share")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _row_rewards(axes: Axes, curves: Curves) -> None:
+    names = {
+        "reward_chosen": ("better answers", GREEN),
+        "reward_rejected": ("worse answers", RED),
+        "reward_margin": ("difference", BLUE),
+    }
+    _held_out(axes, curves, names, "reward")
+
+
+def _row_gradient(axes: Axes, curves: Curves) -> None:
+    _twin(axes, curves, "grad_norm", "learning_rate", ("gradient norm before clipping", "learning rate"), share=False)
+
+
+DATASET_PANELS: dict[str, Callable[[Axes, Curves], None]] = {
+    "Loss": _row_loss,
+    "Accuracy": _row_accuracy,
+    "Rewards": _row_rewards,
+    "Gradient and learning rate": _row_gradient,
+}
 
 PANELS: dict[str, Callable[[Axes, Curves], None]] = {
     "Reward": _reward,

@@ -6,7 +6,7 @@ import pytest
 
 from actors import storage
 from actors.errors import CheckpointError, ConfigError
-from orchestrator.checkpoints import ADAPTER, claimed, prune, resume_point, set_newer_aside, steps_saved
+from orchestrator.checkpoints import RESULTS, claimed, prune, resume_point, set_newer_aside, steps_saved
 from orchestrator.schema import JobConfig
 
 
@@ -49,7 +49,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_overwritten(tmp_path: Path) -> 
 
 
 def test_an_adapter_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / ADAPTER).write_text("mine")
+    (tmp_path / RESULTS[0]).write_text("mine")
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         go_on(tmp_path)
     with pytest.raises(ConfigError, match="holds an earlier run"):

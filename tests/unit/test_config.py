@@ -1,16 +1,19 @@
 """Job files: what loads, what it means, and what each mistake is answered with."""
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from actors.errors import ConfigError
+from orchestrator import dataset_keys, online_keys
 from orchestrator.axolotl_keys import HINTS, REFUSED
 from orchestrator.config import dump, load
-from orchestrator.runnable import ACTS_ON, IDLE, LIMITS, NOT_YET, ensure_runnable, keys
+from orchestrator.runnable import ensure_runnable, keys
 from orchestrator.schema import JobConfig
 from orchestrator.values import CHOICES, RANGES
 
@@ -476,10 +479,12 @@ def test_tables_do_not_overlap() -> None:
 # What this version can run
 
 
-def test_every_key_is_acted_on_or_named() -> None:
-    assert ACTS_ON | set(IDLE) | set(NOT_YET) == set(keys())
-    assert not ACTS_ON & set(IDLE) and not ACTS_ON & set(NOT_YET) and not set(IDLE) & set(NOT_YET)
-    assert {key for key, _, _ in LIMITS} <= ACTS_ON | set(IDLE)
+@pytest.mark.parametrize("tables", [online_keys, dataset_keys], ids=lambda tables: tables.__name__)
+def test_every_key_is_acted_on_or_named(tables: ModuleType) -> None:
+    acts_on, idle, not_yet = set(tables.ACTS_ON), set(tables.IDLE), set(tables.NOT_YET)
+    assert acts_on | idle | not_yet == set(keys())
+    assert not acts_on & idle and not acts_on & not_yet and not idle & not_yet
+    assert {key for key, _, _ in tables.LIMITS} <= acts_on | idle
 
 
 def test_grpo_runs(tmp_path: Path) -> None:
@@ -492,22 +497,33 @@ def test_grpo_runs(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("rl", ["dpo", "ipo", "simpo", "kto", "orpo", "reward_trainer"])
+@pytest.mark.parametrize("rl", ["simpo"])
 def test_later_methods_load_and_are_named(tmp_path: Path, rl: str) -> None:
     config = load(write(tmp_path, SFT + f"rl: {rl}\n"))
     assert config.rl == rl
-    with pytest.raises(
-        ConfigError, match=f":4: rl: {rl} is not implemented yet: this version of Eagleray runs rl: grpo"
-    ):
+    with pytest.raises(ConfigError, match=f":4: rl: {rl} is not implemented yet: this version of Eagleray runs grpo, dpo"):
         ensure_runnable(config)
 
 
-def test_sft_loads_and_is_named(tmp_path: Path) -> None:
-    config = load(write(tmp_path, SFT))
-    assert config.rl is None
-    with pytest.raises(
-        ConfigError, match="SFT, which is not implemented yet: this version of Eagleray runs rl: grpo"
-    ):
+@pytest.mark.parametrize("rl", [None, "dpo", "ipo", "kto", "orpo", "reward_trainer"])
+def test_dataset_methods_run(tmp_path: Path, rl: str | None) -> None:
+    ensure_runnable(load(write(tmp_path, SFT + (f"rl: {rl}\n" if rl else ""))))
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("deepspeed: z.json\n", "deepspeed: sharded training is not implemented yet"),
+        ("streaming: true\nmax_steps: 5\n", "streaming: is not implemented yet"),
+        ("ray_num_workers: [1, 2]\n", "ray_num_workers: a range of workers is not implemented yet"),
+        ("optimizer: muon\n", "optimizer: muon is not implemented yet; use one of adamw_torch"),
+        ("lr_scheduler: rex\n", "lr_scheduler: rex is not implemented yet"),
+        ("lora_model_dir: d\n", "lora_model_dir: starting from an adapter is not implemented yet"),
+    ],
+)
+def test_what_dataset_methods_do_not_do_is_named(tmp_path: Path, extra: str, expected: str) -> None:
+    config = load(write(tmp_path, SFT + extra))
+    with pytest.raises(ConfigError, match=re.escape(expected)):
         ensure_runnable(config)
 
 

@@ -63,20 +63,20 @@ def test_gpu_bundles() -> None:
     plan = make_plan(job(), TWO_GPUS, 100)
     assert [dict(b.resources) for b in plan.bundles] == [{"CPU": 1, "GPU": 1.0}, {"CPU": 1, "GPU": 1}]
     assert (plan.trainer_threads, plan.engine_threads) == (None, None)
-    ensure_placeable(plan)
+    ensure_placeable(plan.problems)
 
 
 def test_a_gpu_can_be_shared() -> None:
     one = [Node("a", {"CPU": 8.0, "GPU": 1.0})]
     plan = make_plan(job(resources_per_worker={"GPU": 0.5}, ray__engine_gpus=0.5), one, 100)
-    ensure_placeable(plan)
+    ensure_placeable(plan.problems)
     assert plan.gpu_memory_utilization == pytest.approx(0.45)
 
 
 def test_what_does_not_fit_and_what_would() -> None:
     one = [Node("a", {"CPU": 8.0, "GPU": 1.0})]
     with pytest.raises(ConfigError) as error:
-        ensure_placeable(make_plan(job(), one, 100))
+        ensure_placeable(make_plan(job(), one, 100).problems)
     text = str(error.value)
     assert "engine 0 needs 1 CPU + 1 GPU, but a has 7 CPU left" in text
     assert "resources_per_worker: {GPU: 0.5} and ray.engine_gpus: 0.5" in text
@@ -85,17 +85,17 @@ def test_what_does_not_fit_and_what_would() -> None:
 
 def test_cpus_that_are_missing() -> None:
     with pytest.raises(ConfigError, match=r"engine 0 needs 2 CPU, but laptop has 1 CPU left; lower ray.engine_cpus"):
-        ensure_placeable(make_plan(job(ray__engine_cpus=2), LAPTOP, 100))
+        ensure_placeable(make_plan(job(ray__engine_cpus=2), LAPTOP, 100).problems)
 
 
 def test_sixty_four_gpus_on_eight_nodes() -> None:
     nodes = [Node(f"n{i}", {"CPU": 64.0, "GPU": 8.0}) for i in range(8)]
     plan = make_plan(job(ray__engines=63), nodes, 1000)
-    ensure_placeable(plan)
+    ensure_placeable(plan.problems)
     placed = [plan.placement.count(i) for i in range(8)]
     assert placed == [8] * 8
     with pytest.raises(ConfigError, match="engine 63 needs .*ask for ray.engines: 63"):
-        ensure_placeable(make_plan(job(ray__engines=64), nodes, 1000))
+        ensure_placeable(make_plan(job(ray__engines=64), nodes, 1000).problems)
 
 
 def test_a_bundle_never_spans_two_nodes() -> None:

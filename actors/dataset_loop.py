@@ -1,0 +1,169 @@
+"""What each worker of a dataset job does under Ray Train: load, train with TRL's trainer, report, save.
+
+Consumes Arrow files of prepared rows; produces records for the driver's display, checkpoints, and the adapter or model in
+output_dir. Ranks meet in the collectives of torch.distributed, which Ray Train has set up before this runs.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from actors import device, hub, model
+from actors.errors import ConfigError
+from actors.methods import METHODS
+from actors.methods.base import Inputs
+from actors.specs import DatasetTrainSpec
+
+
+class Reports:
+    """The records of rank 0, on their way to the driver. An actor, since the driver asks while training goes on."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[str, dict[str, float]]] = []  # kind, record
+
+    def add(self, kind: str, record: dict[str, float]) -> None:
+        """kind: train | eval."""
+        self.records.append((kind, record))
+
+    def since(self, count: int) -> list[tuple[str, dict[str, float]]]:
+        """All but the first `count` records."""
+        return self.records[count:]
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """Entry point of Ray Train: config holds the spec and the handle of Reports."""
+    spec: DatasetTrainSpec = config["spec"]
+    device.set_threads(spec.threads)
+    try:
+        trainer = build_trainer(spec, config["reports"])
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        raise ConfigError(f"lora_target_modules: {error}") from error  # PEFT names those that the model has not
+    trainer.train(resume_from_checkpoint=spec.resume_from)
+    save_result(trainer, spec)
+
+
+def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
+    """The method's trainer on this worker's device."""
+    inputs = Inputs(
+        model=hub.resolve(spec.model.name),
+        model_init=_model_init(spec),
+        tokenizer=_tokenizer(spec),
+        peft_config=model.peft_config(spec.lora, "SEQ_CLS" if spec.method == "reward_trainer" else "CAUSAL_LM")
+        if spec.lora
+        else None,
+        train=dataset_of(spec.train_files),
+        held_out=dataset_of(spec.held_out_files) if spec.held_out_files else None,
+        arguments=dict(spec.arguments),
+        callbacks=[],
+        packed=spec.packed,
+    )
+    trainer = METHODS[spec.method](inputs)
+    trainer.job = spec.job
+    trainer.add_callback(reporter(reports))
+    if spec.early_stopping_patience is not None:
+        from transformers import EarlyStoppingCallback
+
+        trainer.add_callback(EarlyStoppingCallback(spec.early_stopping_patience))
+    return trainer
+
+
+def dataset_of(files: Sequence[str]) -> Any:
+    """The rows of Arrow files, memory-mapped: they cost no memory beyond the page cache."""
+    from datasets import Dataset, concatenate_datasets
+
+    return concatenate_datasets([Dataset.from_file(file) for file in files])
+
+
+def save_result(trainer: Any, spec: DatasetTrainSpec) -> None:
+    """The adapter, or the whole model, and the tokenizer, into output_dir, by rank 0."""
+    trainer.save_model(spec.output_dir)
+    if trainer.args.should_save and spec.lora:
+        from peft import PeftConfig
+
+        # So that it loads anywhere: the name from the configuration, and not this machine's path.
+        config = PeftConfig.from_pretrained(spec.output_dir)
+        config.base_model_name_or_path = spec.model.name
+        config.save_pretrained(spec.output_dir)
+
+
+def _tokenizer(spec: DatasetTrainSpec) -> Any:
+    tokenizer = model.load_tokenizer(spec.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+    return tokenizer
+
+
+def _model_init(spec: DatasetTrainSpec) -> dict[str, Any]:
+    init: dict[str, Any] = {"dtype": spec.model.dtype, "trust_remote_code": spec.model.trust_remote_code}
+    if spec.model.attn_implementation:
+        init["attn_implementation"] = spec.model.attn_implementation
+    if spec.method == "reward_trainer":
+        init["num_labels"] = 1
+    if spec.model.quantization:
+        init["quantization_config"] = model.quantization(spec.model)
+    return init
+
+
+# name in TRL's log: name in ours
+LOGGED = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "epoch": "epoch",
+    "entropy": "entropy",
+    "mean_token_accuracy": "token_accuracy",
+    "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected",
+    "rewards/margins": "reward_margin",
+    "rewards/accuracies": "pair_accuracy",
+    "margin": "reward_margin",
+    "accuracy": "pair_accuracy",
+    "mean_reward": "mean_reward",
+    "kl": "kl",
+    "log_odds_ratio": "log_odds_ratio",
+}
+
+
+def reporter(reports: Any) -> Any:
+    """A callback that sends rank 0's records to the driver and every rank's to Ray Train's page of the dashboard."""
+    import ray.train
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.step_began = time.perf_counter()
+            self.last: dict[str, float] = {}
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.step_began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.last["step_s"] = time.perf_counter() - self.step_began
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            logs = logs or {}
+            if "train_runtime" in logs:
+                return
+            evaluation = any(name.startswith("eval_") for name in logs)
+            record = _record(logs, "eval_" if evaluation else "", "eval/" if evaluation else "")
+            record["step"] = state.global_step
+            if not evaluation:
+                record |= self.last
+            if state.is_world_process_zero:
+                ray.get(reports.add.remote("eval" if evaluation else "train", record))
+            ray.train.report(record)
+
+    return Reporter()
+
+
+def _record(logs: dict[str, Any], source: str, target: str) -> dict[str, float]:
+    record = {}
+    for logged, name in LOGGED.items():
+        value = logs.get(f"{source}{logged}")
+        if isinstance(value, int | float):
+            record[f"{target}{name}"] = float(value) if math.isfinite(value) else math.nan
+    return record
+

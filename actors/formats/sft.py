@@ -1,0 +1,31 @@
+"""The formats of supervised fine-tuning by the name that `type:` has for them. A new one is an entry of SFT_FORMATS."""
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+from actors.errors import ConfigError
+from actors.formats.base import Encode, FormatSpec
+from actors.formats.chat import chat_template, sharegpt
+from actors.formats.instruct import INSTRUCT_FORMATS, completion, input_output, instruct, user_defined
+
+SFT_FORMATS: dict[str, Callable[[FormatSpec, Any], Encode]] = {
+    "chat_template": chat_template,
+    "sharegpt": sharegpt,
+    "completion": completion,
+    "input_output": input_output,
+    **{name: partial(instruct, form) for name, form in INSTRUCT_FORMATS.items()},
+}
+
+
+def build_sft(spec: FormatSpec, tokenizer: Any) -> Encode:
+    """The function from a dataset entry's rows to SftRow. Raises ConfigError when there is none."""
+    if spec.type is None:
+        raise ConfigError("datasets: type: is missing, and tells how a row is read; add one, such as chat_template or alpaca")
+    if isinstance(spec.type, Mapping):
+        return user_defined(spec.type, spec, tokenizer)
+    if spec.type not in SFT_FORMATS:
+        near = get_close_matches(spec.type, SFT_FORMATS, n=3) or list(SFT_FORMATS)
+        raise ConfigError(f"datasets: there is no type: {spec.type}; choose one of {', '.join(near)}")
+    return SFT_FORMATS[spec.type](spec, tokenizer)

@@ -1,0 +1,135 @@
+"""What the methods' trainers share: rows that are prepared already, and checkpoints without a pickle.
+
+Both are mixed into TRL's trainers, before them. Everything else is TRL's and transformers' own.
+"""
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from actors import device, storage
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+SCHEDULER_FILE = "scheduler.json"
+STATE_FILE = "state.json"
+RNG_FILE = "rng-{rank}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every trainer is built from, made in the worker that trains."""
+
+    model: Any  # a path: TRL loads it as its method needs it
+    model_init: dict[str, Any]  # keyword arguments of from_pretrained
+    tokenizer: Any
+    peft_config: Any | None  # None = full fine-tuning
+    train: Any  # datasets.Dataset of prepared rows
+    held_out: Any | None
+    arguments: dict[str, Any]  # of the method's configuration
+    callbacks: list[Any]
+    packed: bool  # rows hold several documents each
+
+
+class PreparedRows:
+    """Rows come tokenized, masked and cut, so TRL's own preparation has nothing to do."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+
+class SafeCheckpoints:
+    """Optimizer, schedule and random states as safetensors and JSON; the manifest comes last, with a digest a file.
+
+    A folder without its manifest is not whole, whatever else it holds, so a kill in the middle leaves no checkpoint that
+    could be mistaken for one.
+    """
+
+    args: Any
+    optimizer: Any
+    lr_scheduler: Any
+    accelerator: Any
+    state: Any
+    job: Mapping[str, object]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody reads
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()  # every rank's random state is in the folder
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            storage.write_json(folder / STATE_FILE, {"step": self.state.global_step, "job": dict(self.job)})
+            storage.seal(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            save_optimizer(self.optimizer, Path(output_dir) / OPTIMIZER_FILE)
+            schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+            storage.write_json(Path(output_dir) / SCHEDULER_FILE, schedule)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_FILE)
+            schedule = json.loads((Path(checkpoint) / SCHEDULER_FILE).read_text(encoding="utf-8"))
+            self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **schedule})
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        stem = Path(output_dir) / RNG_FILE.format(rank=self.args.process_index)
+        stem.parent.mkdir(parents=True, exist_ok=True)  # another rank may be here first
+        save_file(device.rng_state(), stem.with_suffix(".safetensors"))
+        _, keys, *rest = np.random.get_state()
+        version, internal, gauss = random.getstate()
+        storage.write_json(stem.with_suffix(".json"), {
+            "python": [version, list(internal), gauss],
+            "numpy": [np.asarray(keys).tolist(), *map(float, rest)],
+        })  # fmt: skip
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        stem = Path(checkpoint) / RNG_FILE.format(rank=self.args.process_index)
+        if not stem.with_suffix(".json").is_file():
+            return  # saved by fewer ranks than there are now
+        device.set_rng_state(load_file(stem.with_suffix(".safetensors")))
+        state = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
+
+
+def save_optimizer(optimizer: Any, path: Path) -> None:
+    """A torch optimizer's state, every tensor and number of it, as one safetensors file."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+    save_file(tensors, path, metadata={"param_groups": json.dumps(groups)})
+
+
+def load_optimizer(optimizer: Any, path: Path) -> None:
+    """Puts a saved state back; the parameters must be those it was saved with, in the same order."""
+    from safetensors import safe_open
+
+    values: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        index, _, name = key.partition(".")
+        values.setdefault(int(index), {})[name] = tensor
+    with safe_open(path, "pt") as file:
+        groups = json.loads(file.metadata()["param_groups"])
+    current = optimizer.state_dict()["param_groups"]
+    merged = [{**saved, "params": group["params"]} for saved, group in zip(groups, current, strict=True)]
+    # torch puts each tensor where its optimizer wants it: a fused one also counts its steps on the GPU.
+    optimizer.load_state_dict({"state": values, "param_groups": merged})

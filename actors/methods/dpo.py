@@ -1,0 +1,23 @@
+"""Direct preference optimization (arXiv:2305.18290), and IPO (arXiv:2310.12036) as one of its losses."""
+
+from typing import Any
+
+from actors.methods.base import Inputs, PreparedRows, SafeCheckpoints
+
+
+def build(inputs: Inputs) -> Any:
+    """Rows: prompt_ids, chosen_ids, rejected_ids. The reference is the model without its adapter, or a frozen copy."""
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(PreparedRows, SafeCheckpoints, DPOTrainer):  # type: ignore[misc]
+        pass
+
+    return Trainer(
+        model=inputs.model,
+        args=DPOConfig(max_length=None, model_init_kwargs=inputs.model_init, **inputs.arguments),
+        train_dataset=inputs.train,
+        eval_dataset=inputs.held_out,
+        processing_class=inputs.tokenizer,
+        peft_config=inputs.peft_config,
+        callbacks=inputs.callbacks,
+    )

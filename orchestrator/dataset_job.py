@@ -1,0 +1,251 @@
+"""A dataset job from configuration to result: check, prepare rows with Ray Data, train with Ray Train, save, clean up.
+
+Consumes a checked configuration; produces metrics, checkpoints and the adapter or model. Waits for the preparation and for
+the workers; Ctrl-C ends both within seconds.
+"""
+
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors import device, hub, storage
+from actors.dataset_loop import Reports, train_loop
+from actors.errors import ActorError, EaglerayError
+from actors.specs import DatasetTrainSpec, ModelSpec
+from orchestrator import checkpoints, cluster
+from orchestrator.arguments import training_arguments
+from orchestrator.config import dump
+from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
+from orchestrator.display import DATASET_COLUMNS, Display
+from orchestrator.environment import worker_environment
+from orchestrator.jobs import RunResult, lora_spec, search_paths, with_absolute_paths
+from orchestrator.metrics import MetricsLog
+from orchestrator.plan import Node, ensure_placeable
+from orchestrator.prepare import Prepared, check, prepare
+from orchestrator.schema import JobConfig
+
+POLL_S = 0.5  # how often the driver asks for new records
+
+
+def plan_job(config: JobConfig, nodes: list[Node]) -> DatasetPlan:
+    """The plan of a job on these nodes; finds its files and formats, starts nothing."""
+    check(config, search_paths(config))
+    return make_dataset_plan(config, nodes, device.fastest_dtype(gpu=False))
+
+
+def run(config: JobConfig, display: Display) -> RunResult:
+    """Runs a job to its end.
+
+    Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
+    """
+    config = with_absolute_paths(config)
+    output_dir = Path(config.output_dir)
+    hub.resolve(config.base_model)
+    plan_job(config, cluster.local_nodes())
+    display.columns = DATASET_COLUMNS[config.rl]
+    with checkpoints.claimed(output_dir):
+        resume = checkpoints.resume_point(config, output_dir, display.warn)
+        step = 0
+        if resume is not None:
+            state = checkpoints.read_state(resume)
+            step = int(state["step"])
+            checkpoints.ensure_same_job(state["job"], identity(config), resume)
+            for aside in checkpoints.set_newer_aside(resume, step, output_dir):
+                display.note(f"a checkpoint of a later step than the one resumed from lies in {aside} now")
+        (output_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+        with cluster.interruptible(), ExitStack() as stack:
+            with display.phase("starting Ray"):
+                dashboard = stack.enter_context(cluster.connected())
+            plan = make_dataset_plan(config, cluster.nodes(), device.fastest_dtype(gpu=False))
+            ensure_placeable(plan.problems)
+            title = f"{METHOD_NAMES[config.rl]}: {config.base_model} -> {output_dir}"
+            display.header(title, [*describe(config, plan), f"dashboard   {dashboard}"])
+            rows = stack.enter_context(prepared_rows(config, output_dir, display))
+            result = _Training(config, plan, rows, output_dir, display).run(resume, step)
+        return result
+
+
+@contextmanager
+def prepared_rows(config: JobConfig, output_dir: Path, display: Display) -> Iterator[Prepared]:
+    """Prepares the rows, and removes them at its end unless dataset_prepared_path keeps them."""
+    folder = output_dir / ".prepared"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    try:
+        with display.phase("preparing rows"):
+            rows = prepare(config, folder, search_paths(config), display.note)
+        _tell(rows, output_dir, display)
+        yield rows
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tell(rows: Prepared, output_dir: Path, display: Display) -> None:
+    train, held_out = rows.train, rows.held_out
+    packed = f" (of {train.documents} documents)" if train.documents != train.rows else ""
+    besides = f", {held_out.rows} held out" if held_out.rows else ""
+    lengths = f"{train.tokens} tokens, {train.trained_tokens} of them trained; the longest row has {train.longest}"
+    display.note(f"{train.rows} rows{packed} to train on{besides}; {lengths}")
+    if rows.bad_rows:
+        storage.write_json(
+            output_dir / "quarantine.json", [{"place": row.place, "reason": row.reason} for row in rows.bad]
+        )
+        display.warn(f"{rows.bad_rows} rows were left out; quarantine.json has their places and reasons")
+
+
+class _Training:
+    """One run of Ray Train on a connected cluster."""
+
+    def __init__(self, config: JobConfig, plan: DatasetPlan, rows: Prepared, output_dir: Path, display: Display) -> None:
+        self.config = config
+        self.plan = plan
+        self.rows = rows
+        self.output_dir = output_dir
+        self.display = display
+        self.total = plan.total_steps(config, rows.train.rows)
+
+    def run(self, resume: Path | None, step: int) -> RunResult:
+        reports = cluster.start_free(Reports)
+        evaluations: list[dict[str, Any]] = []
+        log = MetricsLog(
+            self.output_dir,
+            self.config.ray_run_name or self.output_dir.name,
+            resumed_from=step,
+            use_tensorboard=self.config.use_tensorboard,
+        )
+        if resume is not None:
+            self.display.note(f"resumed from {resume}")
+        seen = 0
+        with log, self._trained(reports, resume) as training, self.display.phase("training"):
+            while True:
+                running = training.thread.is_alive()
+                records = cluster.fetch(reports.since.remote(seen), "the records of the workers", 60)
+                seen += len(records)
+                for kind, record in records:
+                    log.write(kind, record)
+                    if kind == "train":
+                        self.display.step(record, self.total)
+                        step = int(record["step"])
+                    else:
+                        evaluations.append(record)
+                        self.display.held_out(record)
+                if not running:
+                    break
+                cluster.pause(POLL_S)
+            training.raise_if_failed()
+        what = "adapter" if self.config.adapter else "model"
+        self.display.summary(
+            f"done: {step} steps",
+            [
+                f"{what:<8} {self.output_dir}",
+                f"metrics  {log.path}",
+                f"curves   eagleray report {self.output_dir}",
+            ],
+        )
+        return RunResult(self.output_dir, step, tuple(evaluations))
+
+    def _trained(self, reports: Any, resume: Path | None) -> "_Fit":
+        import ray.train
+        from ray.train.torch import TorchTrainer
+
+        storage_path = self.output_dir / ".ray-train"
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"spec": train_spec(self.config, self.plan, self.rows, resume), "reports": reports},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=len(self.plan.bundles),
+                use_gpu=self.plan.bundles[0].resources.get("GPU", 0) > 0,
+                resources_per_worker=dict(self.plan.bundles[0].resources),
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"{self.output_dir.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=str(storage_path),
+                worker_runtime_env={"env_vars": worker_environment(self.plan.threads)},
+            ),
+        )
+        return _Fit(trainer, storage_path)
+
+
+class _Fit:
+    """Ray Train's blocking call in a thread, so that the driver can show records and hear Ctrl-C meanwhile."""
+
+    def __init__(self, trainer: Any, storage_path: Path) -> None:
+        self.trainer = trainer
+        self.storage_path = storage_path
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+
+    def _fit(self) -> None:
+        try:
+            self.trainer.fit()
+        except BaseException as error:  # carried to the driver's thread, which tells the person
+            self.error = error
+
+    def __enter__(self) -> "_Fit":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.storage_path, ignore_errors=True)  # Ray Train's own records; ours are in output_dir
+
+    def raise_if_failed(self) -> None:
+        """Raises EaglerayError: the worker's own, or an ActorError for all else."""
+        if self.error is None:
+            return
+        failures = getattr(self.error, "worker_failures", None) or {}
+        for rank, failure in sorted(failures.items()):
+            cause = getattr(failure, "_base_exc", failure)
+            if isinstance(cause, EaglerayError):
+                raise cause
+            raise ActorError(f"worker {rank} failed: {cluster.told(failure)}") from self.error
+        raise ActorError(f"training failed: {cluster.told(self.error)}") from self.error
+
+
+def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Path | None) -> DatasetTrainSpec:
+    """What the workers are built from."""
+    arguments = training_arguments(
+        config,
+        gpu=plan.gpu,
+        dtype=plan.dtype,
+        steps_per_epoch=plan.steps_per_epoch(rows.train.rows),
+        total_steps=plan.total_steps(config, rows.train.rows),
+    )
+    arguments["eval_on_start"] = bool(rows.held_out.rows) and resume is None  # what training has to better
+    quantization = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
+    return DatasetTrainSpec(
+        method=config.rl or "sft",
+        model=ModelSpec(config.base_model, plan.dtype, config.trust_remote_code, plan.attention, quantization),
+        lora=lora_spec(config) if config.adapter else None,
+        train_files=rows.train.files,
+        held_out_files=rows.held_out.files,
+        packed=packs(config),
+        output_dir=config.output_dir,
+        job=identity(config),
+        arguments=arguments,
+        early_stopping_patience=config.early_stopping_patience,
+        resume_from=str(resume) if resume else None,
+        threads=plan.threads,
+    )
+
+
+def identity(config: JobConfig) -> dict[str, Any]:
+    """What a resumed job must have as it was: the model, the adapter's shape, the rows and how they are cut into steps."""
+    return {
+        "rl": config.rl,
+        "base_model": config.base_model,
+        "adapter": config.adapter,
+        "lora_r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_target_linear": config.lora_target_linear,
+        "lora_target_modules": config.lora_target_modules,
+        "seed": config.seed,
+        "sequence_len": config.sequence_len,
+        "sample_packing": config.sample_packing,
+        "micro_batch_size": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "ray_num_workers": config.ray_num_workers,
+        "datasets": [entry.path for entry in config.datasets or []],
+    }

@@ -1,0 +1,194 @@
+"""What SFT, DPO, KTO, ORPO and reward models do with every key of the schema: four literal tables.
+
+See `runnable.py` for what the tables mean. When a feature arrives, its line moves to ACTS_ON.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from orchestrator.online_keys import ATTENTION, SPEED_PLUGINS
+from orchestrator.schema import DatasetConfig, JobConfig
+from orchestrator.source import Problem
+
+# fmt: off
+ACTS_ON = frozenset({
+    "rl", "reward_model", "base_model", "model_type", "tokenizer_type", "trust_remote_code", "output_dir", "eot_tokens",
+    "adapter", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "lora_r", "lora_alpha", "lora_dropout",
+    "lora_target_linear", "lora_target_modules", "lora_modules_to_save", "peft_use_dora", "peft_use_rslora",
+    "datasets", "test_datasets", "val_set_size", "sequence_len", "sample_packing", "dataset_prepared_path",
+    "chat_template", "chat_template_jinja", "train_on_inputs", "micro_batch_size", "gradient_accumulation_steps",
+    "eval_batch_size", "num_epochs", "max_steps", "learning_rate", "optimizer", "lr_scheduler", "cosine_min_lr_ratio",
+    "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "bf16", "tf32", "gradient_checkpointing", "seed", "attn_implementation", "sdp_attention", "flash_attention",
+    "torch_compile", "save_steps", "saves_per_epoch", "save_strategy", "save_total_limit", "eval_steps",
+    "evals_per_epoch", "logging_steps", "resume_from_checkpoint", "auto_resume_from_checkpoints",
+    "early_stopping_patience", "use_tensorboard", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_find_unused_parameters", "ray_num_workers", "resources_per_worker", "ray_run_name", "rl_beta",
+    "dpo_loss_type", "dpo_label_smoothing", "orpo_alpha", "kto_desirable_weight", "kto_undesirable_weight",
+    "center_rewards_coefficient", "trl.beta", "ray.max_bad_rows", "ray.trainer_cpus",
+})
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_bnb_8bit", "adamw_8bit",
+    "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
+)
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr",
+)
+# fmt: on
+
+
+def _absent_or(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value not in values
+
+
+# (key, is the value one that these methods do not do?, sentence)
+LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "model_type",
+        _absent_or("AutoModelForCausalLM", "AutoModelForSequenceClassification", "LlamaForCausalLM", "MistralForCausalLM"),
+        "cannot be chosen: the class follows from the model; remove the key",
+    ),
+    ("tokenizer_type", _absent_or("AutoTokenizer"), "only AutoTokenizer is loaded; use that or remove it"),
+    ("optimizer", _absent_or(*OPTIMIZERS), f"is not implemented yet; use one of {', '.join(OPTIMIZERS)}"),
+    ("lr_scheduler", _absent_or(*SCHEDULERS), f"is not implemented yet; use one of {', '.join(SCHEDULERS)}"),
+    ("attn_implementation", _absent_or(*ATTENTION), f"is not implemented yet; use one of {', '.join(ATTENTION)}"),
+    ("gradient_checkpointing", lambda v: isinstance(v, str), "offloading is not implemented yet; use true or false"),
+    ("save_strategy", _absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
+    (
+        "ray_num_workers",
+        lambda v: not isinstance(v, int),
+        "a range of workers is not implemented yet; give one number",
+    ),
+    (
+        "plugins",
+        lambda v: any(name.rpartition(".")[2] not in SPEED_PLUGINS for name in v or []),
+        "cannot be loaded; remove it",
+    ),
+    ("special_tokens", lambda v: bool(set(v or {}) - {"pad_token"}), "is not implemented yet; keep pad_token only"),
+)
+
+_GRPO = "not used: it concerns rl: grpo"
+_LIGER = "not used: a faster kernel, same result"
+IDLE: dict[str, str] = {
+    "use_ray": "not used: every job runs on Ray",
+    "strict": "not used: every file is checked strictly",
+    "special_tokens": "not used: padding is masked, so its token changes nothing",
+    "plugins": _LIGER,
+    "liger_rope": _LIGER,
+    "liger_rms_norm": _LIGER,
+    "liger_layer_norm": _LIGER,
+    "liger_swiglu": _LIGER,
+    "liger_glu_activation": _LIGER,
+    "liger_cross_entropy": _LIGER,
+    "liger_fused_linear_cross_entropy": _LIGER,
+    "cut_cross_entropy": _LIGER,
+    "gradient_checkpointing_kwargs": "not used: they change memory and speed, no result",
+    "pad_to_sequence_len": "not used: batches are padded to their longest row",
+    "eval_sample_packing": "not used: held-out rows are packed as the others are",
+    **dict.fromkeys(
+        (
+            "vllm.tensor_parallel_size",
+            "vllm.data_parallel_size",
+            "vllm.gpu_memory_utilization",
+            "vllm.max_model_len",
+            "vllm.dtype",
+            "vllm.enable_prefix_caching",
+            "vllm.enforce_eager",
+            "ray.engines",
+            "ray.engine_cpus",
+            "ray.engine_gpus",
+            "ray.max_staleness",
+            "ray.sync",
+            "ray.reward_timeout_s",
+            "ray.rollout_timeout_s",
+            "ray.importance_sampling_cap",
+            "ray.kv_cache_gib",
+            "ray.placement",
+            "trl.use_vllm",
+            "trl.vllm_mode",
+            "trl.vllm_enable_sleep_mode",
+            "trl.vllm_lora_sync",
+            "trl.vllm_sync_interval",
+            "trl.num_generations",
+            "trl.max_completion_length",
+            "trl.reward_funcs",
+            "trl.reward_weights",
+            "trl.temperature",
+            "trl.top_p",
+            "trl.top_k",
+            "trl.min_p",
+            "trl.num_iterations",
+            "trl.epsilon",
+            "trl.epsilon_high",
+            "trl.loss_type",
+            "trl.scale_rewards",
+            "trl.importance_sampling_level",
+            "trl.mask_truncated_completions",
+            "trl.generation_kwargs",
+            "trl.chat_template_kwargs",
+        ),
+        _GRPO,
+    ),
+}
+
+_WANDB = "Weights & Biases is not implemented yet; use use_tensorboard: true"
+_SHARDED = "sharded training is not implemented yet; with ray_num_workers alone every worker holds the model"
+NOT_YET: dict[str, str] = {
+    "fp16": "is not implemented yet; use bf16: auto",
+    "hub_model_id": "pushing to the hub is not implemented yet; upload output_dir after the job",
+    "tokens": "new tokens are not implemented yet; add them to the model and give its folder as base_model",
+    "gptq": "a GPTQ base model is not implemented yet; use one that is not quantized",
+    "unfrozen_parameters": "is not implemented yet; choose layers with lora_target_modules",
+    "lora_model_dir": "starting from an adapter is not implemented yet; merge it into base_model",
+    "lora_fan_in_fan_out": "is not implemented yet; remove it",
+    "pretraining_dataset": "is not implemented yet; use datasets with type: completion",
+    "streaming": "is not implemented yet; remove it: prepared rows are read from disk as they are needed",
+    "shuffle_merged_datasets": "rows are shuffled anew for every epoch; remove it",
+    "lr_groups": "is not implemented yet; use learning_rate",
+    "activation_offloading": "is not implemented yet; use gradient_checkpointing: true",
+    "liger_use_token_scaling": "changes the loss and is not implemented yet; remove it",
+    "save_only_model": "checkpoints always hold what a resume needs; remove it",
+    "loss_watchdog_threshold": "is not implemented yet; remove it",
+    "loss_watchdog_patience": "is not implemented yet; remove it",
+    "use_wandb": _WANDB,
+    "wandb_project": _WANDB,
+    "wandb_entity": _WANDB,
+    "wandb_name": _WANDB,
+    "wandb_run_id": _WANDB,
+    "wandb_mode": _WANDB,
+    "wandb_watch": _WANDB,
+    "wandb_log_model": _WANDB,
+    "deepspeed": _SHARDED,
+    "fsdp_version": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "tensor_parallel_size": _SHARDED,
+    "context_parallel_size": _SHARDED,
+    "dp_shard_size": _SHARDED,
+    "dp_replicate_size": _SHARDED,
+}
+
+
+def entry_problems(key: str, entry: DatasetConfig) -> Iterator[Problem]:
+    """Formats refuse what they do not know, with the names that they have."""
+    if entry.trust_remote_code:
+        yield Problem(f"{key}.trust_remote_code", "datasets no longer runs code of a dataset; remove it")
+
+
+def notes(config: JobConfig) -> Iterator[Problem]:
+    """Settings that belong to another method."""
+    theirs = {
+        "sample_packing": (None, "SFT"),
+        "train_on_inputs": (None, "SFT"),
+        "eot_tokens": (None, "SFT"),
+        "dpo_loss_type": ("dpo", "rl: dpo"),
+        "dpo_label_smoothing": ("dpo", "rl: dpo"),
+        "orpo_alpha": ("orpo", "rl: orpo"),
+        "kto_desirable_weight": ("kto", "rl: kto"),
+        "kto_undesirable_weight": ("kto", "rl: kto"),
+        "center_rewards_coefficient": ("reward_trainer", "rl: reward_trainer"),
+    }
+    defaults = JobConfig()
+    for key, (method, name) in theirs.items():
+        if config.rl != method and getattr(config, key) != getattr(defaults, key):
+            yield Problem(key, f"not used: it concerns {name}")

@@ -1,0 +1,102 @@
+"""The plan of a dataset job: its workers, where they fit, and how batches are cut. Pure, as plan.py is for rl: grpo."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from orchestrator.plan import Bundle, Node, amount, first_fit, shortages
+from orchestrator.schema import JobConfig
+
+METHOD_NAMES = {
+    None: "SFT",
+    "dpo": "DPO",
+    "ipo": "IPO",
+    "kto": "KTO",
+    "orpo": "ORPO",
+    "reward_trainer": "reward model",
+}
+
+
+@dataclass(frozen=True)
+class DatasetPlan:
+    """A resolved dataset job. What hangs on the number of rows is known once they are prepared."""
+
+    bundles: tuple[Bundle, ...]  # one a worker
+    nodes: tuple[Node, ...]
+    placement: tuple[int | None, ...]  # per bundle, the node that can hold it; None = none can
+    gpu: bool
+    dtype: str
+    attention: str | None  # of transformers; None = its default
+    threads: int | None  # CPU threads of a worker; None with GPUs
+    rows_per_step: int
+
+    @property
+    def problems(self) -> list[str]:
+        """For each bundle that no node can hold: what it needs, what is free, and what would fit."""
+        return shortages(self.bundles, self.nodes, self.placement)
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimizer steps over all rows once, as transformers counts them: the last one may be smaller."""
+        return max(1, ceil(rows / self.rows_per_step))
+
+    def total_steps(self, config: JobConfig, rows: int) -> int:
+        return config.max_steps or ceil(config.num_epochs * self.steps_per_epoch(rows))
+
+
+def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str = "float32") -> DatasetPlan:
+    """Resolves a job of any method but grpo. cpu_dtype: what bf16: auto means on nodes without a GPU."""
+    gpu = any(node.resources.get("GPU", 0) > 0 for node in nodes)
+    workers = config.ray_num_workers
+    assert isinstance(workers, int)
+    asked = {name: n for name, n in config.resources_per_worker.items() if n and (gpu or name != "GPU")}
+    resources = {"CPU": float(config.ray.trainer_cpus), **asked}
+    bundles = tuple(Bundle("worker", index, resources) for index in range(workers))
+    cpus = int(max((node.resources.get("CPU", 1) for node in nodes), default=1))
+    attention = config.attn_implementation
+    if attention and attention.startswith("flash") and not gpu:
+        attention = "sdpa"  # its kernels are for GPUs; the result is the same
+    return DatasetPlan(
+        bundles=bundles,
+        nodes=tuple(nodes),
+        placement=first_fit(bundles, nodes),
+        gpu=gpu,
+        dtype=_dtype(config, gpu, cpu_dtype),
+        attention=attention,
+        threads=None if gpu else max(1, cpus // ceil(workers / max(1, len(nodes)))),
+        rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * workers,
+    )
+
+
+def describe(config: JobConfig, plan: DatasetPlan) -> list[str]:
+    """The plan for a person, a line each."""
+    adapter = "none: full fine-tuning"
+    if config.adapter:
+        adapter = f"{'QLoRA' if config.adapter == 'qlora' else 'LoRA'} r={config.lora_r} alpha={config.lora_alpha}"
+    held = [
+        f"{bundle}: {amount(bundle.resources)} on {plan.nodes[node].name if node is not None else 'no node'}"
+        for bundle, node in zip(plan.bundles, plan.placement, strict=True)
+    ]
+    length = f"{config.max_steps} steps" if config.max_steps else f"{config.num_epochs:g} epochs"
+    return [
+        f"method      {METHOD_NAMES[config.rl]}",
+        f"model       {config.base_model}, {plan.dtype}, {plan.attention or 'default'} attention",
+        f"adapter     {adapter}",
+        f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
+        f"workers     {len(plan.bundles)} of Ray Train",
+        *(f"            {line}" for line in held),
+        f"batch       {config.micro_batch_size} micro_batch_size x {config.gradient_accumulation_steps} "
+        f"gradient_accumulation_steps x {len(plan.bundles)} ray_num_workers = {plan.rows_per_step} rows a step",
+        f"rows        up to sequence_len {config.sequence_len} tokens{', packed' if packs(config) else ''}",
+        f"length      {length}",
+    ]
+
+
+def packs(config: JobConfig) -> bool:
+    """Whether several documents share a row."""
+    return config.rl is None and config.sample_packing
+
+
+def _dtype(config: JobConfig, gpu: bool, cpu_dtype: str) -> str:
+    if config.bf16 == "auto":
+        return "bfloat16" if gpu else cpu_dtype
+    return "bfloat16" if config.bf16 else "float32"

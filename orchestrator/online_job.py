@@ -1,0 +1,270 @@
+"""An online job (rl: grpo) from configuration to result: check, plan, start, loop, save, clean up.
+
+Everything that a person can have got wrong is found before the first process starts, as far as it can be known then.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from actors import device, hub, model, storage
+from actors.engine import prompt_token_ids
+from actors.errors import ActorError
+from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, RewardSpec, TrainerSpec
+from orchestrator import checkpoints, cluster
+from orchestrator.config import dump
+from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
+from orchestrator.display import Display
+from orchestrator.grpo import Evaluation, Loop
+from orchestrator.jobs import RunResult, lora_spec, search_paths, with_absolute_paths
+from orchestrator.metrics import MetricsLog
+from orchestrator.plan import Node, Plan, describe, ensure_placeable, make_plan
+from orchestrator.policies import Policies
+from orchestrator.schema import JobConfig
+from orchestrator.scoring import Scorer
+
+PROBE_FILLER = range(100, 100 + PROBE_TOKENS)  # token ids that every vocabulary has, for probes of very short prompts
+
+
+def plan_job(config: JobConfig, nodes: list[Node]) -> tuple[Plan, PromptSet]:
+    """The plan of a job on these nodes; reads the datasets, starts nothing."""
+    prompts = load_prompts(config, search_paths(config))
+    return resolved(config, nodes, prompts), prompts
+
+
+def resolved(config: JobConfig, nodes: list[Node], prompts: PromptSet) -> Plan:
+    """The plan for these nodes. Of CPU nodes it takes this machine's processor as an example."""
+    return make_plan(config, nodes, len(prompts.train), device.fastest_dtype(gpu=False))
+
+
+def run(config: JobConfig, display: Display) -> RunResult:
+    """Runs a job to its end.
+
+    Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
+    """
+    config = with_absolute_paths(config)
+    output_dir = Path(config.output_dir)
+    _, prompts = plan_job(config, cluster.local_nodes())
+    hub.resolve(config.base_model)
+    spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)
+    tokenizer = model.load_tokenizer(spec)
+    template = config.trl.chat_template_kwargs or {}
+    prompts = without_long_prompts(config, prompts, lambda p: len(prompt_token_ids(tokenizer, p, template)))
+    probe = [t for row in prompts.train[:PROBE_TOKENS] for t in prompt_token_ids(tokenizer, row.prompt, template)]
+    probe = [*probe, *PROBE_FILLER][: min(PROBE_TOKENS, config.sequence_len - 1)]
+    with checkpoints.claimed(output_dir) as marker:
+        resume = checkpoints.resume_point(config, output_dir, display.warn)
+        if resume is not None:
+            state = checkpoints.read_state(resume)
+            checkpoints.ensure_same_job(state["job"], identity(config, prompts), resume)
+            for aside in checkpoints.set_newer_aside(resume, state["step"], output_dir):
+                display.note(f"a checkpoint of a later step than the one resumed from lies in {aside} now")
+        _write_inputs(config, prompts, output_dir)
+        with cluster.interruptible(), ExitStack() as stack:
+            with display.phase("starting Ray"):
+                dashboard = stack.enter_context(cluster.connected())
+            plan = resolved(config, cluster.nodes(), prompts)
+            ensure_placeable(plan.problems)
+            title = f"GRPO: {config.base_model} -> {output_dir}"
+            display.header(title, [*describe(config, plan), f"dashboard   {dashboard}"])
+            return _Job(config, plan, prompts, output_dir, display).run(probe, resume, marker)
+
+
+class _Job:
+    """One run on a connected cluster."""
+
+    def __init__(self, config: JobConfig, plan: Plan, prompts: PromptSet, output_dir: Path, display: Display) -> None:
+        self.config = config
+        self.plan = plan
+        self.prompts = prompts
+        self.output_dir = output_dir
+        self.display = display
+        self.evaluations: list[dict[str, Any]] = []
+
+    def run(self, probe: list[int], resume: Path | None, marker: str) -> RunResult:
+        with cluster.placed(self.plan) as group:
+            actors = cluster.start_actors(
+                self.plan,
+                group,
+                trainer_spec(self.config, self.plan),
+                engine_spec(self.config, self.plan),
+                probe,
+                self.config.ray.kv_cache_gib,
+            )
+            scorer = Scorer(self.plan, reward_specs(self.config), self.config.ray.reward_timeout_s)
+            with self.display.phase("loading rewards, trainer and engines"):
+                scorer.wait_ready()
+                set_probe = actors.trainer.set_probe.remote(probe)
+                cluster.fetch(set_probe, "the trainer, loading its model", cluster.START_TIMEOUT_S)
+                shared = actors.trainer.ensure_shared.remote(str(self.output_dir / checkpoints.LOCK), marker)
+                cluster.fetch(shared, "the trainer", self.config.ray.rollout_timeout_s)
+                for index, engine in enumerate(actors.engines):
+                    cluster.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
+            policies = Policies(actors, self.plan.dtype, self.config.ray.rollout_timeout_s)
+            loop = Loop(self.config, self.plan, self.prompts, actors, policies, scorer, self.display.warn)
+            if resume is not None:
+                self._restore(loop, resume)
+            loop.start()
+            run_name = self.config.ray_run_name or self.output_dir.name
+            with MetricsLog(
+                self.output_dir, run_name, resumed_from=loop.step, use_tensorboard=self.config.use_tensorboard
+            ) as log:
+                self._loop(loop, log)
+                adapter = actors.trainer.save_adapter.remote(str(self.output_dir))
+                cluster.fetch(adapter, "the trainer, saving the adapter", self.config.ray.rollout_timeout_s)
+        self.display.summary(
+            f"done: {loop.step} steps",
+            [f"adapter  {self.output_dir}", f"metrics  {log.path}", f"curves   eagleray report {self.output_dir}"],
+        )
+        return RunResult(self.output_dir, loop.step, tuple(self.evaluations))
+
+    def _loop(self, loop: Loop, log: MetricsLog) -> None:
+        total = self.plan.total_steps
+        try:
+            if not self.evaluations:
+                self._evaluate(loop, log, "before training")
+            while loop.step < total:
+                with self.display.phase(f"step {loop.step + 1} of {total}"):
+                    record = loop.advance()
+                log.write("train", record)
+                self.display.step(record, total)
+                due = self.plan.eval_steps and loop.step % self.plan.eval_steps == 0
+                if due or loop.step == total:
+                    self._evaluate(loop, log, f"after step {loop.step}")
+                if self.config.save_strategy != "no" and (loop.step % self.plan.save_steps == 0 or loop.step == total):
+                    self._save(loop)
+        except cluster.Interrupted:
+            saved = checkpoints.steps_saved(self.output_dir)
+            kept = f"the checkpoint of step {saved[0]} is whole" if saved else "there is no checkpoint yet"
+            self.display.note(
+                f"stopped after step {loop.step}; {kept}. "
+                "The same command with auto_resume_from_checkpoints=true goes on from there."
+            )
+            raise
+
+    def _evaluate(self, loop: Loop, log: MetricsLog, label: str) -> None:
+        if not self.prompts.held_out:
+            return
+        with self.display.phase(f"held-out prompts, {label}"):
+            result: Evaluation = loop.evaluate()
+        self.evaluations.append(
+            {"label": label, "solved": result.solved, "total": result.total, "record": result.record}
+        )
+        log.write("eval", result.record)
+        self.display.evaluation(label, result.record, result.solved, result.total)
+
+    def _save(self, loop: Loop) -> None:
+        """A checkpoint, or a warning when the disk does not take it: older checkpoints stay, and training goes on."""
+        path = checkpoints.checkpoint_path(self.output_dir, loop.step)
+        older: list[Any] = []
+        for version in loop.versions_needed():
+            if version != loop.step:
+                older.extend(loop.policies.published[version])
+        try:
+            with storage.new_folder(path) as folder:
+                saved = loop.actors.trainer.save.remote(str(folder), *older)
+                cluster.fetch(saved, "the trainer, saving a checkpoint", self.config.ray.rollout_timeout_s)
+                job = identity(self.config, self.prompts)
+                state = {"step": loop.step, "evaluations": self.evaluations, "job": job}
+                storage.write_json(folder / checkpoints.STATE, state)
+            checkpoints.prune(self.output_dir, self.config.save_total_limit)
+        except (OSError, ActorError) as error:
+            self.display.warn(f"saving the checkpoint of step {loop.step}: {error}")
+
+    def _restore(self, loop: Loop, path: Path) -> None:
+        state = checkpoints.read_state(path)
+        ref = loop.actors.trainer.restore.remote(str(path))
+        for header, buffer in cluster.fetch(ref, f"the trainer, restoring {path}", cluster.START_TIMEOUT_S):
+            loop.policies.add(header, cluster.keep(buffer))
+        loop.step = state["step"]
+        self.evaluations = list(state["evaluations"])
+        for past in self.evaluations:
+            self.display.evaluation(past["label"], past["record"], past["solved"], past["total"])
+        self.display.note(f"resumed from {path}")
+
+
+def identity(config: JobConfig, prompts: PromptSet) -> dict[str, Any]:
+    """What a resumed job must have as it was: the adapter's shape, and what decides which policy samples which prompt."""
+    return {
+        "base_model": config.base_model,
+        "lora_r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_target_linear": config.lora_target_linear,
+        "lora_target_modules": config.lora_target_modules,
+        "peft_use_rslora": config.peft_use_rslora,
+        "seed": config.seed,
+        "trl.num_generations": config.trl.num_generations,
+        "trl.vllm_sync_interval": config.trl.vllm_sync_interval,
+        "ray.max_staleness": config.ray.max_staleness,
+        "ray.engines": config.ray.engines,
+        "completions a step": config.micro_batch_size * config.gradient_accumulation_steps,
+        "datasets (digest of their prompts)": prompts.fingerprint,
+    }
+
+
+def model_spec(config: JobConfig, plan: Plan) -> ModelSpec:
+    return ModelSpec(config.base_model, plan.dtype, config.trust_remote_code, plan.attention)
+
+
+def trainer_spec(config: JobConfig, plan: Plan) -> TrainerSpec:
+    trl = config.trl
+    return TrainerSpec(
+        model=model_spec(config, plan),
+        lora=lora_spec(config),
+        optimizer=OptimizerSpec(
+            learning_rate=config.learning_rate,
+            scheduler=config.lr_scheduler,
+            warmup_steps=plan.warmup_steps * trl.num_iterations,
+            total_steps=plan.total_steps * trl.num_iterations,
+            weight_decay=config.weight_decay,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            epsilon=config.adam_epsilon,
+            max_grad_norm=config.max_grad_norm,
+            fused=config.optimizer == "adamw_torch_fused",
+        ),
+        loss=LossSpec(
+            loss_type=trl.loss_type,
+            epsilon_low=trl.epsilon,
+            epsilon_high=trl.epsilon if trl.epsilon_high is None else trl.epsilon_high,
+            beta=trl.beta or 0.0,
+            importance_sampling_level=trl.importance_sampling_level,
+            importance_sampling_cap=config.ray.importance_sampling_cap,
+            max_completion_length=trl.max_completion_length,
+        ),
+        micro_batch_size=config.micro_batch_size,
+        temperature=trl.temperature,
+        num_iterations=trl.num_iterations,
+        mask_truncated_completions=trl.mask_truncated_completions,
+        gradient_checkpointing=bool(config.gradient_checkpointing),
+        seed=config.seed,
+        threads=plan.trainer_threads,
+    )
+
+
+def engine_spec(config: JobConfig, plan: Plan) -> EngineSpec:
+    vllm = config.vllm
+    return EngineSpec(
+        model=model_spec(config, plan),
+        lora=lora_spec(config),
+        sync=plan.sync,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=plan.max_num_seqs,
+        gpu_memory_utilization=plan.gpu_memory_utilization,
+        enforce_eager=bool(vllm.enforce_eager),
+        enable_prefix_caching=vllm.enable_prefix_caching is not False,
+        chat_template_kwargs=config.trl.chat_template_kwargs or {},
+        seed=config.seed,
+    )
+
+
+def reward_specs(config: JobConfig) -> list[RewardSpec]:
+    paths = tuple(search_paths(config))
+    return [RewardSpec(name, paths) for name in config.trl.reward_funcs or []]
+
+
+def _write_inputs(config: JobConfig, prompts: PromptSet, output_dir: Path) -> None:
+    (output_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+    if prompts.bad:
+        rows = [{"place": row.place, "reason": row.reason} for row in prompts.bad]
+        storage.write_json(output_dir / "quarantine.json", rows)

@@ -1,0 +1,231 @@
+"""What `rl: grpo` does with every key of the schema: four literal tables and the rules for dataset entries.
+
+See `runnable.py` for what the tables mean. When a feature arrives, its line moves to ACTS_ON.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from orchestrator.schema import DatasetConfig, JobConfig
+from orchestrator.source import Problem
+
+# fmt: off
+ACTS_ON = frozenset({
+    "rl", "base_model", "model_type", "tokenizer_type", "trust_remote_code", "output_dir", "adapter",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules", "peft_use_rslora",
+    "datasets", "test_datasets", "val_set_size", "sequence_len", "chat_template", "micro_batch_size",
+    "gradient_accumulation_steps", "num_epochs", "max_steps", "learning_rate", "optimizer", "lr_scheduler",
+    "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "bf16", "gradient_checkpointing", "seed", "attn_implementation",
+    "sdp_attention", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "saves_per_epoch", "evals_per_epoch",
+    "resume_from_checkpoint", "auto_resume_from_checkpoints", "use_tensorboard",
+    "ray_num_workers", "resources_per_worker", "ray_run_name", "rl_beta", "trl.beta", "trl.use_vllm",
+    "trl.vllm_mode", "trl.vllm_sync_interval", "trl.num_generations", "trl.max_completion_length",
+    "trl.reward_funcs", "trl.reward_weights", "trl.temperature", "trl.top_p", "trl.top_k", "trl.min_p",
+    "trl.num_iterations", "trl.epsilon", "trl.epsilon_high", "trl.loss_type", "trl.scale_rewards",
+    "trl.importance_sampling_level", "trl.mask_truncated_completions", "trl.generation_kwargs",
+    "trl.chat_template_kwargs", "vllm.tensor_parallel_size", "vllm.data_parallel_size",
+    "vllm.gpu_memory_utilization", "vllm.max_model_len", "vllm.dtype", "vllm.enable_prefix_caching",
+    "vllm.enforce_eager", "ray.engines", "ray.trainer_cpus", "ray.engine_cpus", "ray.engine_gpus",
+    "ray.max_staleness", "ray.sync", "ray.reward_timeout_s", "ray.rollout_timeout_s",
+    "ray.importance_sampling_cap", "ray.kv_cache_gib", "ray.max_bad_rows", "ray.placement",
+})
+DATASET_ACTS_ON = frozenset({
+    "path", "type", "name", "split", "data_files", "ds_type", "revision",
+})
+# fmt: on
+
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
+# fmt: off
+# the ones that transformers builds from warmup and total steps alone
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt",
+)
+# fmt: on
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+# fields of vLLM's SamplingParams that leave what the driver decides (number, length, temperature, logprobs) alone
+GENERATION_KWARGS = (
+    "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "bad_words",
+    "allowed_token_ids", "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty",
+)  # fmt: skip
+SPEED_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin")
+
+
+def _absent_or(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value not in values
+
+
+# (key, is the value one that rl: grpo does not do?, sentence)
+LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("adapter", lambda v: v is None, "full fine-tuning is not implemented yet; add adapter: lora"),
+    ("adapter", _absent_or("lora"), "qlora is not implemented yet; use adapter: lora without load_in_4bit"),
+    (
+        "model_type",
+        _absent_or("AutoModelForCausalLM"),
+        "only AutoModelForCausalLM is loaded; use that or remove it",
+    ),
+    ("tokenizer_type", _absent_or("AutoTokenizer"), "only AutoTokenizer is loaded; use that or remove it"),
+    ("optimizer", _absent_or(*OPTIMIZERS), f"is not implemented yet; use {' or '.join(OPTIMIZERS)}"),
+    ("lr_scheduler", _absent_or(*SCHEDULERS), f"is not implemented yet; use one of {', '.join(SCHEDULERS)}"),
+    (
+        "attn_implementation",
+        _absent_or(*ATTENTION),
+        f"is not implemented yet; use one of {', '.join(ATTENTION)}",
+    ),
+    (
+        "gradient_checkpointing",
+        lambda v: isinstance(v, str),
+        "offloading is not implemented yet; use true or false",
+    ),
+    (
+        "chat_template",
+        _absent_or("tokenizer_default"),
+        "the tokenizer's own template is used; remove the key",
+    ),
+    ("save_strategy", _absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
+    ("ray_num_workers", lambda v: v != 1, "more than one trainer rank is not implemented yet; use 1"),
+    (
+        "plugins",
+        lambda v: any(name.rpartition(".")[2] not in SPEED_PLUGINS for name in v or []),
+        "cannot be loaded; remove it",
+    ),
+    (
+        "special_tokens",
+        lambda v: bool(set(v or {}) - {"pad_token"}),
+        "is not implemented yet; keep pad_token only",
+    ),
+    ("trl.vllm_mode", _absent_or("server"), "colocate is not implemented yet; use server"),
+    (
+        "trl.reward_funcs",
+        lambda v: any(not FUNCTION.fullmatch(name) for name in v or []),
+        "a reward model is not implemented yet; name functions as module.fn",
+    ),
+    (
+        "trl.generation_kwargs",
+        lambda v: bool(set(v or {}) - set(GENERATION_KWARGS)),
+        f"takes {', '.join(GENERATION_KWARGS)}; use the keys of trl: for the rest",
+    ),
+    (
+        "lora_target_modules",
+        lambda v: bool({"embed_tokens", "lm_head"} & set([v] if isinstance(v, str) else v or [])),
+        "embeddings cannot be synchronized to the engines; name linear layers",
+    ),
+    (
+        "vllm.tensor_parallel_size",
+        lambda v: v != 1,
+        "engines over several GPUs are not implemented yet; use 1",
+    ),
+    ("vllm.data_parallel_size", lambda v: v != 1, "use ray.engines for more engines"),
+    ("vllm.dtype", lambda v: v in ("half", "float16"), "is not implemented yet; use bfloat16 or float32"),
+)
+
+_SFT = "not used: it concerns SFT"
+_LIGER = "not used: a faster kernel, same result"
+_DDP = "not used: one trainer rank has nobody to exchange gradients with"
+IDLE: dict[str, str] = {
+    "use_ray": "not used: every job runs on Ray",
+    "logging_steps": "not used: every step is recorded",
+    "flash_attention": "not used: packed prompts need a mask that its kernels do not take; sdpa gives the same result",
+    "strict": "not used: every file is checked strictly",
+    "reward_model": "not used: it concerns rl: reward_trainer",
+    "special_tokens": "not used: padding is masked, so its token changes nothing",
+    "plugins": _LIGER,
+    "liger_rope": _LIGER,
+    "liger_rms_norm": _LIGER,
+    "liger_layer_norm": _LIGER,
+    "liger_swiglu": _LIGER,
+    "liger_glu_activation": _LIGER,
+    "liger_cross_entropy": _LIGER,
+    "liger_fused_linear_cross_entropy": _LIGER,
+    "cut_cross_entropy": _LIGER,
+    "tf32": "not used: PyTorch's own setting stays",
+    "gradient_checkpointing_kwargs": "not used: they change memory and speed, no result",
+    "eot_tokens": _SFT,
+    "train_on_inputs": _SFT,
+    "sample_packing": "not needed: completions are trained without padding to sequence_len",
+    "eval_sample_packing": "not needed: completions are trained without padding to sequence_len",
+    "pad_to_sequence_len": "not used: batches are padded to their longest row",
+    "dataset_prepared_path": "not used: prompts are prepared in memory",
+    "eval_batch_size": "not used: the engines batch evaluation prompts by themselves",
+    "ddp_timeout": _DDP,
+    "ddp_bucket_cap_mb": _DDP,
+    "ddp_broadcast_buffers": _DDP,
+    "ddp_find_unused_parameters": _DDP,
+    "dpo_loss_type": "not used: it concerns rl: dpo",
+    "dpo_label_smoothing": "not used: it concerns rl: dpo",
+    "orpo_alpha": "not used: it concerns rl: orpo",
+    "kto_desirable_weight": "not used: it concerns rl: kto",
+    "kto_undesirable_weight": "not used: it concerns rl: kto",
+    "center_rewards_coefficient": "not used: it concerns rl: reward_trainer",
+    "trl.vllm_lora_sync": "not used: only LoRA weights travel to the engines, whatever it says",
+    "trl.vllm_enable_sleep_mode": "not used: engines have a placement of their own, so they need not sleep",
+}
+
+_WANDB = "Weights & Biases is not implemented yet; use use_tensorboard: true"
+_SHARDED = "training over several GPUs is not implemented yet; remove it"
+_ADDED_TOKENS = "new tokens are not implemented yet; add them to the model and give its folder as base_model"
+NOT_YET: dict[str, str] = {
+    "fp16": "is not implemented yet; use bf16: auto",
+    "hub_model_id": "pushing to the hub is not implemented yet; upload output_dir after the job",
+    "tokens": _ADDED_TOKENS,
+    "gptq": "a GPTQ base model is not implemented yet; use one that is not quantized",
+    "unfrozen_parameters": "is not implemented yet; choose layers with lora_target_modules",
+    "load_in_4bit": "a quantized base model is not implemented yet; remove it",
+    "load_in_8bit": "a quantized base model is not implemented yet; remove it",
+    "bnb_config_kwargs": "a quantized base model is not implemented yet; remove it",
+    "lora_modules_to_save": "only LoRA weights are synchronized to the engines; remove it",
+    "lora_model_dir": "starting from an adapter is not implemented yet; merge it into base_model",
+    "lora_fan_in_fan_out": "is not implemented yet; remove it",
+    "peft_use_dora": "vLLM cannot sample from a DoRA adapter; remove it",
+    "pretraining_dataset": "rl: grpo reads datasets; use that",
+    "chat_template_jinja": "the tokenizer's own template is used; remove it",
+    "streaming": "is not implemented yet; remove it",
+    "shuffle_merged_datasets": "prompts are always shuffled; remove it",
+    "lr_groups": "is not implemented yet; use learning_rate",
+    "cosine_min_lr_ratio": "is not implemented yet; use lr_scheduler: cosine or linear",
+    "activation_offloading": "is not implemented yet; use gradient_checkpointing: true",
+    "torch_compile": "is not implemented yet; remove it",
+    "liger_use_token_scaling": "changes the loss and is not implemented yet; remove it",
+    "save_only_model": "checkpoints always hold what a resume needs; remove it",
+    "early_stopping_patience": "is not implemented yet; use max_steps",
+    "loss_watchdog_threshold": "is not implemented yet; remove it",
+    "loss_watchdog_patience": "is not implemented yet; remove it",
+    "use_wandb": _WANDB,
+    "wandb_project": _WANDB,
+    "wandb_entity": _WANDB,
+    "wandb_name": _WANDB,
+    "wandb_run_id": _WANDB,
+    "wandb_mode": _WANDB,
+    "wandb_watch": _WANDB,
+    "wandb_log_model": _WANDB,
+    "deepspeed": _SHARDED,
+    "fsdp_version": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "tensor_parallel_size": _SHARDED,
+    "context_parallel_size": _SHARDED,
+    "dp_shard_size": _SHARDED,
+    "dp_replicate_size": _SHARDED,
+}
+
+_DATASET_NOT_YET = (
+    "rl: grpo does not read it; shape the rows with type: module.fn, a function that returns a transform"
+)
+
+
+def entry_problems(key: str, entry: DatasetConfig) -> Iterator[Problem]:
+    """What a dataset entry asks for that prompts do not have."""
+    if entry.type is not None and not (isinstance(entry.type, str) and FUNCTION.fullmatch(entry.type)):
+        yield Problem(f"{key}.type", f"{entry.type}: {_DATASET_NOT_YET}")
+    for f in dataclasses.fields(DatasetConfig):
+        if f.name not in DATASET_ACTS_ON and getattr(entry, f.name) != f.default:
+            yield Problem(f"{key}.{f.name}", _DATASET_NOT_YET)
+
+
+def notes(config: JobConfig) -> Iterator[Problem]:
+    """Settings that are taken in another way than they are written."""
+    if config.attn_implementation not in (None, "eager", "sdpa") and not config.flash_attention:
+        yield Problem("attn_implementation", IDLE["flash_attention"])

@@ -1,0 +1,329 @@
+"""The rows of a dataset job as token ids on disk: what is read, which rows are held out, what came of it.
+
+Ray Data's workers do the work (actors/preparing.py); the driver sees pieces and counts, no tokens. Another key that
+changes a row is a field of FormatSpec and a line of format_spec; one that changes the result otherwise goes into _digest.
+"""
+
+import json
+import random
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from actors import hub, snapshot, storage
+from actors.errors import ConfigError, DataError, EaglerayError
+from actors.formats.base import FormatSpec
+from actors.formats.kto import JUDGED_FORMATS
+from actors.formats.preference import PAIR_FORMATS
+from actors.formats.reward import REWARD_FORMATS
+from actors.formats.sft import SFT_FORMATS
+from actors.model import load_tokenizer
+from actors.preparing import (
+    BAD_ROWS_KEPT,
+    BUILDERS,
+    BadRow,
+    PartStats,
+    Piece,
+    PrepareSpec,
+    SourceSpec,
+    cut,
+    each,
+    prepare_piece,
+)
+from actors.specs import ModelSpec
+from orchestrator import cluster
+from orchestrator.data import ensure_usable, held_out_count, hub_spec, local_files
+from orchestrator.schema import DatasetConfig, JobConfig
+
+FORMAT_VERSION = 1  # of prepared rows; raise it when the same files would give other ones
+
+PIECE_BYTES = 4 * 2**20  # about a million tokens: a second or two of work
+PIECE_ROWS = 5000  # of files that are cut by rows
+BLOCKS = 1000  # tasks of Ray Data at most; with more pieces than this, each takes several
+BLOCK_BYTES = 2**20  # of files a task at least: a worker process takes longer to start than to encode less
+TIMEOUT_S = 24 * 3600
+
+TYPES = {
+    "user_defined",
+    *(name.partition(".")[0] for table in (SFT_FORMATS, PAIR_FORMATS, JUDGED_FORMATS, REWARD_FORMATS) for name in table),
+}
+MANIFEST = "manifest.json"
+# What a tokenizer is read from, in the folder of its model.
+TOKENIZER_FILES = ("tokenizer*", "*token*.json", "vocab*", "merges.txt", "*.model", "*chat_template*", "*.py")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Prepared rows that are trained, or that are held out."""
+
+    files: tuple[str, ...] = ()  # Arrow files, absolute, in the order of their rows
+    rows: int = 0
+    documents: int = 0  # as many as rows, unless they are packed
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0  # tokens of the longest row
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The datasets of a job as token ids, and the rows that are not among them."""
+
+    train: Split
+    held_out: Split
+    raw_rows: int  # read, bad ones included
+    bad_rows: int
+    bad: tuple[BadRow, ...]  # the first BAD_ROWS_KEPT of them
+
+    @property
+    def bad_share(self) -> float:
+        return self.bad_rows / self.raw_rows if self.raw_rows else 0.0
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of one source; of a hub dataset, all of it."""
+
+    source: int
+    path: str
+    kind: str
+
+
+def prepare(config: JobConfig, folder: Path, search_paths: Sequence[str], note: Callable[[str], None]) -> Prepared:
+    """Reads and encodes `datasets` and `test_datasets` into Arrow files. Needs a connected Ray.
+
+    They lie in `folder`, or under dataset_prepared_path, where they are found again. Raises ConfigError for a type that
+    the method does not have, DataError for a missing file, no rows, or too many bad ones.
+    """
+    spec, files = _what_to_read(config, search_paths)
+    _ensure_types(spec)
+    if config.dataset_prepared_path is None:
+        return _checked(config, _prepared(config, spec, files, folder.absolute()))
+    folder = Path(config.dataset_prepared_path).expanduser().absolute() / _digest(config, spec, files)
+    ready = _read_manifest(folder)
+    if ready is not None:
+        note(f"datasets: the rows in {folder} were prepared before, and are used again")
+        return _checked(config, ready)
+    prepared = _prepared(config, spec, files, folder)
+    _write_manifest(folder, prepared)
+    return _checked(config, prepared)
+
+
+def check(config: JobConfig, search_paths: Sequence[str]) -> None:
+    """Raises what `prepare` would for missing files and unknown types; reads no row and starts nothing."""
+    spec, _ = _what_to_read(config, search_paths)
+    _ensure_types(spec)
+
+
+def format_spec(config: JobConfig, entry: DatasetConfig) -> FormatSpec:
+    """How rows of an entry become tokens. The entry's chat template wins over the job's."""
+    own = {f.name: _frozen(getattr(entry, f.name)) for f in fields(FormatSpec) if hasattr(entry, f.name)}
+    return FormatSpec(
+        **own
+        | {
+            "chat_template": entry.chat_template or ("jinja" if entry.chat_template_jinja else config.chat_template),
+            "chat_template_jinja": _text(entry.chat_template_jinja or config.chat_template_jinja),
+            "train_on_inputs": config.train_on_inputs,
+            "eot_tokens": tuple(config.eot_tokens or ()),
+        }
+    )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _text(template: str | None) -> str | None:
+    """A template given as a file, read here: workers may be on machines that lack it."""
+    if template and "{" not in template and Path(template).is_file():
+        return Path(template).read_text(encoding="utf-8")
+    return template
+
+
+# What to read, and whether it was prepared before.
+
+
+def _what_to_read(config: JobConfig, search_paths: Sequence[str]) -> tuple[PrepareSpec, list[_File]]:
+    sources: list[SourceSpec] = []
+    files: list[_File] = []
+    for entries, held_out in ((config.datasets, False), (config.test_datasets, True)):
+        for entry in entries or []:
+            found = local_files(entry, search_paths)
+            for file, _ in found or []:
+                if not file.is_file():
+                    raise DataError(f"datasets: there is no file {file}")
+            source = SourceSpec(format_spec(config, entry), held_out, hub_spec(entry) if found is None else None)
+            named = [(entry.path, "hub")] if found is None else [(str(file.absolute()), kind) for file, kind in found]
+            files += [_File(len(sources), path, kind) for path, kind in named]
+            sources.append(source)
+    method = "reward_trainer" if config.reward_model else config.rl or "sft"
+    packing = config.sample_packing and method == "sft"
+    spec = PrepareSpec(
+        method=method,
+        sources=tuple(sources),
+        tokenizer=config.base_model,
+        trust_remote_code=config.trust_remote_code,
+        sequence_len=config.sequence_len,
+        packing=packing,
+        eval_packing=packing and config.eval_sample_packing is not False,
+        tokenizer_digest=_tokenizer_digest(config),
+    )
+    return spec, files
+
+
+def _ensure_types(spec: PrepareSpec) -> None:
+    """Raises ConfigError for a type that the method does not have, before anything is read."""
+    tokenizer = load_tokenizer(ModelSpec(spec.tokenizer, "float32", spec.trust_remote_code))
+    for source in spec.sources:
+        name = source.format.type
+        if isinstance(name, str) and "." in name and name.partition(".")[0] not in TYPES:
+            raise ConfigError(
+                f"datasets: type: {name} is a function of your own, which only rl: grpo takes; write the rows that it "
+                "would make into a file, or use a mapping of fields and formats as the type"
+            )
+        BUILDERS[spec.method](source.format, tokenizer)
+
+
+def _digest(config: JobConfig, spec: PrepareSpec, files: Iterable[_File]) -> str:
+    """Of everything that changes the result. A hub dataset that changes without its revision goes unseen."""
+    stats = [(file, file.kind != "hub" and Path(file.path).stat()) for file in files]
+    content = {
+        "version": FORMAT_VERSION,
+        "spec": asdict(replace(spec, tokenizer="")),
+        "files": [[asdict(file), stat and [stat.st_size, stat.st_mtime_ns]] for file, stat in stats],
+        "held_out": [config.val_set_size, config.seed if config.val_set_size else None],
+    }
+    return snapshot.digest(json.dumps(content, sort_keys=True).encode())
+
+
+def _tokenizer_digest(config: JobConfig) -> str:
+    folder = Path(hub.resolve(config.base_model))
+    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    return snapshot.digest("".join(file.name + snapshot.digest(file.read_bytes()) for file in sorted(files)).encode())
+
+
+def _write_manifest(folder: Path, prepared: Prepared) -> None:
+    """Last of all, so that a folder with a manifest is whole. Names in it are relative: the folder may be moved."""
+    record = asdict(prepared)
+    for split in ("train", "held_out"):
+        record[split]["files"] = [str(Path(file).relative_to(folder)) for file in record[split]["files"]]
+        record[split]["bytes"] = [(folder / file).stat().st_size for file in record[split]["files"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_json(folder / MANIFEST, record)
+
+
+def _read_manifest(folder: Path) -> Prepared | None:
+    """What the folder holds; None unless every file that its manifest names is there, in full."""
+    try:
+        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for split in ("train", "held_out"):
+            files = [folder / file for file in record[split].pop("files")]
+            if [file.stat().st_size for file in files] != record[split].pop("bytes"):
+                return None
+            record[split] = Split(files=tuple(map(str, files)), **record[split])
+        record["bad"] = tuple(BadRow(**row) for row in record["bad"])
+        return Prepared(**record)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# The work.
+
+
+def _prepared(config: JobConfig, spec: PrepareSpec, files: Sequence[_File], folder: Path) -> Prepared:
+    tasks = _tasks(files)
+    cut_file = partial(_cut, sources=spec.sources, piece_bytes=PIECE_BYTES, piece_rows=PIECE_ROWS)
+    pieces = _on_workers(cut_file, files, tasks)
+    pieces = _with_held_out(config, spec, sorted(pieces, key=lambda piece: (piece.source, piece.file, piece.begin)))
+    parts = _on_workers(partial(prepare_piece, spec=spec, folder=str(folder)), pieces, tasks)
+    return _summed(sorted(parts, key=lambda part: part.key))
+
+
+def _tasks(files: Sequence[_File]) -> int:
+    if any(file.kind == "hub" for file in files):
+        return BLOCKS  # its size is not known here
+    return min(BLOCKS, 1 + sum(Path(file.path).stat().st_size for file in files) // BLOCK_BYTES)
+
+
+def _cut(file: _File, sources: Sequence[SourceSpec], piece_bytes: int, piece_rows: int) -> list[Piece]:
+    return cut(file.source, sources[file.source], file.path, file.kind, piece_bytes, piece_rows)
+
+
+def _with_held_out(config: JobConfig, spec: PrepareSpec, pieces: Sequence[Piece]) -> list[Piece]:
+    """Pieces with their keys, and with the rows that val_set_size holds out: drawn from all rows, in their order."""
+    from_train = [0 if spec.sources[piece.source].held_out else piece.rows for piece in pieces]
+    total = sum(from_train)
+    held_out: list[int] = []
+    if config.val_set_size:
+        held_out = sorted(random.Random(config.seed).sample(range(total), held_out_count(config, total)))
+    ends = list(accumulate(from_train))
+    dealt = []
+    for index, (piece, count, end) in enumerate(zip(pieces, from_train, ends, strict=True)):
+        chosen = held_out[bisect_left(held_out, end - count) : bisect_left(held_out, end)]
+        dealt.append(replace(piece, key=f"{index:08d}", held_out=frozenset(row - (end - count) for row in chosen)))
+    return dealt
+
+
+def _on_workers(function: Callable[[Any], list[Any]], items: Sequence[Any], tasks: int) -> list[Any]:
+    """What a function makes of all items, in no order, in so many tasks. Raises the first EaglerayError that it raised.
+
+    A task of its own conducts Ray Data, so that the driver can be interrupted, and Ray Data's logs stay off the screen.
+    """
+    if not items:
+        return []
+    ref = ray.remote(num_cpus=0)(_conduct).remote(function, items, min(tasks, len(items)))
+    made = cluster.fetch(ref, "the preparation of the datasets", TIMEOUT_S)
+    for one in made:
+        if isinstance(one, EaglerayError):
+            raise one
+    return list(made)
+
+
+def _conduct(function: Callable[[Any], list[Any]], items: Sequence[Any], tasks: int) -> list[Any]:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # a large file that cannot be cut is one long task
+    rows = ray.data.from_items([{"item": item} for item in items], override_num_blocks=tasks)
+    return [row["item"] for row in rows.flat_map(partial(each, function=function)).iter_rows()]
+
+
+def _summed(parts: Sequence[PartStats]) -> Prepared:
+    for part in parts:
+        if part.file and not Path(part.file).is_file():
+            raise DataError(
+                f"datasets: a worker wrote {part.file}, which is not to be seen on this machine; "
+                "name a folder that all nodes share in dataset_prepared_path"
+            )
+    bad = [row for part in parts for row in part.bad]
+    return Prepared(
+        train=_split([part for part in parts if not part.held_out]),
+        held_out=_split([part for part in parts if part.held_out]),
+        raw_rows=sum(part.raw_rows for part in parts),
+        bad_rows=sum(part.bad_rows for part in parts),
+        bad=tuple(bad[:BAD_ROWS_KEPT]),
+    )
+
+
+def _split(parts: Sequence[PartStats]) -> Split:
+    return Split(
+        files=tuple(part.file for part in parts if part.file),
+        rows=sum(part.rows for part in parts),
+        documents=sum(part.documents for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        trained_tokens=sum(part.trained_tokens for part in parts),
+        longest=max((part.longest for part in parts), default=0),
+    )
+
+
+def _checked(config: JobConfig, prepared: Prepared) -> Prepared:
+    ensure_usable(config, "rows", prepared.train.rows, prepared.raw_rows, prepared.bad_rows, prepared.bad)
+    asked = "test_datasets" if config.test_datasets else "val_set_size"
+    if (config.test_datasets or config.val_set_size) and not prepared.held_out.rows:
+        raise DataError(f"{asked}: no row that can be used is left to evaluate on")
+    return prepared

@@ -1,0 +1,166 @@
+"""Whole dataset jobs: real Ray Data, Ray Train and TRL, on the tiny model."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from actors import storage
+from tests.e2e.conftest import finish, start
+from tests.e2e.test_run import children, command, records
+
+Job = Callable[..., Path]
+
+
+@pytest.fixture
+def dataset_job(tmp_path: Path, llama: Path) -> Job:
+    """Writes a small job of any method on the tiny model, with changes; returns its file."""
+
+    def write(name: str = "job.yaml", **changes: Any) -> Path:
+        texts = [{"text": " ".join(f"w{3 + (i + j) % 40}" for j in range(6 + i % 5))} for i in range(40)]
+        pairs = [
+            {"prompt": f"w{3 + i % 40} ", "chosen": f"w{4 + i % 40} w5", "rejected": f"w{9 + i % 30} w7"} for i in range(40)
+        ]
+        (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+        config: dict[str, Any] = {
+            "base_model": str(llama),
+            "adapter": "lora",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_target_linear": True,
+            "datasets": [{"path": str(tmp_path / "texts.jsonl"), "type": "completion"}],
+            "val_set_size": 8,
+            "sequence_len": 32,
+            "micro_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 6,
+            "save_steps": 2,
+            "eval_steps": 3,
+            "learning_rate": 2e-2,
+            "lr_scheduler": "constant",
+            "bf16": False,
+            "output_dir": str(tmp_path / "out"),
+        }
+        for key, value in changes.items():
+            section, _, inner = key.rpartition("__")
+            (config.setdefault(section, {}) if section else config)[inner] = value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+def test_sft_from_rows_to_adapter(dataset_job: Job, tmp_path: Path, llama: Path) -> None:
+    config = dataset_job(ray__max_bad_rows=0.1)
+    with (tmp_path / "texts.jsonl").open("a") as rows:
+        rows.write('{"text": \n{"text": ""}\n')
+    code, output = finish(start("run", config))
+    assert code == 0, output
+    out = tmp_path / "out"
+    assert "Traceback" not in output and "2 rows were left out" in output and f"adapter  {out}" in output
+    bad = json.loads((out / "quarantine.json").read_text())
+    assert [row["place"] for row in bad] == [f"{tmp_path}/texts.jsonl:41", f"{tmp_path}/texts.jsonl:42"]
+    train, held_out = records(out, "train"), records(out, "eval")
+    assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in held_out] == [0, 3, 6]
+    assert held_out[-1]["eval/loss"] < held_out[0]["eval/loss"] - 0.1
+    for step in (2, 4, 6):
+        storage.verify(out / f"checkpoint-{step}")
+    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt*")), "no pickle is written"
+    assert not list(out.glob(".ray-train")) and not list(out.glob(".prepared"))
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(llama)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), str(out))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad(), tuned.disable_adapter():
+        base = tuned(input_ids=ids).logits
+    with torch.no_grad():
+        assert not torch.allclose(tuned(input_ids=ids).logits, base, atol=1e-2)
+
+
+def test_killed_and_resumed_equals_uninterrupted(dataset_job: Job, tmp_path: Path) -> None:
+    code, output = finish(start("run", dataset_job("a.yaml", output_dir=str(tmp_path / "a"), lora_dropout=0.2)))
+    assert code == 0, output
+
+    changes = {"output_dir": str(tmp_path / "b"), "lora_dropout": 0.2, "auto_resume_from_checkpoints": True}
+    process = start("run", dataset_job("b.yaml", **changes), "max_steps=1000")
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "b" / "checkpoint-2" / storage.MANIFEST).exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    family = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process, 60)
+    for one in family:
+        if one.is_running():
+            one.kill()
+    psutil.wait_procs(family, timeout=10)
+    for newer in (tmp_path / "b").glob("checkpoint-*"):
+        if newer.name != "checkpoint-2":
+            newer.rename(newer.with_name(f"moved-{newer.name}"))
+
+    code, output = finish(start("run", dataset_job("b.yaml", **changes)))
+    assert code == 0, output
+    assert "resumed from" in output
+    keys = ("step", "loss", "grad_norm", "learning_rate")
+    a, b = ([{key: r[key] for key in keys} for r in records(tmp_path / name, "train")] for name in "ab")
+    assert a == b
+
+
+def test_two_workers_learn_what_one_does(dataset_job: Job, tmp_path: Path) -> None:
+    """The same rows a step, in fp32: twice the workers, half the accumulation."""
+    for name, workers in (("one", 1), ("two", 2)):
+        config = dataset_job(
+            f"{name}.yaml",
+            output_dir=str(tmp_path / name),
+            ray_num_workers=workers,
+            gradient_accumulation_steps=2 // workers,
+            save_strategy="no",
+            save_steps=None,
+        )
+        code, output = finish(start("run", config))
+        assert code == 0, output
+    one, two = ([record["loss"] for record in records(tmp_path / name, "train")] for name in ("one", "two"))
+    assert one == pytest.approx(two, abs=1e-4)
+
+
+@pytest.mark.parametrize("rl", ["dpo", "orpo"])
+def test_pairs_in_full(dataset_job: Job, tmp_path: Path, rl: str) -> None:
+    entry = {"path": str(tmp_path / "pairs.jsonl"), "type": "passthrough"}
+    code, output = finish(start("run", dataset_job(rl=rl, datasets=[entry], adapter=None, learning_rate=1e-3)))
+    assert code == 0, output
+    assert f"model    {tmp_path / 'out'}" in output
+    held_out = records(tmp_path / "out", "eval")
+    assert held_out[-1]["eval/reward_margin"] > held_out[0]["eval/reward_margin"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_bad_input_ends_in_one_message(dataset_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = {
+        (dataset_job(), f"datasets=[{{path: {tmp_path}/none.jsonl, type: completion}}]"): "there is no file",
+        (dataset_job(), f"datasets=[{{path: {tmp_path}/texts.jsonl, type: alpacca}}]"): "alpaca",
+        (dataset_job(), "deepspeed=z.json"): "sharded training is not implemented yet",
+    }
+    for arguments, expected in cases.items():
+        code, output = command(capsys, "run", *arguments)
+        assert code == 1 and expected in output and output.count("eagleray: ") == 1, (arguments, output)
+
+
+def test_too_many_bad_rows_stop_the_job(dataset_job: Job, tmp_path: Path) -> None:
+    config = dataset_job()
+    (tmp_path / "texts.jsonl").write_text('{"text": "w3 w4"}\n{"txt": "w5"}\n')
+    code, output = finish(start("run", config), 200)
+    assert code == 1 and "Traceback" not in output
+    assert f"{tmp_path}/texts.jsonl:2" in output and "ray.max_bad_rows" in output

@@ -1,0 +1,90 @@
+"""Dataset jobs before they start: batch arithmetic by hand, bundles, and the arguments that TRL's trainers get."""
+
+import inspect
+from typing import Any
+
+import pytest
+from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+from trl.experimental.orpo import ORPOConfig
+
+from orchestrator.arguments import training_arguments
+from orchestrator.dataset_plan import describe, make_dataset_plan
+from orchestrator.plan import Node
+from orchestrator.schema import DatasetConfig, JobConfig
+
+LAPTOP = [Node("laptop", {"CPU": 2.0})]
+FOUR_GPUS = [Node("a", {"CPU": 16.0, "GPU": 2.0}), Node("b", {"CPU": 16.0, "GPU": 2.0})]
+
+
+def job(**changes: Any) -> JobConfig:
+    config = JobConfig(base_model="m", learning_rate=2e-4, micro_batch_size=4, gradient_accumulation_steps=3)
+    config.datasets = [DatasetConfig(path="rows.jsonl")]
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        setattr(getattr(config, section) if section else config, key, value)
+    return config
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    return training_arguments(job(**changes), gpu=False, dtype="float32", steps_per_epoch=10, total_steps=40)
+
+
+def test_steps() -> None:
+    plan = make_dataset_plan(job(ray_num_workers=2), FOUR_GPUS)
+    assert plan.rows_per_step == 4 * 3 * 2
+    assert [plan.steps_per_epoch(rows) for rows in (1, 24, 25, 240)] == [1, 1, 2, 10]
+    assert plan.total_steps(job(num_epochs=2.5), 240) == 25
+    assert plan.total_steps(job(max_steps=7), 240) == 7
+
+
+def test_every_worker_gets_its_bundle() -> None:
+    plan = make_dataset_plan(job(ray_num_workers=4), FOUR_GPUS)
+    assert plan.placement == (0, 0, 1, 1) and plan.dtype == "bfloat16" and plan.threads is None
+    assert {str(bundle): dict(bundle.resources) for bundle in plan.bundles[:1]} == {"worker 0": {"CPU": 1.0, "GPU": 1.0}}
+    assert "4 micro_batch_size x 3 gradient_accumulation_steps x 4 ray_num_workers = 48 rows a step" in "\n".join(
+        describe(job(ray_num_workers=4), plan)
+    )
+
+
+def test_a_worker_too_many_is_named_with_what_would_fit() -> None:
+    (problem,) = make_dataset_plan(job(ray_num_workers=5), FOUR_GPUS).problems
+    assert problem.startswith("worker 4 needs 1 CPU + 1 GPU, but a has 14 CPU left; b has 14 CPU left")
+    assert "ask for ray_num_workers: 4" in problem and "share GPUs with resources_per_worker: {GPU: 0.8}" in problem
+
+
+def test_workers_on_one_machine_share_its_cores() -> None:
+    assert make_dataset_plan(job(), LAPTOP, "bfloat16").threads == 2
+    two = make_dataset_plan(job(ray_num_workers=2), LAPTOP)
+    assert (two.threads, two.dtype, two.placement) == (1, "float32", (0, 0))
+
+
+def test_save_and_eval_intervals() -> None:
+    held_out = {"test_datasets": [DatasetConfig(path="x")]}
+    found = arguments(save_steps=5, eval_steps=0.1, **held_out)
+    assert (found["save_strategy"], found["save_steps"]) == ("steps", 5)
+    assert (found["eval_strategy"], found["eval_steps"]) == ("steps", 0.1)
+    assert arguments(saves_per_epoch=2, evals_per_epoch=5, **held_out)["eval_steps"] == 2
+    assert arguments(saves_per_epoch=2)["save_steps"] == 5
+    assert arguments()["save_steps"] == 10 and arguments()["eval_strategy"] == "no"
+    assert arguments(**held_out)["eval_steps"] == 40, "held-out rows without an interval are measured at the end"
+    assert arguments(save_strategy="no")["save_strategy"] == "no"
+
+
+def test_what_a_person_wrote_arrives() -> None:
+    found = arguments(warmup_ratio=0.1, cosine_min_lr_ratio=0.2, optimizer="adamw_8bit", weight_decay=0.3, seed=7)
+    assert (found["warmup_steps"], found["optim"], found["weight_decay"], found["seed"]) == (0.1, "adamw_bnb_8bit", 0.3, 7)
+    assert (found["lr_scheduler_type"], found["lr_scheduler_kwargs"]) == ("cosine_with_min_lr", {"min_lr_rate": 0.2})
+    assert arguments(rl="kto", kto_undesirable_weight=0.0)["undesirable_weight"] == 0.0, "0 is a value, not an absence"
+    assert arguments(rl="dpo", trl__beta=0.0)["beta"] == 0.0
+    assert arguments(rl="ipo")["loss_type"] == "ipo"
+    assert arguments(rl="orpo", orpo_alpha=0.3)["beta"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("rl", "config"),
+    [(None, SFTConfig), ("dpo", DPOConfig), ("kto", KTOConfig), ("orpo", ORPOConfig), ("reward_trainer", RewardConfig)],
+)
+def test_trl_takes_every_argument(rl: str | None, config: type, tmp_path: Any) -> None:
+    found = arguments(rl=rl, output_dir=str(tmp_path), test_datasets=[DatasetConfig(path="x")], early_stopping_patience=2)
+    assert set(found) <= set(inspect.signature(config).parameters)
+    config(**found)

@@ -1,0 +1,234 @@
+"""The methods beside TRL's own trainers: the same rows in the same order give the same losses.
+
+TRL gets the rows of the recipes as a person would give them to it, conversations or text, and prepares them itself; ours
+gets what actors/formats made of the same rows. The model is tiny and random, the tokenizer and the rows are real.
+"""
+
+import json
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.trainer import Trainer as HfTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from actors import hub, model
+from actors.dataset_loop import _model_init
+from actors.formats.base import FormatSpec
+from actors.formats.kto import build_judged
+from actors.formats.preference import build_pairs
+from actors.formats.reward import build_reward_pairs
+from actors.formats.sft import build_sft
+from actors.methods import METHODS
+from actors.methods.base import Inputs
+from actors.specs import DatasetTrainSpec, LoraSpec, ModelSpec
+from tests.tiny import SMOLLM2
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+BATCH = 2
+ROWS = STEPS * BATCH
+LORA = LoraSpec(r=4, alpha=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(hub.resolve(SMOLLM2.name))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
+    """A tiny random Llama with SmolLM2's vocabulary."""
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    with (ROOT / "configs" / name).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in islice(lines, ROWS)]
+
+
+def arguments(out: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(out),
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **changes,
+    }
+
+
+def losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def ours(method: str, folder: str, tokenizer: Any, rows: list[Any], given: dict[str, Any], packed: bool = False) -> Any:
+    spec = DatasetTrainSpec(
+        method, ModelSpec(folder, "float32"), LORA, (), (), packed=packed, output_dir="", job={}, arguments={}
+    )
+    task = "SEQ_CLS" if method == "reward_trainer" else "CAUSAL_LM"
+    return METHODS[method](
+        Inputs(
+            model=folder,
+            model_init=_model_init(spec),
+            tokenizer=tokenizer,
+            peft_config=model.peft_config(LORA, task),
+            train=Dataset.from_list(rows),
+            held_out=None,
+            arguments=given,
+            callbacks=[],
+            packed=packed,
+        )
+    )
+
+
+def as_prompt_and_answers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["messages"], "chosen": [row["chosen"]], "rejected": [row["rejected"]]}
+
+
+def test_sft(folder: str, tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"question": row["question"], "chosen": row["chosen"]} for row in rows_of("orpo/howto-train.jsonl")]
+    format_text = "{instruction}\n"
+    fields = {"field_instruction": "question", "field_output": "chosen"}
+    encode = build_sft(FormatSpec(type={**fields, "format": format_text, "no_input_format": format_text}), tokenizer)
+    trainer = ours("sft", folder, tokenizer, [encode(row) for row in rows], arguments(tmp_path))
+    peer = SFTTrainer(
+        model=folder,
+        args=SFTConfig(model_init_kwargs={"dtype": "float32"}, **arguments(tmp_path)),
+        train_dataset=Dataset.from_list([{"prompt": f"{row['question']}\n", "completion": row["chosen"]} for row in rows]),
+        processing_class=tokenizer,
+        peft_config=model.peft_config(LORA),
+    )
+    compare(losses(trainer), losses(peer))
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_dpo(folder: str, tokenizer: Any, tmp_path: Path, loss_type: str) -> None:
+    rows = rows_of("dpo/direct-train.jsonl")
+    encode = build_pairs(FormatSpec(type="chat_template.default"), tokenizer)
+    given = arguments(tmp_path, beta=0.1, loss_type=loss_type)
+    trainer = ours("dpo", folder, tokenizer, [encode(row) for row in rows], given)
+    peer = DPOTrainer(
+        model=folder,
+        args=DPOConfig(model_init_kwargs={"dtype": "float32"}, **given),
+        train_dataset=Dataset.from_list([as_prompt_and_answers(row) for row in rows]),
+        processing_class=tokenizer,
+        peft_config=model.peft_config(LORA),
+    )
+    compare(losses(trainer), losses(peer))
+
+
+def test_kto(folder: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of("kto/notes-train.jsonl")
+    encode = build_judged(FormatSpec(type="chat_template.default"), tokenizer)
+    given = arguments(tmp_path, beta=0.1, desirable_weight=1.0, undesirable_weight=0.8)
+    # TRL pairs prompts with other rows' answers before training, and so keeps the order of the rows; ours shuffles.
+    monkeypatch.setattr(HfTrainer, "_get_train_sampler", lambda self, dataset=None: SequentialSampler(self.train_dataset))
+    trainer = ours("kto", folder, tokenizer, [encode(row) for row in rows], given)
+    peer = KTOTrainer(
+        model=folder,
+        args=KTOConfig(model_init_kwargs={"dtype": "float32"}, **given),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=model.peft_config(LORA),
+    )
+    compare(losses(trainer), losses(peer))
+
+
+def test_orpo(folder: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = None  # ORPOTrainer writes one in front, also where the tokenizer does not
+    rows = [
+        {"prompt": f"{row['question']}\n", "chosen": row["chosen"], "rejected": row["rejected"]}
+        for row in rows_of("orpo/howto-train.jsonl")
+    ]
+    encode = build_pairs(FormatSpec(type="passthrough"), tokenizer)
+    given = arguments(tmp_path, beta=0.1, max_length=256)
+    trainer = ours("orpo", folder, tokenizer, [encode(row) for row in rows], given)
+    peer = ORPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=ORPOConfig(**given),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=model.peft_config(LORA),
+    )
+    compare(losses(trainer), losses(peer))
+
+
+def test_reward(folder: str, tokenizer: Any, tmp_path: Path) -> None:
+    rows = rows_of("reward/courtesy-train.jsonl")
+    encode = build_reward_pairs(FormatSpec(type="bradley_terry.chat_template"), tokenizer)
+    given = arguments(tmp_path, center_rewards_coefficient=0.01)
+    trainer = ours("reward_trainer", folder, tokenizer, [encode(row) for row in rows], given)
+
+    def turns(row: Mapping[str, Any], side: str) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        return [*system, {"role": "user", "content": row["input"]}, {"role": "assistant", "content": row[side]}]
+
+    peer = RewardTrainer(
+        model=folder,
+        args=RewardConfig(model_init_kwargs={"dtype": "float32"}, **given),
+        train_dataset=Dataset.from_list([{side: turns(row, side) for side in ("chosen", "rejected")} for row in rows]),
+        processing_class=tokenizer,
+        peft_config=model.peft_config(LORA, "SEQ_CLS"),
+    )
+    compare(losses(trainer), losses(peer))
+
+
+def compare(found: list[float], expected: list[float]) -> None:
+    assert len(found) == len(expected) == STEPS
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-3, (found, expected)
+    assert max(expected) - min(expected) > 1e-2, "nothing was learned, so the comparison shows nothing"
+
+
+def test_packed_documents_do_not_see_each_other(folder: str, tokenizer: Any, tmp_path: Path) -> None:
+    """The logits of each document in a packed row are those that it has alone."""
+    encode = build_sft(FormatSpec(type="chat_template"), tokenizer)
+    documents = [encode(row) for row in rows_of("sft/tickets-train.jsonl")[:3]]
+    packed = {
+        "input_ids": [i for d in documents for i in d["input_ids"]],
+        "labels": [i for d in documents for i in d["labels"]],
+        "seq_lengths": [len(d["input_ids"]) for d in documents],
+    }
+    trainer = ours("sft", folder, tokenizer, [packed], arguments(tmp_path, per_device_train_batch_size=1), packed=True)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert "attention_mask" not in batch
+    with torch.no_grad():
+        together = trainer.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+        alone = [trainer.model(input_ids=torch.tensor([d["input_ids"]])).logits[0] for d in documents]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
