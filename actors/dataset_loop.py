@@ -128,7 +128,10 @@ LOGGED = {
 
 
 def reporter(reports: Any) -> Any:
-    """A callback that sends rank 0's records to the driver and every rank's to Ray Train's page of the dashboard."""
+    """A callback that sends rank 0's records to the driver, and evaluations of all ranks to Ray Train.
+
+    Ray Train takes a report as a barrier that its controller lifts once a second or so, which is no way to end a step.
+    """
     import ray.train
     from transformers import TrainerCallback
 
@@ -136,6 +139,7 @@ def reporter(reports: Any) -> Any:
         def __init__(self) -> None:
             self.step_began = time.perf_counter()
             self.last: dict[str, float] = {}
+            self.sent: Any = None
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.step_began = time.perf_counter()
@@ -153,8 +157,13 @@ def reporter(reports: Any) -> Any:
             if not evaluation:
                 record |= self.last
             if state.is_world_process_zero:
-                ray.get(reports.add.remote("eval" if evaluation else "train", record))
-            ray.train.report(record)
+                self.sent = reports.add.remote("eval" if evaluation else "train", record)
+            if evaluation:
+                ray.train.report(record)
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            if self.sent is not None:
+                ray.get(self.sent)  # calls arrive in order, so all records have
 
     return Reporter()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -81,6 +82,12 @@ def job(tmp_path: Path, llama: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For commands in this process that must end before anything starts."""
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

@@ -71,7 +71,7 @@ def test_sft_from_rows_to_adapter(dataset_job: Job, tmp_path: Path, llama: Path)
     out = tmp_path / "out"
     assert "Traceback" not in output and "2 rows were left out" in output and f"adapter  {out}" in output
     bad = json.loads((out / "quarantine.json").read_text())
-    assert [row["place"] for row in bad] == [f"{tmp_path}/texts.jsonl:41", f"{tmp_path}/texts.jsonl:42"]
+    assert sorted(row["place"] for row in bad) == [f"{tmp_path}/texts.jsonl:41", f"{tmp_path}/texts.jsonl:42"]
     train, held_out = records(out, "train"), records(out, "eval")
     assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in held_out] == [0, 3, 6]
@@ -90,6 +90,7 @@ def test_sft_from_rows_to_adapter(dataset_job: Job, tmp_path: Path, llama: Path)
         assert not torch.allclose(tuned(input_ids=ids).logits, base, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(dataset_job: Job, tmp_path: Path) -> None:
     code, output = finish(start("run", dataset_job("a.yaml", output_dir=str(tmp_path / "a"), lora_dropout=0.2)))
     assert code == 0, output
@@ -119,6 +120,7 @@ def test_killed_and_resumed_equals_uninterrupted(dataset_job: Job, tmp_path: Pat
     assert a == b
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_does(dataset_job: Job, tmp_path: Path) -> None:
     """The same rows a step, in fp32: twice the workers, half the accumulation."""
     for name, workers in (("one", 1), ("two", 2)):
@@ -136,6 +138,7 @@ def test_two_workers_learn_what_one_does(dataset_job: Job, tmp_path: Path) -> No
     assert one == pytest.approx(two, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rl", ["dpo", "orpo"])
 def test_pairs_in_full(dataset_job: Job, tmp_path: Path, rl: str) -> None:
     entry = {"path": str(tmp_path / "pairs.jsonl"), "type": "passthrough"}
@@ -147,6 +150,7 @@ def test_pairs_in_full(dataset_job: Job, tmp_path: Path, rl: str) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_bad_input_ends_in_one_message(dataset_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = {
         (dataset_job(), f"datasets=[{{path: {tmp_path}/none.jsonl, type: completion}}]"): "there is no file",
@@ -159,7 +163,7 @@ def test_bad_input_ends_in_one_message(dataset_job: Job, tmp_path: Path, capsys:
 
 
 def test_too_many_bad_rows_stop_the_job(dataset_job: Job, tmp_path: Path) -> None:
-    config = dataset_job()
+    config = dataset_job(val_set_size=0, eval_steps=None)
     (tmp_path / "texts.jsonl").write_text('{"text": "w3 w4"}\n{"txt": "w5"}\n')
     code, output = finish(start("run", config), 200)
     assert code == 1 and "Traceback" not in output
