@@ -148,17 +148,15 @@ def reporter(reports: Any) -> Any:
             self.last["step_s"] = time.perf_counter() - self.step_began
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            logs = logs or {}
-            if "train_runtime" in logs:
+            named = record_of({**(logs or {}), "step": state.global_step})
+            if named is None:
                 return
-            evaluation = any(name.startswith("eval_") for name in logs)
-            record = _record(logs, "eval_" if evaluation else "", "eval/" if evaluation else "")
-            record["step"] = state.global_step
-            if not evaluation:
+            kind, record = named
+            if kind == "train":
                 record |= self.last
             if state.is_world_process_zero:
-                self.sent = reports.add.remote("eval" if evaluation else "train", record)
-            if evaluation:
+                self.sent = reports.add.remote(kind, record)
+            if kind == "eval":
                 ray.train.report(record)
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -168,11 +166,16 @@ def reporter(reports: Any) -> Any:
     return Reporter()
 
 
-def _record(logs: dict[str, Any], source: str, target: str) -> dict[str, float]:
-    record = {}
+def record_of(logs: dict[str, Any]) -> tuple[str, dict[str, float]] | None:
+    """An entry of transformers' log as kind and record under our names; None for its summary at the end."""
+    if "train_runtime" in logs:
+        return None
+    evaluation = any(name.startswith("eval_") for name in logs)
+    source, target = ("eval_", "eval/") if evaluation else ("", "")
+    record: dict[str, float] = {"step": logs["step"]}
     for logged, name in LOGGED.items():
         value = logs.get(f"{source}{logged}")
         if isinstance(value, int | float):
             record[f"{target}{name}"] = float(value) if math.isfinite(value) else math.nan
-    return record
+    return "eval" if evaluation else "train", record
 

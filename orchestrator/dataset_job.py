@@ -4,6 +4,7 @@ Consumes a checked configuration; produces metrics, checkpoints and the adapter 
 the workers; Ctrl-C ends both within seconds.
 """
 
+import json
 import shutil
 import threading
 import uuid
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import device, hub, storage
-from actors.dataset_loop import Reports, train_loop
+from actors.dataset_loop import Reports, record_of, train_loop
 from actors.errors import ActorError, EaglerayError
 from actors.specs import DatasetTrainSpec, ModelSpec
 from orchestrator import checkpoints, cluster
@@ -23,7 +24,7 @@ from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_
 from orchestrator.display import DATASET_COLUMNS, Display
 from orchestrator.environment import worker_environment
 from orchestrator.jobs import RunResult, lora_spec, search_paths, with_absolute_paths
-from orchestrator.metrics import MetricsLog
+from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
 from orchestrator.prepare import Prepared, check, prepare
 from orchestrator.schema import JobConfig
@@ -117,6 +118,7 @@ class _Training:
             use_tensorboard=self.config.use_tensorboard,
         )
         if resume is not None:
+            self._complete(log, resume)
             self.display.note(f"resumed from {resume}")
         seen = 0
         with log, self._trained(reports, resume) as training, self.display.phase("training"):
@@ -146,6 +148,14 @@ class _Training:
             ],
         )
         return RunResult(self.output_dir, step, tuple(evaluations))
+
+    def _complete(self, log: MetricsLog, resume: Path) -> None:
+        """Writes the records that the checkpoint knows and a killed driver had not written yet."""
+        written = {(record["kind"], record["step"]) for record in read(log.path)}
+        for entry in json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]:
+            named = record_of(entry)
+            if named is not None and (named[0], named[1]["step"]) not in written:
+                log.write(named[0], named[1])  # type: ignore[arg-type]
 
     def _trained(self, reports: Any, resume: Path | None) -> "_Fit":
         import ray.train
