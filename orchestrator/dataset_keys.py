@@ -13,12 +13,12 @@ from orchestrator.source import Problem
 # fmt: off
 ACTS_ON = frozenset({
     "rl", "reward_model", "base_model", "model_type", "tokenizer_type", "trust_remote_code", "output_dir", "eot_tokens",
-    "adapter", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "lora_r", "lora_alpha", "lora_dropout",
+    "adapter", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "lora_dropout",
     "lora_target_linear", "lora_target_modules", "lora_modules_to_save", "peft_use_dora", "peft_use_rslora",
-    "datasets", "test_datasets", "val_set_size", "sequence_len", "sample_packing", "dataset_prepared_path",
-    "chat_template", "chat_template_jinja", "train_on_inputs", "micro_batch_size", "gradient_accumulation_steps",
-    "eval_batch_size", "num_epochs", "max_steps", "learning_rate", "optimizer", "lr_scheduler", "cosine_min_lr_ratio",
-    "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "datasets", "test_datasets", "val_set_size", "sequence_len", "sample_packing", "eval_sample_packing",
+    "dataset_prepared_path", "chat_template", "chat_template_jinja", "train_on_inputs", "micro_batch_size",
+    "gradient_accumulation_steps", "eval_batch_size", "num_epochs", "max_steps", "learning_rate",
+    "optimizer", "lr_scheduler", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
     "bf16", "tf32", "gradient_checkpointing", "seed", "attn_implementation", "sdp_attention", "flash_attention",
     "torch_compile", "save_steps", "saves_per_epoch", "save_strategy", "save_total_limit", "eval_steps",
     "evals_per_epoch", "logging_steps", "resume_from_checkpoint", "auto_resume_from_checkpoints",
@@ -85,7 +85,6 @@ IDLE: dict[str, str] = {
     "cut_cross_entropy": _LIGER,
     "gradient_checkpointing_kwargs": "not used: they change memory and speed, no result",
     "pad_to_sequence_len": "not used: batches are padded to their longest row",
-    "eval_sample_packing": "not used: held-out rows are packed as the others are",
     **dict.fromkeys(
         (
             "vllm.tensor_parallel_size",
@@ -145,6 +144,7 @@ NOT_YET: dict[str, str] = {
     "pretraining_dataset": "is not implemented yet; use datasets with type: completion",
     "streaming": "is not implemented yet; remove it: prepared rows are read from disk as they are needed",
     "shuffle_merged_datasets": "rows are shuffled anew for every epoch; remove it",
+    "bnb_config_kwargs": "is not implemented yet; NF4 with double quantization, or int8, is what load_in_4bit and _8bit give",
     "lr_groups": "is not implemented yet; use learning_rate",
     "activation_offloading": "is not implemented yet; use gradient_checkpointing: true",
     "liger_use_token_scaling": "changes the loss and is not implemented yet; remove it",
