@@ -62,6 +62,11 @@ def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
     )
     trainer = METHODS[spec.method](inputs)
     trainer.job = spec.job
+    trainer.keep = spec.save_total_limit
+    if spec.model.quantization:
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # TRL makes them bfloat16, which loses small updates
     trainer.add_callback(reporter(reports))
     if spec.early_stopping_patience is not None:
         from transformers import EarlyStoppingCallback
@@ -93,6 +98,8 @@ def _tokenizer(spec: DatasetTrainSpec) -> Any:
     tokenizer = model.load_tokenizer(spec.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+    if spec.chat_template is not None:
+        tokenizer.chat_template = spec.chat_template  # so that whoever uses the result writes as it was trained
     return tokenizer
 
 
@@ -144,8 +151,10 @@ def reporter(reports: Any) -> Any:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.step_began = time.perf_counter()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.last["step_s"] = time.perf_counter() - self.step_began
+            if state.global_step >= state.max_steps:
+                control.should_log = True  # the last step is told of, whatever logging_steps says
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             named = record_of({**(logs or {}), "step": state.global_step})

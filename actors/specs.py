@@ -150,5 +150,7 @@ class DatasetTrainSpec:
     job: Mapping[str, object]  # what a resumed job must have as it was; part of each checkpoint
     arguments: Mapping[str, object]  # of the method's TRL configuration, beside what the method itself sets
     early_stopping_patience: int | None = None  # evaluations without a better held-out loss
+    save_total_limit: int | None = None  # checkpoints that are kept
+    chat_template: str | None = None  # that the rows were written with; None = the tokenizer's own
     resume_from: str | None = None  # a checkpoint
     threads: int | None = None  # CPU threads of a worker

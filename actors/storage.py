@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import xxhash
+
 from actors.errors import CheckpointError
-from actors.snapshot import digest
 
 MANIFEST = "manifest.json"
+READ_BYTES = 16 * 2**20
 
 
 def write_json(path: Path, value: object) -> None:
@@ -47,10 +49,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def seal(folder: Path) -> None:
     """Writes the manifest, last of all: a digest of every file that is there."""
-    digests = {str(file.relative_to(folder)): digest(file.read_bytes()) for file in _files(folder)}
+    digests = {str(file.relative_to(folder)): digest_of(file) for file in _files(folder)}
     for file in _files(folder):
         _sync(file)
     write_json(folder / MANIFEST, {"digests": digests})
+
+
+def digest_of(file: Path) -> str:
+    """xxh3-128 of a file, hex, read piece by piece: an optimizer's state may be larger than the memory that is free."""
+    whole = xxhash.xxh3_128()
+    with file.open("rb") as content:
+        while piece := content.read(READ_BYTES):
+            whole.update(piece)
+    return whole.hexdigest()
 
 
 def verify(path: Path) -> None:
@@ -63,7 +74,7 @@ def verify(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; use another checkpoint")
-        if digest(file.read_bytes()) != expected:
+        if digest_of(file) != expected:
             raise CheckpointError(f"{file} is not what was written (its digest differs); use another checkpoint")
 
 

@@ -38,6 +38,7 @@ def training_arguments(config: JobConfig, *, gpu: bool, dtype: str, steps_per_ep
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler if config.cosine_min_lr_ratio is None else "cosine_with_min_lr",
         "lr_scheduler_kwargs": {} if config.cosine_min_lr_ratio is None else {"min_lr_rate": config.cosine_min_lr_ratio},
+        "restore_callback_states_from_checkpoint": stops_early,  # how long nothing has got better
         "warmup_steps": config.warmup_steps if config.warmup_steps is not None else config.warmup_ratio or 0,
         "optim": OPTIMIZERS.get(config.optimizer, config.optimizer),
         "weight_decay": config.weight_decay,
@@ -59,12 +60,10 @@ def training_arguments(config: JobConfig, *, gpu: bool, dtype: str, steps_per_ep
         "eval_steps": evaluation,
         "save_strategy": save_strategy,
         "save_steps": save_steps,
-        "save_total_limit": config.save_total_limit,
         "load_best_model_at_end": stops_early,
         "metric_for_best_model": "eval_loss" if stops_early else None,
         "report_to": "none",  # the driver keeps the records
         "disable_tqdm": True,
-        "ddp_timeout": config.ddp_timeout or 1800,
         "ddp_bucket_cap_mb": config.ddp_bucket_cap_mb,
         "ddp_broadcast_buffers": config.ddp_broadcast_buffers,
         "ddp_find_unused_parameters": config.ddp_find_unused_parameters or False,

@@ -26,7 +26,7 @@ from orchestrator.environment import worker_environment
 from orchestrator.jobs import RunResult, lora_spec, search_paths, with_absolute_paths
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
-from orchestrator.prepare import Prepared, check, prepare
+from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare
 from orchestrator.schema import JobConfig
 
 POLL_S = 0.5  # how often the driver asks for new records
@@ -138,6 +138,11 @@ class _Training:
                     break
                 cluster.pause(POLL_S)
             training.raise_if_failed()
+        if not any((self.output_dir / name).exists() for name in checkpoints.RESULTS):
+            raise ActorError(
+                f"output_dir: the workers saved their result to {self.output_dir} on another machine; "
+                "use storage that all nodes mount"
+            )
         what = "adapter" if self.config.adapter else "model"
         self.display.summary(
             f"done: {step} steps",
@@ -159,7 +164,7 @@ class _Training:
 
     def _trained(self, reports: Any, resume: Path | None) -> "_Fit":
         import ray.train
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
         storage_path = self.output_dir / ".ray-train"
         trainer = TorchTrainer(
@@ -170,9 +175,12 @@ class _Training:
                 use_gpu=self.plan.bundles[0].resources.get("GPU", 0) > 0,
                 resources_per_worker=dict(self.plan.bundles[0].resources),
             ),
+            torch_config=TorchConfig(timeout_s=self.config.ddp_timeout or 1800),
             run_config=ray.train.RunConfig(
-                name=f"{self.output_dir.name}-{uuid.uuid4().hex[:8]}",
+                name=f"{self.config.ray_run_name or self.output_dir.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=str(storage_path),
+                # Ray Train would wait without end for what another job holds.
+                failure_config=ray.train.FailureConfig(controller_failure_limit=2),
                 worker_runtime_env={"env_vars": worker_environment(self.plan.threads)},
             ),
         )
@@ -236,6 +244,8 @@ def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Pat
         job=identity(config),
         arguments=arguments,
         early_stopping_patience=config.early_stopping_patience,
+        save_total_limit=config.save_total_limit,
+        chat_template=chat_template_text(config),
         resume_from=str(resume) if resume else None,
         threads=plan.threads,
     )
@@ -243,19 +253,11 @@ def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Pat
 
 def identity(config: JobConfig) -> dict[str, Any]:
     """What a resumed job must have as it was: the model, the adapter's shape, the rows and how they are cut into steps."""
+    keys = (
+        "rl base_model bf16 adapter load_in_4bit load_in_8bit lora_r lora_alpha lora_target_linear lora_target_modules "
+        "lora_modules_to_save peft_use_rslora peft_use_dora seed micro_batch_size gradient_accumulation_steps ray_num_workers"
+    )
     return {
-        "rl": config.rl,
-        "base_model": config.base_model,
-        "adapter": config.adapter,
-        "lora_r": config.lora_r,
-        "lora_alpha": config.lora_alpha,
-        "lora_target_linear": config.lora_target_linear,
-        "lora_target_modules": config.lora_target_modules,
-        "seed": config.seed,
-        "sequence_len": config.sequence_len,
-        "sample_packing": config.sample_packing,
-        "micro_batch_size": config.micro_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "ray_num_workers": config.ray_num_workers,
-        "datasets": [entry.path for entry in config.datasets or []],
+        **{key: getattr(config, key) for key in keys.split()},
+        "datasets (digest of how they are read, and of their sizes)": fingerprint(config, search_paths(config)),
     }

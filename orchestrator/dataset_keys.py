@@ -12,20 +12,21 @@ from orchestrator.source import Problem
 
 # fmt: off
 ACTS_ON = frozenset({
-    "rl", "reward_model", "base_model", "model_type", "tokenizer_type", "trust_remote_code", "output_dir", "eot_tokens",
-    "adapter", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "lora_dropout",
+    "rl", "reward_model", "base_model", "model_type", "tokenizer_type", "trust_remote_code", "output_dir",
+    "eot_tokens", "adapter", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "lora_dropout",
     "lora_target_linear", "lora_target_modules", "lora_modules_to_save", "peft_use_dora", "peft_use_rslora",
     "datasets", "test_datasets", "val_set_size", "sequence_len", "sample_packing", "eval_sample_packing",
     "dataset_prepared_path", "chat_template", "chat_template_jinja", "train_on_inputs", "micro_batch_size",
-    "gradient_accumulation_steps", "eval_batch_size", "num_epochs", "max_steps", "learning_rate",
-    "optimizer", "lr_scheduler", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "bf16", "tf32", "gradient_checkpointing", "seed", "attn_implementation", "sdp_attention", "flash_attention",
-    "torch_compile", "save_steps", "saves_per_epoch", "save_strategy", "save_total_limit", "eval_steps",
-    "evals_per_epoch", "logging_steps", "resume_from_checkpoint", "auto_resume_from_checkpoints",
-    "early_stopping_patience", "use_tensorboard", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
-    "ddp_find_unused_parameters", "ray_num_workers", "resources_per_worker", "ray_run_name", "rl_beta",
-    "dpo_loss_type", "dpo_label_smoothing", "orpo_alpha", "kto_desirable_weight", "kto_undesirable_weight",
-    "center_rewards_coefficient", "trl.beta", "ray.max_bad_rows", "ray.trainer_cpus",
+    "gradient_accumulation_steps", "eval_batch_size", "num_epochs", "max_steps", "learning_rate", "optimizer",
+    "lr_scheduler", "cosine_min_lr_ratio", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "tf32", "gradient_checkpointing", "seed",
+    "attn_implementation", "sdp_attention", "flash_attention", "torch_compile", "save_steps", "saves_per_epoch",
+    "save_strategy", "save_total_limit", "eval_steps", "evals_per_epoch", "logging_steps", "resume_from_checkpoint",
+    "auto_resume_from_checkpoints", "early_stopping_patience", "use_tensorboard", "ddp_timeout",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ray_num_workers",
+    "resources_per_worker", "ray_run_name", "rl_beta", "dpo_loss_type", "dpo_label_smoothing", "orpo_alpha",
+    "kto_desirable_weight", "kto_undesirable_weight", "center_rewards_coefficient", "trl.beta", "ray.max_bad_rows",
+    "ray.trainer_cpus",
 })
 OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_bnb_8bit", "adamw_8bit",
@@ -183,12 +184,16 @@ def notes(config: JobConfig) -> Iterator[Problem]:
         "eot_tokens": (None, "SFT"),
         "dpo_loss_type": ("dpo", "rl: dpo"),
         "dpo_label_smoothing": ("dpo", "rl: dpo"),
+        "rl_beta": ("dpo", "preferences"),
         "orpo_alpha": ("orpo", "rl: orpo"),
         "kto_desirable_weight": ("kto", "rl: kto"),
         "kto_undesirable_weight": ("kto", "rl: kto"),
         "center_rewards_coefficient": ("reward_trainer", "rl: reward_trainer"),
     }
     defaults = JobConfig()
+    same = {"ipo": "dpo"}
     for key, (method, name) in theirs.items():
-        if config.rl != method and getattr(config, key) != getattr(defaults, key):
+        if key == "rl_beta" and config.rl in ("kto", "orpo"):
+            continue
+        if same.get(config.rl or "", config.rl) != method and getattr(config, key) != getattr(defaults, key):
             yield Problem(key, f"not used: it concerns {name}")

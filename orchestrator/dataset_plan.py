@@ -45,10 +45,11 @@ class DatasetPlan:
 
 def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str = "float32") -> DatasetPlan:
     """Resolves a job of any method but grpo. cpu_dtype: what bf16: auto means on nodes without a GPU."""
-    gpu = any(node.resources.get("GPU", 0) > 0 for node in nodes)
     workers = config.ray_num_workers
     assert isinstance(workers, int)
-    asked = {name: n for name, n in config.resources_per_worker.items() if n and (gpu or name != "GPU")}
+    has_gpus = any(node.resources.get("GPU", 0) > 0 for node in nodes)
+    asked = {name: n for name, n in config.resources_per_worker.items() if n and (has_gpus or name != "GPU")}
+    gpu = "GPU" in asked
     resources = {"CPU": float(config.ray.trainer_cpus), **asked}
     bundles = tuple(Bundle("worker", index, resources) for index in range(workers))
     cpus = int(max((node.resources.get("CPU", 1) for node in nodes), default=1))
@@ -69,7 +70,7 @@ def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str =
 
 def describe(config: JobConfig, plan: DatasetPlan) -> list[str]:
     """The plan for a person, a line each."""
-    adapter = "none: full fine-tuning"
+    adapter = f"none: full fine-tuning of {plan.dtype} weights"
     if config.adapter:
         adapter = f"{'QLoRA' if config.adapter == 'qlora' else 'LoRA'} r={config.lora_r} alpha={config.lora_alpha}"
     held = [

@@ -20,6 +20,7 @@ import ray.data
 from actors import hub, snapshot, storage
 from actors.errors import ConfigError, DataError, EaglerayError
 from actors.formats.base import FormatSpec
+from actors.formats.chat import OWN, template_of
 from actors.formats.kto import JUDGED_FORMATS
 from actors.formats.preference import PAIR_FORMATS
 from actors.formats.reward import REWARD_FORMATS
@@ -119,6 +120,25 @@ def check(config: JobConfig, search_paths: Sequence[str]) -> None:
     """Raises what `prepare` would for missing files and unknown types; reads no row and starts nothing."""
     spec, _ = _what_to_read(config, search_paths)
     _ensure_types(spec)
+
+
+def fingerprint(config: JobConfig, search_paths: Sequence[str]) -> str:
+    """Digest of what the rows are made of: how they are read and written, and the files' sizes. A resumed run compares it."""
+    spec, files = _what_to_read(config, search_paths)
+    content = {
+        "spec": asdict(replace(spec, tokenizer="")),
+        "files": [[file.path, file.kind, None if file.kind == "hub" else Path(file.path).stat().st_size] for file in files],
+        "held_out": [config.val_set_size, config.seed],
+    }
+    return snapshot.digest(json.dumps(content, sort_keys=True).encode())
+
+
+def chat_template_text(config: JobConfig) -> str | None:
+    """The template that the first dataset's rows are written with; None when it is the tokenizer's own."""
+    spec = format_spec(config, (config.datasets or [])[0])
+    if spec.chat_template in (None, OWN):
+        return None
+    return template_of(spec, load_tokenizer(ModelSpec(config.base_model, "float32", config.trust_remote_code)))
 
 
 def format_spec(config: JobConfig, entry: DatasetConfig) -> FormatSpec:

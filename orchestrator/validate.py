@@ -23,6 +23,11 @@ def contradictions(config: JobConfig) -> Iterator[Problem]:
     yield from _data(config)
     yield from _schedule(config)
     yield from _workers(config)
+    if config.rl == "kto":
+        for key in ("micro_batch_size", "eval_batch_size"):
+            if value_of(config, key) == 1:
+                text = "is 1; kto compares each answer with those of the other rows of its batch, so use 2 or more"
+                yield Problem(key, text)
     if config.rl == "grpo" and not single:  # the relations below do arithmetic on the values
         yield from _grpo(config)
 
@@ -75,7 +80,7 @@ def _data(config: JobConfig) -> Iterator[Problem]:
             yield from _dataset(f"{name}[{index}]", entry)
     if config.test_datasets and config.val_set_size:
         yield Problem("val_set_size", "and test_datasets both name the evaluation rows; keep one")
-    for key in ("eval_steps", "evals_per_epoch"):
+    for key in ("eval_steps", "evals_per_epoch", "early_stopping_patience"):
         if value_of(config, key) is not None and not (config.test_datasets or config.val_set_size):
             yield Problem(
                 key, "there are no rows to evaluate on; add test_datasets or val_set_size, or remove it"
@@ -108,6 +113,16 @@ def _schedule(config: JobConfig) -> Iterator[Problem]:
     ):
         if value_of(config, one) is not None and value_of(config, other) is not None:
             yield Problem(other, f"{one} and {other} are both set; keep one")
+    if config.cosine_min_lr_ratio is not None and config.lr_scheduler not in ("cosine", "cosine_with_min_lr"):
+        yield Problem("cosine_min_lr_ratio", f"lr_scheduler: {config.lr_scheduler} has no such floor; remove one of the two")
+    if config.lr_scheduler == "cosine_with_min_lr" and config.cosine_min_lr_ratio is None:
+        yield Problem("lr_scheduler", "cosine_with_min_lr needs its floor; add for example cosine_min_lr_ratio: 0.1")
+    if config.early_stopping_patience is not None and config.save_strategy == "no":
+        yield Problem("save_strategy", "early_stopping_patience goes back to the best checkpoint, so there must be some")
+    if config.saves_per_epoch is not None and config.save_strategy not in (None, "steps"):
+        yield Problem(
+            "save_strategy", f"{config.save_strategy} contradicts saves_per_epoch; remove one of the two"
+        )
     if config.save_steps is not None and config.save_strategy not in (None, "steps"):
         yield Problem(
             "save_strategy", f"{config.save_strategy} contradicts save_steps; remove one of the two"

@@ -32,6 +32,11 @@ SCHEDULERS = (
     "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
     "warmup_stable_decay", "greedy", "one_cycle", "rex",
 )
+# TRL 1.16's DPOConfig
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)
 # fmt: on
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -50,6 +55,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "trl.loss_type": LOSS_TYPES,
     "trl.scale_rewards": SCALES,
     "trl.importance_sampling_level": IMPORTANCE_SAMPLING_LEVELS,
+    "dpo_loss_type": DPO_LOSSES,
     "vllm.dtype": ("auto", "bfloat16", "float16", "half", "float32", "float"),
     "ray.sync": ("auto", "fused", "adapter"),
     "ray.placement": ("pack", "spread"),
@@ -134,11 +140,12 @@ def value_of(config: JobConfig, key: str) -> Any:
 def _choices(config: JobConfig) -> Iterator[Problem]:
     for key, names in CHOICES.items():
         value = value_of(config, key)
-        if value is not None and value not in names:
-            words = [str(name).lower() if isinstance(name, bool) else str(name) for name in names]
-            close = difflib.get_close_matches(str(value), words, n=1, cutoff=0.7)
-            meant = f"did you mean {close[0]}?" if close else "choose one of them"
-            yield Problem(key, f"'{value}' is not one of {', '.join(words)}; {meant}")
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one not in names:
+                words = [str(name).lower() if isinstance(name, bool) else str(name) for name in names]
+                close = difflib.get_close_matches(str(one), words, n=1, cutoff=0.7)
+                meant = f"did you mean {close[0]}?" if close else "choose one of them"
+                yield Problem(key, f"'{one}' is not one of {', '.join(words)}; {meant}")
 
 
 def _ranges(config: JobConfig) -> Iterator[Problem]:

@@ -1,11 +1,11 @@
 """What the methods' trainers share: rows that are prepared already, and checkpoints without a pickle.
 
-Both are mixed into TRL's trainers, before them. Everything else is TRL's and transformers' own.
+They are mixed into TRL's trainers, before them. Everything else is TRL's and transformers' own.
 """
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class SafeCheckpoints:
     accelerator: Any
     state: Any
     job: Mapping[str, object]
+    keep: int | None  # checkpoints; None = all
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
@@ -66,9 +67,17 @@ class SafeCheckpoints:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         self.accelerator.wait_for_everyone()  # every rank's random state is in the folder
         if self.args.should_save:
+            from transformers.trainer_utils import rotate_checkpoints
+
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             storage.write_json(folder / STATE_FILE, {"step": self.state.global_step, "job": dict(self.job)})
             storage.seal(folder)
+            # Only now, since transformers would rotate before the new one is whole.
+            rotate_checkpoints(
+                self.args.output_dir,
+                save_total_limit=self.keep,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -108,28 +117,41 @@ class SafeCheckpoints:
 
 
 def save_optimizer(optimizer: Any, path: Path) -> None:
-    """A torch optimizer's state, every tensor and number of it, as one safetensors file."""
+    """A torch or bitsandbytes optimizer's state as one safetensors file: tensors, and numbers in its metadata."""
     state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, values in state["state"].items()
-        for name, value in values.items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, float] = {}
+    for index, values in state["state"].items():
+        for name, value in _flat(values):
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().clone().contiguous()  # some are one tensor, shared by all
+            elif isinstance(value, int | float):
+                numbers[f"{index}.{name}"] = value
     groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-    save_file(tensors, path, metadata={"param_groups": json.dumps(groups)})
+    save_file(tensors, path, metadata={"param_groups": json.dumps(groups), "numbers": json.dumps(numbers)})
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """bitsandbytes keeps its quantized moments in a mapping of their own, and reads them without it too."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield name, value
 
 
 def load_optimizer(optimizer: Any, path: Path) -> None:
     """Puts a saved state back; the parameters must be those it was saved with, in the same order."""
     from safetensors import safe_open
 
-    values: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(path).items():
-        index, _, name = key.partition(".")
-        values.setdefault(int(index), {})[name] = tensor
     with safe_open(path, "pt") as file:
-        groups = json.loads(file.metadata()["param_groups"])
+        metadata = file.metadata()
+    values: dict[int, dict[str, Any]] = {}
+    for key, value in [*load_file(path).items(), *json.loads(metadata["numbers"]).items()]:
+        index, _, name = key.partition(".")
+        values.setdefault(int(index), {})[name] = value
     current = optimizer.state_dict()["param_groups"]
-    merged = [{**saved, "params": group["params"]} for saved, group in zip(groups, current, strict=True)]
+    saved_groups = json.loads(metadata["param_groups"])
+    merged = [{**saved, "params": group["params"]} for saved, group in zip(saved_groups, current, strict=True)]
     # torch puts each tensor where its optimizer wants it: a fused one also counts its steps on the GPU.
     optimizer.load_state_dict({"state": values, "param_groups": merged})

@@ -2,28 +2,37 @@
 
 from typing import Any
 
+from actors.formats.base import IGNORED
 from actors.methods.base import Inputs, SafeCheckpoints
-
-IGNORED = -100
 
 
 def build(inputs: Inputs) -> Any:
     """Rows: prompt_ids, chosen_ids, rejected_ids."""
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    from trl.experimental.utils import DPODataCollatorWithPadding
 
     class Trainer(SafeCheckpoints, ORPOTrainer):  # type: ignore[misc]
         def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
-            return columns(feature)
+            return feature
 
-    return Trainer(
+    class Sequences(DPODataCollatorWithPadding):  # type: ignore[misc]
+        def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+            return super().__call__([columns(feature) for feature in features])  # type: ignore[no-any-return]
+
+    # ORPOTrainer copies its rows to disk three times, in one process, before it trains. It gets one row to do that to.
+    trainer = Trainer(
         model=load_policy(inputs),
-        args=ORPOConfig(**inputs.arguments),
-        train_dataset=inputs.train,
-        eval_dataset=inputs.held_out,
+        args=ORPOConfig(remove_unused_columns=False, **inputs.arguments),
+        data_collator=Sequences(pad_token_id=inputs.tokenizer.pad_token_id),
+        train_dataset=inputs.train.select(range(1)),
+        eval_dataset=inputs.held_out.select(range(1)) if inputs.held_out is not None else None,
         processing_class=inputs.tokenizer,
         peft_config=inputs.peft_config,
         callbacks=inputs.callbacks,
     )
+    trainer.use_dpo_data_collator = True  # it stands for the columns, which are those of TRL's own collator
+    trainer.train_dataset, trainer.eval_dataset = inputs.train, inputs.held_out
+    return trainer
 
 
 def load_policy(inputs: Inputs) -> Any:
@@ -34,7 +43,7 @@ def load_policy(inputs: Inputs) -> Any:
 
 
 def columns(row: dict[str, Any]) -> dict[str, list[int]]:
-    """A prepared pair as ORPOTrainer's collator wants it: whole sequences, with labels on the answers alone."""
+    """A prepared pair as TRL's collator wants it: whole sequences, with labels on the answers alone."""
     prompt = list(row["prompt_ids"])
     out = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
     for side in ("chosen", "rejected"):

@@ -135,7 +135,8 @@ def test_every_key_of_the_dialect_is_known(tmp_path: Path, entry: str) -> None:
 
 
 def test_zero_weight_stays_zero(tmp_path: Path) -> None:
-    assert load(write(tmp_path, SFT + "rl: kto\nkto_undesirable_weight: 0\n")).kto_undesirable_weight == 0.0
+    config = load(write(tmp_path, SFT + "rl: kto\nmicro_batch_size: 2\nkto_undesirable_weight: 0\n"))
+    assert config.kto_undesirable_weight == 0.0
 
 
 def test_overrides_win_and_reach_sections_and_list_entries(tmp_path: Path) -> None:
@@ -505,9 +506,25 @@ def test_later_methods_load_and_are_named(tmp_path: Path, rl: str) -> None:
         ensure_runnable(config)
 
 
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("rl: kto\n", "micro_batch_size: is 1; kto compares each answer with those of the other rows of its batch"),
+        ("rl: dpo\ndpo_loss_type: [sigmoid, sigmod]\n", "dpo_loss_type: 'sigmod' is not one of sigmoid, hinge"),
+        ("early_stopping_patience: 2\n", "early_stopping_patience: there are no rows to evaluate on"),
+        ("lr_scheduler: linear\ncosine_min_lr_ratio: 0.1\n", "cosine_min_lr_ratio: lr_scheduler: linear has no such floor"),
+        ("lr_scheduler: cosine_with_min_lr\n", "lr_scheduler: cosine_with_min_lr needs its floor"),
+        ("saves_per_epoch: 2\nsave_strategy: epoch\n", "save_strategy: epoch contradicts saves_per_epoch"),
+    ],
+)
+def test_contradictions_of_dataset_jobs(tmp_path: Path, extra: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load(write(tmp_path, SFT + extra))
+
+
 @pytest.mark.parametrize("rl", [None, "dpo", "ipo", "kto", "orpo", "reward_trainer"])
 def test_dataset_methods_run(tmp_path: Path, rl: str | None) -> None:
-    ensure_runnable(load(write(tmp_path, SFT + (f"rl: {rl}\n" if rl else ""))))
+    ensure_runnable(load(write(tmp_path, SFT + "micro_batch_size: 2\n" + (f"rl: {rl}\n" if rl else ""))))
 
 
 @pytest.mark.parametrize(
@@ -518,6 +535,7 @@ def test_dataset_methods_run(tmp_path: Path, rl: str | None) -> None:
         ("ray_num_workers: [1, 2]\n", "ray_num_workers: a range of workers is not implemented yet"),
         ("optimizer: muon\n", "optimizer: muon is not implemented yet; use one of adamw_torch"),
         ("lr_scheduler: rex\n", "lr_scheduler: rex is not implemented yet"),
+        ("bnb_config_kwargs: {a: 1}\n", "bnb_config_kwargs: is not implemented yet"),
         ("lora_model_dir: d\n", "lora_model_dir: starting from an adapter is not implemented yet"),
     ],
 )

@@ -27,7 +27,7 @@ from actors.formats.preference import build_pairs
 from actors.formats.reward import build_reward_pairs
 from actors.formats.sft import build_sft
 from actors.methods import METHODS
-from actors.methods.base import Inputs
+from actors.methods.base import Inputs, load_optimizer, save_optimizer
 from actors.specs import DatasetTrainSpec, LoraSpec, ModelSpec
 from tests.tiny import SMOLLM2
 
@@ -232,3 +232,31 @@ def test_packed_documents_do_not_see_each_other(folder: str, tokenizer: Any, tmp
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_bnb_8bit", "lion_8bit", "paged_adamw_32bit", "adafactor", "sgd"])
+def test_an_optimizer_comes_back_from_its_file(tmp_path: Path, name: str) -> None:
+    """Two steps, a file, and the third step is the one of the optimizer that was not saved."""
+    from transformers import Trainer, TrainingArguments
+
+    def made() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(80, 80, bias=False)  # bitsandbytes quantizes moments of 4096 elements and more
+        given = TrainingArguments(output_dir=str(tmp_path), optim=name, learning_rate=1e-2, use_cpu=True, report_to="none")
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(given, layer)
+        return layer, cls(layer.parameters(), **options)
+
+    def step(layer: Any, optimizer: Any, seed: int) -> None:
+        layer.weight.grad = torch.randn(80, 80, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    layer, optimizer = made()
+    for seed in (1, 2):
+        step(layer, optimizer, seed)
+    save_optimizer(optimizer, tmp_path / "optimizer.safetensors")
+    resumed_layer, resumed = made()
+    resumed_layer.load_state_dict({key: value.clone() for key, value in layer.state_dict().items()})
+    load_optimizer(resumed, tmp_path / "optimizer.safetensors")
+    for one, other in ((layer, optimizer), (resumed_layer, resumed)):
+        step(one, other, 3)
+    assert torch.equal(layer.weight, resumed_layer.weight)
