@@ -62,7 +62,8 @@ def report(output_dir: Path, out: Path | None = None) -> Path:
         raise EaglerayError(f"{path} holds no training step yet; report again after the first step")
     curves = Curves(records)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    panels = PANELS if curves.train("policy_version")[0] else DATASET_PANELS
+    of_rows = any(curves.train(name)[0] for name in ("token_accuracy", "pair_accuracy", "reward_chosen"))
+    panels = DATASET_PANELS if of_rows else PANELS
     rows = len(panels) // 2
     figure = Figure(figsize=(WIDTH_PX / DPI, rows * ROW_PX / DPI), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)

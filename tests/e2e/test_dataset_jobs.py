@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors import storage
 from tests.e2e.conftest import finish, start
@@ -63,7 +63,7 @@ def dataset_job(tmp_path: Path, llama: Path) -> Job:
 
 
 def test_sft_from_rows_to_adapter(dataset_job: Job, tmp_path: Path, llama: Path) -> None:
-    config = dataset_job(ray__max_bad_rows=0.1)
+    config = dataset_job(ray__max_bad_rows=0.1, save_total_limit=2, chat_template="chatml", logging_steps=4)
     with (tmp_path / "texts.jsonl").open("a") as rows:
         rows.write('{"text": \n{"text": ""}\n')
     code, output = finish(start("run", config))
@@ -73,11 +73,14 @@ def test_sft_from_rows_to_adapter(dataset_job: Job, tmp_path: Path, llama: Path)
     bad = json.loads((out / "quarantine.json").read_text())
     assert sorted(row["place"] for row in bad) == [f"{tmp_path}/texts.jsonl:41", f"{tmp_path}/texts.jsonl:42"]
     train, held_out = records(out, "train"), records(out, "eval")
-    assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in train] == [4, 6], "every fourth step, and the last one"
+    assert "done: 6 steps" in output
     assert [record["step"] for record in held_out] == [0, 3, 6]
     assert held_out[-1]["eval/loss"] < held_out[0]["eval/loss"] - 0.1
-    for step in (2, 4, 6):
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    for step in (4, 6):
         storage.verify(out / f"checkpoint-{step}")
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(out).chat_template, "the template of the rows goes with the result"
     assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt*")), "no pickle is written"
     assert not list(out.glob(".ray-train")) and not list(out.glob(".prepared"))
     adapter = json.loads((out / "adapter_config.json").read_text())

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from actors.errors import EaglerayError
-from orchestrator.report import PANELS, Curves, report, running_mean
+from orchestrator.report import DATASET_PANELS, PANELS, Curves, report, running_mean
 
 STEP = {
     "reward": 0.5,
@@ -107,6 +107,16 @@ def test_panels_without_data_say_so(tmp_path, monkeypatch):
         "Trainer against engine: no data",
         "Speed: no data",
     ]
+
+
+def test_a_dataset_job_has_panels_of_its_own(tmp_path, monkeypatch):
+    steps = [train(step, loss=0.7 - 0.1 * step, grad_norm=1.0, learning_rate=1e-4, pair_accuracy=0.5) for step in (1, 2)]
+    held_out = {"kind": "eval", "step": 2, "eval/loss": 0.4, "eval/pair_accuracy": 0.75}
+    write(tmp_path, [*steps, held_out])
+    assert texts(tmp_path, monkeypatch)[1:] == ["Rewards: no data"]
+    axes = Figure().subplots()
+    DATASET_PANELS["Accuracy"](axes, Curves([*steps, held_out]))
+    assert curves(axes) == {"pairs right": ([1, 2], [0.5, 0.5]), "pairs right, held out": ([2], [0.75])}
 
 
 def test_the_reward_panel_has_each_function():
