@@ -122,6 +122,8 @@ def connected() -> Iterator[str]:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ActorError(f"Ray could not be reached at RAY_ADDRESS={address}: {error}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # Ray puts its own in front, which prints a stack
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else "no dashboard"
     finally:
