@@ -107,7 +107,7 @@ def nodes() -> list[Node]:
 
 @contextmanager
 def connected() -> Iterator[str]:
-    """Joins the cluster of RAY_ADDRESS, or starts one on this machine; yields the dashboard's address.
+    """Joins the cluster of RAY_ADDRESS, or starts one on this machine; yields where its dashboard is.
 
     Only a cluster that was asked for is joined: Ray itself would attach to any that runs here.
     """
@@ -125,7 +125,7 @@ def connected() -> Iterator[str]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # Ray puts its own in front, which prints a stack
     try:
-        yield f"http://{context.dashboard_url}" if context.dashboard_url else "no dashboard"
+        yield f"http://{context.dashboard_url} (its token: ray get-auth-token)" if context.dashboard_url else "no dashboard"
     finally:
         ray.shutdown()
 

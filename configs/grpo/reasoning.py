@@ -11,14 +11,19 @@ from typing import Any
 
 import reasoning_gym
 
-TASKS = ("basic_arithmetic", "chain_sum", "leg_counting", "number_sorting")
+# Easy enough that a model of 135 M parameters is right now and then: without any success there is nothing to learn from.
+TASKS: dict[str, dict[str, int]] = {
+    "basic_arithmetic": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    "leg_counting": {"min_animals": 1, "max_animals": 1, "min_instances": 1, "max_instances": 5},
+}
 TRAIN_SEEDS = range(100)
 HELD_OUT_SEEDS = range(1000, 1012)
 
 
 @functools.cache
 def _dataset(task: str, seed: int) -> Any:
-    return reasoning_gym.create_dataset(task, size=1, seed=seed)
+    return reasoning_gym.create_dataset(task, size=1, seed=seed, **TASKS[task])
 
 
 def rows(config: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -33,11 +38,13 @@ def rows(config: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def score(completions: list[Any], task: list[str], seed: list[int], **_: Any) -> list[float]:
-    """The verifier's score, 0 to 1."""
-    return [
-        float(_dataset(name, number).score_answer(completion[-1]["content"].strip(), _dataset(name, number)[0]))
-        for completion, name, number in zip(completions, task, seed, strict=True)
-    ]
+    """The verifier's score, 0 to 1, of the last word, which is where a model that speaks in sentences puts its answer."""
+    scores = []
+    for completion, name, number in zip(completions, task, seed, strict=True):
+        words = completion[-1]["content"].split()
+        answer = words[-1].strip(".,!*") if words else ""
+        scores.append(float(_dataset(name, number).score_answer(answer, _dataset(name, number)[0])))
+    return scores
 
 
 def main() -> None:
