@@ -57,7 +57,6 @@ def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
         train=dataset_of(spec.train_files),
         held_out=dataset_of(spec.held_out_files) if spec.held_out_files else None,
         arguments=dict(spec.arguments),
-        callbacks=[],
         packed=spec.packed,
     )
     trainer = METHODS[spec.method](inputs)

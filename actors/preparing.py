@@ -30,7 +30,6 @@ BUILDERS: dict[str, Callable[[FormatSpec, Any], Encode]] = {
     "sft": build_sft,
     "dpo": build_pairs,
     "ipo": build_pairs,
-    "simpo": build_pairs,
     "orpo": build_pairs,
     "kto": build_judged,
     "reward_trainer": build_reward_pairs,

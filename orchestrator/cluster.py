@@ -1,4 +1,6 @@
-"""The only module that starts Ray, placement groups and actors, and that waits for their answers.
+"""The only module that starts Ray, placement groups and actors of ours, and that waits for their answers.
+
+Ray Train's workers and Ray Data's tasks are started by those libraries, from dataset_job.py and prepare.py.
 
 Every wait has a limit and turns what Ray raises into a message for a person. A new kind of actor gets a function here.
 """

@@ -6,7 +6,7 @@ See `runnable.py` for what the tables mean. When a feature arrives, its line mov
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from orchestrator.online_keys import ATTENTION, SPEED_PLUGINS
+from orchestrator.online_keys import ATTENTION, LIGER, SPEED_PLUGINS, WANDB, absent_or
 from orchestrator.schema import DatasetConfig, JobConfig
 from orchestrator.source import Problem
 
@@ -39,23 +39,19 @@ SCHEDULERS = (
 # fmt: on
 
 
-def _absent_or(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value is not None and value not in values
-
-
 # (key, is the value one that these methods do not do?, sentence)
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "model_type",
-        _absent_or("AutoModelForCausalLM", "AutoModelForSequenceClassification", "LlamaForCausalLM", "MistralForCausalLM"),
+        absent_or("AutoModelForCausalLM", "AutoModelForSequenceClassification", "LlamaForCausalLM", "MistralForCausalLM"),
         "cannot be chosen: the class follows from the model; remove the key",
     ),
-    ("tokenizer_type", _absent_or("AutoTokenizer"), "only AutoTokenizer is loaded; use that or remove it"),
-    ("optimizer", _absent_or(*OPTIMIZERS), f"is not implemented yet; use one of {', '.join(OPTIMIZERS)}"),
-    ("lr_scheduler", _absent_or(*SCHEDULERS), f"is not implemented yet; use one of {', '.join(SCHEDULERS)}"),
-    ("attn_implementation", _absent_or(*ATTENTION), f"is not implemented yet; use one of {', '.join(ATTENTION)}"),
+    ("tokenizer_type", absent_or("AutoTokenizer"), "only AutoTokenizer is loaded; use that or remove it"),
+    ("optimizer", absent_or(*OPTIMIZERS), f"is not implemented yet; use one of {', '.join(OPTIMIZERS)}"),
+    ("lr_scheduler", absent_or(*SCHEDULERS), f"is not implemented yet; use one of {', '.join(SCHEDULERS)}"),
+    ("attn_implementation", absent_or(*ATTENTION), f"is not implemented yet; use one of {', '.join(ATTENTION)}"),
     ("gradient_checkpointing", lambda v: isinstance(v, str), "offloading is not implemented yet; use true or false"),
-    ("save_strategy", _absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
+    ("save_strategy", absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
     (
         "ray_num_workers",
         lambda v: not isinstance(v, int),
@@ -70,20 +66,11 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 _GRPO = "not used: it concerns rl: grpo"
-_LIGER = "not used: a faster kernel, same result"
 IDLE: dict[str, str] = {
     "use_ray": "not used: every job runs on Ray",
     "strict": "not used: every file is checked strictly",
     "special_tokens": "not used: padding is masked, so its token changes nothing",
-    "plugins": _LIGER,
-    "liger_rope": _LIGER,
-    "liger_rms_norm": _LIGER,
-    "liger_layer_norm": _LIGER,
-    "liger_swiglu": _LIGER,
-    "liger_glu_activation": _LIGER,
-    "liger_cross_entropy": _LIGER,
-    "liger_fused_linear_cross_entropy": _LIGER,
-    "cut_cross_entropy": _LIGER,
+    **LIGER,
     "gradient_checkpointing_kwargs": "not used: they change memory and speed, no result",
     "pad_to_sequence_len": "not used: batches are padded to their longest row",
     **dict.fromkeys(
@@ -132,7 +119,6 @@ IDLE: dict[str, str] = {
     ),
 }
 
-_WANDB = "Weights & Biases is not implemented yet; use use_tensorboard: true"
 _SHARDED = "sharded training is not implemented yet; with ray_num_workers alone every worker holds the model"
 NOT_YET: dict[str, str] = {
     "fp16": "is not implemented yet; use bf16: auto",
@@ -152,14 +138,7 @@ NOT_YET: dict[str, str] = {
     "save_only_model": "checkpoints always hold what a resume needs; remove it",
     "loss_watchdog_threshold": "is not implemented yet; remove it",
     "loss_watchdog_patience": "is not implemented yet; remove it",
-    "use_wandb": _WANDB,
-    "wandb_project": _WANDB,
-    "wandb_entity": _WANDB,
-    "wandb_name": _WANDB,
-    "wandb_run_id": _WANDB,
-    "wandb_mode": _WANDB,
-    "wandb_watch": _WANDB,
-    "wandb_log_model": _WANDB,
+    **WANDB,
     "deepspeed": _SHARDED,
     "fsdp_version": _SHARDED,
     "fsdp_config": _SHARDED,
@@ -178,22 +157,20 @@ def entry_problems(key: str, entry: DatasetConfig) -> Iterator[Problem]:
 
 def notes(config: JobConfig) -> Iterator[Problem]:
     """Settings that belong to another method."""
-    theirs = {
-        "sample_packing": (None, "SFT"),
-        "train_on_inputs": (None, "SFT"),
-        "eot_tokens": (None, "SFT"),
-        "dpo_loss_type": ("dpo", "rl: dpo"),
-        "dpo_label_smoothing": ("dpo", "rl: dpo"),
-        "rl_beta": ("dpo", "preferences"),
-        "orpo_alpha": ("orpo", "rl: orpo"),
-        "kto_desirable_weight": ("kto", "rl: kto"),
-        "kto_undesirable_weight": ("kto", "rl: kto"),
-        "center_rewards_coefficient": ("reward_trainer", "rl: reward_trainer"),
+    theirs: dict[str, tuple[str | None, ...]] = {
+        "sample_packing": (None,),
+        "train_on_inputs": (None,),
+        "eot_tokens": (None,),
+        "dpo_loss_type": ("dpo",),
+        "dpo_label_smoothing": ("dpo", "ipo"),
+        "rl_beta": ("dpo", "ipo", "kto", "orpo"),
+        "orpo_alpha": ("orpo",),
+        "kto_desirable_weight": ("kto",),
+        "kto_undesirable_weight": ("kto",),
+        "center_rewards_coefficient": ("reward_trainer",),
     }
     defaults = JobConfig()
-    same = {"ipo": "dpo"}
-    for key, (method, name) in theirs.items():
-        if key == "rl_beta" and config.rl in ("kto", "orpo"):
-            continue
-        if same.get(config.rl or "", config.rl) != method and getattr(config, key) != getattr(defaults, key):
-            yield Problem(key, f"not used: it concerns {name}")
+    for key, methods in theirs.items():
+        if config.rl not in methods and getattr(config, key) != getattr(defaults, key):
+            names = " and ".join(f"rl: {method}" if method else "SFT" for method in methods)
+            yield Problem(key, f"not used: it concerns {names}")

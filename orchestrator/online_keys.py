@@ -55,25 +55,26 @@ GENERATION_KWARGS = (
 SPEED_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin")
 
 
-def _absent_or(*values: Any) -> Callable[[Any], bool]:
+def absent_or(*values: Any) -> Callable[[Any], bool]:
+    """Whether a value is written and none of these."""
     return lambda value: value is not None and value not in values
 
 
 # (key, is the value one that rl: grpo does not do?, sentence)
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("adapter", lambda v: v is None, "full fine-tuning is not implemented yet; add adapter: lora"),
-    ("adapter", _absent_or("lora"), "qlora is not implemented yet; use adapter: lora without load_in_4bit"),
+    ("adapter", absent_or("lora"), "qlora is not implemented yet; use adapter: lora without load_in_4bit"),
     (
         "model_type",
-        _absent_or("AutoModelForCausalLM"),
+        absent_or("AutoModelForCausalLM"),
         "only AutoModelForCausalLM is loaded; use that or remove it",
     ),
-    ("tokenizer_type", _absent_or("AutoTokenizer"), "only AutoTokenizer is loaded; use that or remove it"),
-    ("optimizer", _absent_or(*OPTIMIZERS), f"is not implemented yet; use {' or '.join(OPTIMIZERS)}"),
-    ("lr_scheduler", _absent_or(*SCHEDULERS), f"is not implemented yet; use one of {', '.join(SCHEDULERS)}"),
+    ("tokenizer_type", absent_or("AutoTokenizer"), "only AutoTokenizer is loaded; use that or remove it"),
+    ("optimizer", absent_or(*OPTIMIZERS), f"is not implemented yet; use {' or '.join(OPTIMIZERS)}"),
+    ("lr_scheduler", absent_or(*SCHEDULERS), f"is not implemented yet; use one of {', '.join(SCHEDULERS)}"),
     (
         "attn_implementation",
-        _absent_or(*ATTENTION),
+        absent_or(*ATTENTION),
         f"is not implemented yet; use one of {', '.join(ATTENTION)}",
     ),
     (
@@ -83,10 +84,10 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "chat_template",
-        _absent_or("tokenizer_default"),
+        absent_or("tokenizer_default"),
         "the tokenizer's own template is used; remove the key",
     ),
-    ("save_strategy", _absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
+    ("save_strategy", absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
     ("ray_num_workers", lambda v: v != 1, "more than one trainer rank is not implemented yet; use 1"),
     (
         "plugins",
@@ -98,7 +99,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: bool(set(v or {}) - {"pad_token"}),
         "is not implemented yet; keep pad_token only",
     ),
-    ("trl.vllm_mode", _absent_or("server"), "colocate is not implemented yet; use server"),
+    ("trl.vllm_mode", absent_or("server"), "colocate is not implemented yet; use server"),
     (
         "trl.reward_funcs",
         lambda v: any(not FUNCTION.fullmatch(name) for name in v or []),
@@ -124,7 +125,20 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 _SFT = "not used: it concerns SFT"
-_LIGER = "not used: a faster kernel, same result"
+LIGER = dict.fromkeys(
+    (
+        "plugins",
+        "liger_rope",
+        "liger_rms_norm",
+        "liger_layer_norm",
+        "liger_swiglu",
+        "liger_glu_activation",
+        "liger_cross_entropy",
+        "liger_fused_linear_cross_entropy",
+        "cut_cross_entropy",
+    ),
+    "not used: a faster kernel, same result",
+)
 _DDP = "not used: one trainer rank has nobody to exchange gradients with"
 IDLE: dict[str, str] = {
     "use_ray": "not used: every job runs on Ray",
@@ -133,15 +147,7 @@ IDLE: dict[str, str] = {
     "strict": "not used: every file is checked strictly",
     "reward_model": "not used: it concerns rl: reward_trainer",
     "special_tokens": "not used: padding is masked, so its token changes nothing",
-    "plugins": _LIGER,
-    "liger_rope": _LIGER,
-    "liger_rms_norm": _LIGER,
-    "liger_layer_norm": _LIGER,
-    "liger_swiglu": _LIGER,
-    "liger_glu_activation": _LIGER,
-    "liger_cross_entropy": _LIGER,
-    "liger_fused_linear_cross_entropy": _LIGER,
-    "cut_cross_entropy": _LIGER,
+    **LIGER,
     "tf32": "not used: PyTorch's own setting stays",
     "gradient_checkpointing_kwargs": "not used: they change memory and speed, no result",
     "eot_tokens": _SFT,
@@ -165,7 +171,19 @@ IDLE: dict[str, str] = {
     "trl.vllm_enable_sleep_mode": "not used: engines have a placement of their own, so they need not sleep",
 }
 
-_WANDB = "Weights & Biases is not implemented yet; use use_tensorboard: true"
+WANDB = dict.fromkeys(
+    (
+        "use_wandb",
+        "wandb_project",
+        "wandb_entity",
+        "wandb_name",
+        "wandb_run_id",
+        "wandb_mode",
+        "wandb_watch",
+        "wandb_log_model",
+    ),
+    "Weights & Biases is not implemented yet; use use_tensorboard: true",
+)
 _SHARDED = "training over several GPUs is not implemented yet; remove it"
 _ADDED_TOKENS = "new tokens are not implemented yet; add them to the model and give its folder as base_model"
 NOT_YET: dict[str, str] = {
@@ -194,14 +212,7 @@ NOT_YET: dict[str, str] = {
     "early_stopping_patience": "is not implemented yet; use max_steps",
     "loss_watchdog_threshold": "is not implemented yet; remove it",
     "loss_watchdog_patience": "is not implemented yet; remove it",
-    "use_wandb": _WANDB,
-    "wandb_project": _WANDB,
-    "wandb_entity": _WANDB,
-    "wandb_name": _WANDB,
-    "wandb_run_id": _WANDB,
-    "wandb_mode": _WANDB,
-    "wandb_watch": _WANDB,
-    "wandb_log_model": _WANDB,
+    **WANDB,
     "deepspeed": _SHARDED,
     "fsdp_version": _SHARDED,
     "fsdp_config": _SHARDED,

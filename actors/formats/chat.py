@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from actors.errors import ConfigError
 from actors.formats.base import (
@@ -189,8 +189,8 @@ def _jinja(given: str | None, tokenizer: Any) -> str:
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], chat_template=template, tokenize=False)
     except TemplateSyntaxError as error:
         raise ConfigError(f"chat_template_jinja: is no Jinja template, line {error.lineno}: {error.message}") from error
-    except Exception:  # it may want more than this one message; a row that it cannot take is refused then
-        pass
+    except (TemplateError, LookupError, TypeError, ValueError):
+        pass  # it may want more than this one message; a row that it cannot take is refused then
     return template
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.methods import dpo, kto, orpo, reward, sft
+from actors.methods.base import Inputs
 
-# (spec, arguments of the trainer's own configuration and its inputs) -> a trainer that is ready to train
-Build = Callable[..., Any]
+Build = Callable[[Inputs], Any]  # to a trainer that is ready to train
 
 METHODS: dict[str, Build] = {
     "sft": sft.build,

@@ -33,8 +33,16 @@ class Inputs:
     train: Any  # datasets.Dataset of prepared rows
     held_out: Any | None
     arguments: dict[str, Any]  # of the method's configuration
-    callbacks: list[Any]
     packed: bool  # rows hold several documents each
+
+    def for_trainer(self) -> dict[str, Any]:
+        """The arguments that every trainer takes under the same names."""
+        return {
+            "train_dataset": self.train,
+            "eval_dataset": self.held_out,
+            "processing_class": self.tokenizer,
+            "peft_config": self.peft_config,
+        }
 
 
 class PreparedRows:

@@ -15,9 +15,5 @@ def build(inputs: Inputs) -> Any:
     return Trainer(
         model=inputs.model,
         args=DPOConfig(max_length=None, model_init_kwargs=inputs.model_init, **inputs.arguments),
-        train_dataset=inputs.train,
-        eval_dataset=inputs.held_out,
-        processing_class=inputs.tokenizer,
-        peft_config=inputs.peft_config,
-        callbacks=inputs.callbacks,
+        **inputs.for_trainer(),
     )

@@ -1,5 +1,6 @@
 """Odds ratio preference optimization (arXiv:2403.07691): fine-tuning and preference in one stage, without a reference."""
 
+from dataclasses import replace
 from typing import Any
 
 from actors.formats.base import IGNORED
@@ -24,15 +25,15 @@ def build(inputs: Inputs) -> Any:
         model=load_policy(inputs),
         args=ORPOConfig(remove_unused_columns=False, **inputs.arguments),
         data_collator=Sequences(pad_token_id=inputs.tokenizer.pad_token_id),
-        train_dataset=inputs.train.select(range(1)),
-        eval_dataset=inputs.held_out.select(range(1)) if inputs.held_out is not None else None,
-        processing_class=inputs.tokenizer,
-        peft_config=inputs.peft_config,
-        callbacks=inputs.callbacks,
+        **replace(inputs, train=first(inputs.train), held_out=inputs.held_out and first(inputs.held_out)).for_trainer(),
     )
     trainer.use_dpo_data_collator = True  # it stands for the columns, which are those of TRL's own collator
     trainer.train_dataset, trainer.eval_dataset = inputs.train, inputs.held_out
     return trainer
+
+
+def first(rows: Any) -> Any:
+    return rows.select(range(1))
 
 
 def load_policy(inputs: Inputs) -> Any:

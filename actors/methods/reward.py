@@ -28,9 +28,5 @@ def build(inputs: Inputs) -> Any:
             max_length=None, remove_unused_columns=False, model_init_kwargs=inputs.model_init, **inputs.arguments
         ),
         data_collator=Whole(pad_token_id=inputs.tokenizer.pad_token_id),
-        train_dataset=inputs.train,
-        eval_dataset=inputs.held_out,
-        processing_class=inputs.tokenizer,
-        peft_config=inputs.peft_config,
-        callbacks=inputs.callbacks,
+        **inputs.for_trainer(),
     )

@@ -23,9 +23,5 @@ def build(inputs: Inputs) -> Any:
     return Trainer(
         model=inputs.model,
         args=SFTConfig(**arguments),
-        train_dataset=inputs.train,
-        eval_dataset=inputs.held_out,
-        processing_class=inputs.tokenizer,
-        peft_config=inputs.peft_config,
-        callbacks=inputs.callbacks,
+        **inputs.for_trainer(),
     )

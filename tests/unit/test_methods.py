@@ -109,7 +109,6 @@ def ours(method: str, folder: str, tokenizer: Any, rows: list[Any], given: dict[
             train=Dataset.from_list(rows),
             held_out=None,
             arguments=given,
-            callbacks=[],
             packed=packed,
         )
     )
