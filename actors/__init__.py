@@ -11,6 +11,7 @@
     snapshot.py  LoRA tensors to one flat buffer and back, with digest and validation
     install.py   a snapshot into vLLM: merged into the weights, or as a LoRA slot
     storage.py   files that are whole or absent: safetensors and JSON with digests
+    optimizers.py an optimizer's state as safetensors
     trainer.py   the actor that learns
     engine.py    the actor that samples
     rewards.py   the actor that scores

@@ -23,11 +23,13 @@ from torch import Tensor
 from actors import device, model, snapshot
 from actors.errors import CheckpointError
 from actors.loss import grpo_loss, token_weights
+from actors.optimizers import load_optimizer, save_optimizer
 from actors.packing import PackedRow, Sample, pack_row, plan_rows
 from actors.specs import OptimizerSpec, TrainerSpec
 from actors.types import RolloutGroup, SnapshotHeader, TensorEntry, TrainStats
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+RNG_FILE = "rng.safetensors"
 TRAINER_FILE = "trainer.json"
 STEP_SUMS = ("kl_sum", "clipped_sum", "importance_sum", "mismatch_sum")
 
@@ -203,11 +205,8 @@ class Trainer:
         """Writes all that a resumed trainer needs; `older` are headers and buffers of policies still sampling."""
         path = Path(folder)
         self.save_adapter(folder)
-        tensors = dict(device.rng_state())
-        for i, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{i}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-        save_file(tensors, path / OPTIMIZER_FILE)
+        save_optimizer(self.optimizer, path / OPTIMIZER_FILE)
+        save_file(device.rng_state(), path / RNG_FILE)
         state = {"version": self.version, "scheduler": self.scheduler.state_dict(), "older": []}
         for header, buffer in zip(older[::2], older[1::2], strict=True):
             state["older"].append(asdict(header))
@@ -221,15 +220,8 @@ class Trainer:
         path = Path(folder)
         set_peft_model_state_dict(self.policy, load_file(path / "adapter_model.safetensors"))
         state = json.loads((path / TRAINER_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(path / OPTIMIZER_FILE)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            owner, _, field = name.partition(".")
-            if owner.isdigit():
-                moments.setdefault(int(owner), {})[field] = tensor
-        # torch puts each tensor where its optimizer wants it: a fused one also counts its steps on the GPU.
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
-        device.set_rng_state(tensors)
+        load_optimizer(self.optimizer, path / OPTIMIZER_FILE)
+        device.set_rng_state(load_file(path / RNG_FILE))
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

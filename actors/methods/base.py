@@ -5,16 +5,16 @@ They are mixed into TRL's trainers, before them. Everything else is TRL's and tr
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 
 from actors import device, storage
+from actors.optimizers import load_optimizer, save_optimizer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 SCHEDULER_FILE = "scheduler.json"
@@ -122,44 +122,3 @@ class SafeCheckpoints:
         random.setstate((version, tuple(internal), gauss))
         keys, position, has_gauss, cached = state["numpy"]
         np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
-
-
-def save_optimizer(optimizer: Any, path: Path) -> None:
-    """A torch or bitsandbytes optimizer's state as one safetensors file: tensors, and numbers in its metadata."""
-    state = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, float] = {}
-    for index, values in state["state"].items():
-        for name, value in _flat(values):
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().clone().contiguous()  # some are one tensor, shared by all
-            elif isinstance(value, int | float):
-                numbers[f"{index}.{name}"] = value
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-    save_file(tensors, path, metadata={"param_groups": json.dumps(groups), "numbers": json.dumps(numbers)})
-
-
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """bitsandbytes keeps its quantized moments in a mapping of their own, and reads them without it too."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value)
-        else:
-            yield name, value
-
-
-def load_optimizer(optimizer: Any, path: Path) -> None:
-    """Puts a saved state back; the parameters must be those it was saved with, in the same order."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    values: dict[int, dict[str, Any]] = {}
-    for key, value in [*load_file(path).items(), *json.loads(metadata["numbers"]).items()]:
-        index, _, name = key.partition(".")
-        values.setdefault(int(index), {})[name] = value
-    current = optimizer.state_dict()["param_groups"]
-    saved_groups = json.loads(metadata["param_groups"])
-    merged = [{**saved, "params": group["params"]} for saved, group in zip(saved_groups, current, strict=True)]
-    # torch puts each tensor where its optimizer wants it: a fused one also counts its steps on the GPU.
-    optimizer.load_state_dict({"state": values, "param_groups": merged})

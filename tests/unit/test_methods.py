@@ -27,7 +27,8 @@ from actors.formats.preference import build_pairs
 from actors.formats.reward import build_reward_pairs
 from actors.formats.sft import build_sft
 from actors.methods import METHODS
-from actors.methods.base import Inputs, load_optimizer, save_optimizer
+from actors.methods.base import Inputs
+from actors.optimizers import load_optimizer, save_optimizer
 from actors.specs import DatasetTrainSpec, LoraSpec, ModelSpec
 from tests.tiny import SMOLLM2
 
