@@ -16,6 +16,7 @@
     engine.py    the actor that samples
     rewards.py   the actor that scores
     formats/     dataset rows to token ids, a module a family of types
+    reading.py   datasets' files to raw rows, whole or in pieces
     preparing.py pieces of files to prepared rows, on Ray Data's workers
     methods/     SFT, DPO, KTO, ORPO and reward models: TRL's trainer, a file a method
     dataset_loop.py what each Ray Train worker does

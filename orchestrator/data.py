@@ -16,16 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import DataError
-from actors.preparing import (
-    BadRow,
-    HubSpec,
-    arrow_rows,
-    csv_rows,
-    hub_rows,
-    json_rows,
-    jsonl_rows,
-    parquet_rows,
-)
+from actors.reading import BadRow, HubSpec, arrow_rows, csv_rows, hub_rows, json_rows, jsonl_rows, parquet_rows
 from actors.snapshot import digest
 from orchestrator.schema import DatasetConfig, JobConfig
 

@@ -20,24 +20,14 @@ import ray.data
 from actors import hub, snapshot, storage
 from actors.errors import ConfigError, DataError, EaglerayError
 from actors.formats.base import FormatSpec
-from actors.formats.chat import OWN, template_of
 from actors.formats.kto import JUDGED_FORMATS
 from actors.formats.preference import PAIR_FORMATS
 from actors.formats.reward import REWARD_FORMATS
 from actors.formats.sft import SFT_FORMATS
+from actors.formats.templates import OWN, template_of
 from actors.model import load_tokenizer
-from actors.preparing import (
-    BAD_ROWS_KEPT,
-    BUILDERS,
-    BadRow,
-    PartStats,
-    Piece,
-    PrepareSpec,
-    SourceSpec,
-    cut,
-    each,
-    prepare_piece,
-)
+from actors.preparing import BAD_ROWS_KEPT, BUILDERS, PartStats, PrepareSpec, each, prepare_piece
+from actors.reading import BadRow, Piece, SourceSpec, cut
 from actors.specs import ModelSpec
 from orchestrator import cluster
 from orchestrator.data import ensure_usable, held_out_count, hub_spec, local_files

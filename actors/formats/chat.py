@@ -1,4 +1,4 @@
-"""Conversations to token ids: `chat_template` and `sharegpt`. A new named template is an entry of CHAT_TEMPLATES.
+"""Conversations to token ids: `chat_template` and `sharegpt`. The named templates are in templates.py.
 
 The ids are those of the chat template on the whole conversation, never pieced together from its turns. A turn is found
 in that text by its surroundings: the conversation is rendered a second time with a mark in place of the turn, and what
@@ -11,10 +11,7 @@ import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-from jinja2 import TemplateError, TemplateSyntaxError
 
 from actors.errors import ConfigError
 from actors.formats.base import (
@@ -29,45 +26,9 @@ from actors.formats.base import (
     with_parsed,
     without_nulls,
 )
+from actors.formats.templates import template_of
 
 log = logging.getLogger("eagleray")
-
-CHAT_TEMPLATES = {
-    "alpaca": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if message['role'] == 'system' and loop.first %}{{ message['content'] }}"
-        "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] }}"
-        "{% elif message['role'] == 'assistant' %}{{ '### Response:\n' + message['content'] + eos_token }}{% endif %}"
-        "{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '\n\n### Response:\n' }}{% endif %}"
-    ),
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "gemma": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ raise_exception('gemma has no system role') }}{% endif %}"
-        "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
-        "{{ message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-    ),
-    "llama3": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-        "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    ),
-    "phi_3": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '<|end|>\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '<|end|>\n<|assistant|>\n' }}"
-        "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
-    ),
-}
-OWN = "tokenizer_default"
-FALLBACK = "tokenizer_default_fallback_"
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
 THINKING = "reasoning_content"
@@ -154,44 +115,6 @@ def sharegpt(spec: FormatSpec, tokenizer: Any) -> Encode:
         ),
         tokenizer,
     )
-
-
-def template_of(spec: FormatSpec, tokenizer: Any) -> str:
-    """The template's text. Raises ConfigError for an unknown name, no template, or one that is not Jinja."""
-    name = spec.chat_template or ("jinja" if spec.chat_template_jinja else OWN)
-    if name == "jinja":
-        return _jinja(spec.chat_template_jinja, tokenizer)
-    if name == OWN or (name.startswith(FALLBACK) and tokenizer.chat_template):
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                f"chat_template: the tokenizer has none of its own; choose one of {', '.join(CHAT_TEMPLATES)}, "
-                "or give one in chat_template_jinja"
-            )
-        return str(tokenizer.get_chat_template())
-    name = name.removeprefix(FALLBACK)
-    if name not in CHAT_TEMPLATES:
-        raise ConfigError(
-            f"chat_template: there is no '{name}'; choose one of {OWN}, {', '.join(CHAT_TEMPLATES)}, "
-            f"{FALLBACK}<name>, or jinja with chat_template_jinja"
-        )
-    return CHAT_TEMPLATES[name]
-
-
-def _jinja(given: str | None, tokenizer: Any) -> str:
-    if not given:
-        raise ConfigError("chat_template: jinja needs the template; add chat_template_jinja, a template or its file")
-    template = given
-    if "{" not in given:
-        if not Path(given).is_file():
-            raise ConfigError(f"chat_template_jinja: {given} is neither a template nor a file that holds one")
-        template = Path(given).read_text(encoding="utf-8")
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], chat_template=template, tokenize=False)
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"chat_template_jinja: is no Jinja template, line {error.lineno}: {error.message}") from error
-    except (TemplateError, LookupError, TypeError, ValueError):
-        pass  # it may want more than this one message; a row that it cannot take is refused then
-    return template
 
 
 def _endings(spec: FormatSpec, tokenizer: Any) -> tuple[Endings, Endings]:

@@ -2,7 +2,7 @@
 
 A format is two functions, and its table has a line for each type: a shape reads a row into a Dialogue of messages or
 into Texts, and a writer makes of that the text the model is prompted with and the text of each whole conversation.
-A new markup is a line in MARKUPS; the named chat templates are in actors/formats/chat.py.
+A new markup is a line in MARKUPS; the named chat templates are in templates.py.
 """
 
 import difflib
@@ -26,7 +26,8 @@ from actors.formats.base import (
     with_parsed,
     without_nulls,
 )
-from actors.formats.chat import ROLES, THINKING, Message, template_of
+from actors.formats.chat import ROLES, THINKING, Message
+from actors.formats.templates import template_of
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from actors import hub
 from actors.errors import ConfigError, DataError
 from actors.formats.base import IGNORED
-from actors.preparing import BadRow
+from actors.reading import BadRow
 from orchestrator import prepare as module
 from orchestrator.prepare import Prepared, Split, format_spec, prepare
 from orchestrator.schema import DatasetConfig, JobConfig

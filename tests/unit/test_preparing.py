@@ -1,6 +1,7 @@
 """Files in pieces, rows to ids, packing: what the workers of the data preparation do, without Ray."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,8 @@ from transformers import AutoTokenizer
 from actors import hub, preparing
 from actors.errors import ConfigError, DataError
 from actors.formats.base import IGNORED, FormatSpec
-from actors.preparing import (
-    BadRow,
-    Piece,
-    PrepareSpec,
-    RowEncoder,
-    SourceSpec,
-    cut,
-    cut_document,
-    pack,
-    packed,
-    prepare_piece,
-    read,
-)
+from actors.preparing import PrepareSpec, RowEncoder, cut_document, pack, packed, prepare_piece
+from actors.reading import BadRow, Piece, SourceSpec, cut, read
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCE = SourceSpec(FormatSpec(type="alpaca"))
@@ -224,7 +214,7 @@ def test_a_part_is_written_block_by_block_and_counts(tmp_path: Path, tokenizer: 
     monkeypatch.setattr(preparing, "BLOCK_SEQUENCES", 1)  # a block is full with 5 tokens
     spec = PrepareSpec("sft", (SourceSpec(FormatSpec(type="completion")),), SMOLLM2, sequence_len=5, packing=True)
     (piece,) = cut(0, spec.sources[0], str(file), "jsonl", 1000, 1000)
-    piece = preparing.replace(piece, key="07", held_out=frozenset({4}))
+    piece = replace(piece, key="07", held_out=frozenset({4}))
     train, held_out = prepare_piece(piece, spec, str(tmp_path))
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     written = Dataset.from_file(train.file)

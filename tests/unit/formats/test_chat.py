@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from actors import hub
 from actors.errors import ConfigError
 from actors.formats.base import IGNORED, FormatSpec, RowError
 from actors.formats.sft import build_sft
@@ -20,11 +19,6 @@ CAPITALS = [
     {"role": "assistant", "content": "Rome"},
 ]
 ENDED = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(hub.resolve("HuggingFaceTB/SmolLM2-135M-Instruct"))
 
 
 def encode(tokenizer: Any, row: dict[str, Any], **keys: Any) -> Any:

@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
 
-from actors import hub
 from actors.errors import ConfigError
 from actors.formats.base import IGNORED, FormatSpec, RowError
 from actors.formats.sft import SFT_FORMATS, build_sft
@@ -31,11 +29,6 @@ UNANSWERABLE = (
     "Therefore, I'm unable to answer your question based on the given context."
 )
 EOS = "<|im_end|>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(hub.resolve("HuggingFaceTB/SmolLM2-135M-Instruct"))
 
 
 def encode(tokenizer: Any, row: dict[str, Any], **keys: Any) -> Any:

@@ -1,18 +1,14 @@
 """KTO rows: each type against text written by hand, ids against those of the whole conversation, and labels."""
 
-import copy
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-from transformers import AutoTokenizer
 
-from actors import hub
 from actors.errors import ConfigError
 from actors.formats.base import FormatSpec, RowError
 from actors.formats.kto import JUDGED_FORMATS, build_judged
+from tests.unit.formats.conftest import assistant, user
 
 CHATML = ("<|im_start|>user\nAdd 2 and 3.<|im_end|>\n<|im_start|>assistant\n", "5<|im_end|>")
 LLAMA3 = (
@@ -26,34 +22,8 @@ OWN = (OWN_SYSTEM + CHATML[0], "5<|im_end|>\n")
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(hub.resolve("HuggingFaceTB/SmolLM2-135M-Instruct"))
-
-
-@pytest.fixture(scope="module")
-def llama(tokenizer: Any) -> Any:
-    """SmolLM2's vocabulary with Llama 3's special tokens, and "\\n\\n" one token before text, as it is there."""
-    other = copy.deepcopy(tokenizer)
-    other.add_special_tokens(
-        {"additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]},
-        replace_extra_special_tokens=False,
-    )
-    lines = Split(Regex(r"\s*[\r\n]+"), "isolated")
-    other.backend_tokenizer.pre_tokenizer = Sequence([lines, ByteLevel(add_prefix_space=False)])
-    return other
-
-
-@pytest.fixture(scope="module")
 def tokenizers(tokenizer: Any, llama: Any) -> dict[str, Any]:
     return {"chatml": tokenizer, "llama3": llama}
-
-
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
 
 
 def texts(spec: FormatSpec, row: dict[str, Any], tokenizer: Any) -> tuple[str, str]:

@@ -5,15 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
 
-from actors import hub
 from actors.errors import ConfigError
 from actors.formats.base import FormatSpec, RowError
 from actors.formats.preference import PAIR_FORMATS, build_pairs
+from tests.unit.formats.conftest import assistant, user
 
 Messages = list[dict[str, Any]]
 
@@ -32,34 +29,8 @@ OWN_TERSE = (CHATML_SYSTEM[0], "5<|im_end|>\n", "6<|im_end|>\n")
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(hub.resolve("HuggingFaceTB/SmolLM2-135M-Instruct"))
-
-
-@pytest.fixture(scope="module")
-def llama(tokenizer: Any) -> Any:
-    """SmolLM2's vocabulary with Llama 3's special tokens, and "\\n\\n" one token before text, as it is there."""
-    other = copy.deepcopy(tokenizer)
-    other.add_special_tokens(
-        {"additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]},
-        replace_extra_special_tokens=False,
-    )
-    lines = Split(Regex(r"\s*[\r\n]+"), "isolated")
-    other.backend_tokenizer.pre_tokenizer = Sequence([lines, ByteLevel(add_prefix_space=False)])
-    return other
-
-
-@pytest.fixture(scope="module")
 def tokenizers(tokenizer: Any, llama: Any) -> dict[str, Any]:
     return {"chatml": tokenizer, "llama3": llama}
-
-
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
 
 
 def texts(spec: FormatSpec, row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str, str]:

@@ -3,12 +3,11 @@
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
-from actors import hub
 from actors.errors import ConfigError
 from actors.formats.base import FormatSpec, RowError
 from actors.formats.reward import build_reward_pairs
+from tests.unit.formats.conftest import assistant, user
 
 OWN_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 TERSE = "<|im_start|>system\nBe terse.<|im_end|>\n"
@@ -16,19 +15,6 @@ PROMPT = "<|im_start|>user\nAdd 2 and 3.<|im_end|>\n<|im_start|>assistant\n"
 ANSWERS = ("5<|im_end|>\n", "6<|im_end|>\n")
 SPEC = FormatSpec(type="bradley_terry.chat_template")
 ROW = {"input": "Add 2 and 3.", "chosen": "5", "rejected": "6"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(hub.resolve("HuggingFaceTB/SmolLM2-135M-Instruct"))
-
-
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
 
 
 def texts(spec: FormatSpec, row: dict[str, Any], tokenizer: Any) -> tuple[str, str, str]:
