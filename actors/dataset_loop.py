@@ -49,7 +49,7 @@ def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
     """The method's trainer on this worker's device."""
     inputs = Inputs(
         model=hub.resolve(spec.model.name),
-        model_init=_model_init(spec),
+        model_init=model_init_arguments(spec),
         tokenizer=_tokenizer(spec),
         peft_config=model.peft_config(spec.lora, "SEQ_CLS" if spec.method == "reward_trainer" else "CAUSAL_LM")
         if spec.lora
@@ -102,7 +102,8 @@ def _tokenizer(spec: DatasetTrainSpec) -> Any:
     return tokenizer
 
 
-def _model_init(spec: DatasetTrainSpec) -> dict[str, Any]:
+def model_init_arguments(spec: DatasetTrainSpec) -> dict[str, Any]:
+    """Keyword arguments of from_pretrained."""
     init: dict[str, Any] = {"dtype": spec.model.dtype, "trust_remote_code": spec.model.trust_remote_code}
     if spec.model.attn_implementation:
         init["attn_implementation"] = spec.model.attn_implementation

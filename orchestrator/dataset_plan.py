@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from orchestrator.plan import Bundle, Node, amount, first_fit, shortages
+from orchestrator.plan import Bundle, Node, amount, first_fit, shortages, trainer_dtype, trainer_resources
 from orchestrator.schema import JobConfig
 
 METHOD_NAMES = {
@@ -48,9 +48,8 @@ def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str =
     workers = config.ray_num_workers
     assert isinstance(workers, int)
     has_gpus = any(node.resources.get("GPU", 0) > 0 for node in nodes)
-    asked = {name: n for name, n in config.resources_per_worker.items() if n and (has_gpus or name != "GPU")}
-    gpu = "GPU" in asked
-    resources = {"CPU": float(config.ray.trainer_cpus), **asked}
+    resources = trainer_resources(config, has_gpus)
+    gpu = "GPU" in resources
     bundles = tuple(Bundle("worker", index, resources) for index in range(workers))
     cpus = int(max((node.resources.get("CPU", 1) for node in nodes), default=1))
     attention = config.attn_implementation
@@ -61,7 +60,7 @@ def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str =
         nodes=tuple(nodes),
         placement=first_fit(bundles, nodes),
         gpu=gpu,
-        dtype=_dtype(config, gpu, cpu_dtype),
+        dtype=trainer_dtype(config, gpu, cpu_dtype),
         attention=attention,
         threads=None if gpu else max(1, cpus // ceil(workers / max(1, len(nodes)))),
         rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * workers,
@@ -95,9 +94,3 @@ def describe(config: JobConfig, plan: DatasetPlan) -> list[str]:
 def packs(config: JobConfig) -> bool:
     """Whether several documents share a row."""
     return config.rl is None and config.sample_packing
-
-
-def _dtype(config: JobConfig, gpu: bool, cpu_dtype: str) -> str:
-    if config.bf16 == "auto":
-        return "bfloat16" if gpu else cpu_dtype
-    return "bfloat16" if config.bf16 else "float32"

@@ -156,15 +156,19 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
 
 
 def _bundles(config: JobConfig, gpu: bool) -> tuple[Bundle, ...]:
-    asked = {name: n for name, n in config.resources_per_worker.items() if n and (gpu or name != "GPU")}
-    trainer: dict[str, float] = {"CPU": config.ray.trainer_cpus, **asked}
     engine: dict[str, float] = {"CPU": config.ray.engine_cpus}
     if gpu:
         engine["GPU"] = _engine_gpus(config, gpu)
     return (
-        Bundle("trainer", 0, trainer),
+        Bundle("trainer", 0, trainer_resources(config, gpu)),
         *(Bundle("engine", i, engine) for i in range(config.ray.engines)),
     )
+
+
+def trainer_resources(config: JobConfig, has_gpus: bool) -> Resources:
+    """What one trainer rank reserves. The GPU of resources_per_worker, a default, is left out where there is none."""
+    asked = {name: n for name, n in config.resources_per_worker.items() if n and (has_gpus or name != "GPU")}
+    return {"CPU": float(config.ray.trainer_cpus), **asked}
 
 
 def _every(steps: float | None, per_epoch: int | None, steps_per_epoch: float, total_steps: int) -> int:
@@ -249,6 +253,11 @@ def amount(resources: Resources) -> str:
 def _dtype(config: JobConfig, gpu: bool, cpu_dtype: str) -> str:
     if config.vllm.dtype != "auto":
         return "float32" if config.vllm.dtype == "float" else config.vllm.dtype
+    return trainer_dtype(config, gpu, cpu_dtype)
+
+
+def trainer_dtype(config: JobConfig, gpu: bool, cpu_dtype: str) -> str:
+    """What bf16 means for a trainer. cpu_dtype: what auto means on nodes without a GPU."""
     if config.bf16 == "auto":
         return "bfloat16" if gpu else cpu_dtype
     return "bfloat16" if config.bf16 else "float32"

@@ -25,4 +25,3 @@ def plan_lines(config: JobConfig, nodes: list[Node]) -> tuple[list[str], list[st
         return plan.describe(config, online), online.problems
     dataset = dataset_job.plan_job(config, nodes)
     return dataset_plan.describe(config, dataset), dataset.problems
-

@@ -1,10 +1,10 @@
 """Every key of a job file: Axolotl's names, types and defaults, and Eagleray's own section `ray:`.
 
-A new key is a field of the section it belongs to, plus a line in `runnable.py` that says what `rl: grpo` does
-with it. Keys that Axolotl has and we have not are in `axolotl_keys.py`. Checks that look at values live in
-`validate.py`. The classes are OmegaConf structured configs: plain dataclasses whose annotations OmegaConf
-enforces. Where Axolotl states no default and its trainer falls back to TRL's or transformers' one, that
-default stands here (TRL 1.16, transformers 5.19).
+A new key is a field of the section it belongs to, plus a line in `online_keys.py` and one in `dataset_keys.py` that
+say what the two kinds of job do with it. Keys that Axolotl has and we have not are in `axolotl_keys.py`. Checks that
+look at values live in `validate.py`. The classes are OmegaConf structured configs: plain dataclasses whose
+annotations OmegaConf enforces. Where Axolotl states no default and its trainer falls back to TRL's or transformers'
+one, that default stands here (TRL 1.16, transformers 5.19).
 """
 
 from dataclasses import dataclass, field

@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, Rewa
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from actors import hub, model
-from actors.dataset_loop import _model_init
+from actors.dataset_loop import model_init_arguments
 from actors.formats.base import FormatSpec
 from actors.formats.kto import build_judged
 from actors.formats.preference import build_pairs
@@ -104,7 +104,7 @@ def ours(method: str, folder: str, tokenizer: Any, rows: list[Any], given: dict[
     return METHODS[method](
         Inputs(
             model=folder,
-            model_init=_model_init(spec),
+            model_init=model_init_arguments(spec),
             tokenizer=tokenizer,
             peft_config=model.peft_config(LORA, task),
             train=Dataset.from_list(rows),
