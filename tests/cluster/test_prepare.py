@@ -100,7 +100,7 @@ def test_methods_have_their_own_columns(tmp_path: Path, tokenizer: Any) -> None:
     pairs = jsonl(tmp_path / "a.jsonl", [PAIR])
     prompt, chosen, rejected = (tokenizer(PAIR[name])["input_ids"] for name in ("prompt", "chosen", "rejected"))
     eos = [tokenizer.eos_token_id]
-    for rl in ("dpo", "ipo", "simpo", "orpo"):
+    for rl in ("dpo", "ipo", "orpo"):
         made = prepared(job(DatasetConfig(path=str(pairs)), rl=rl, sample_packing=True), tmp_path)
         assert rows_of(made.train) == [{"prompt_ids": prompt, "chosen_ids": chosen + eos, "rejected_ids": rejected + eos}]
     judged = jsonl(
