@@ -5,15 +5,21 @@ output_dir. Ranks meet in the collectives of torch.distributed, which Ray Train 
 """
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from actors import device, hub, model
+import ray
+import ray.train
+from datasets import Dataset, concatenate_datasets
+
+from actors import device, hub, model, sharding
 from actors.errors import ConfigError
 from actors.methods import METHODS
-from actors.methods.base import Inputs
+from actors.methods.base import OF_TRAINING, Inputs
 from actors.specs import DatasetTrainSpec
+from actors.streaming import Stream, feed
 
 
 class Reports:
@@ -47,6 +53,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
 def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
     """The method's trainer on this worker's device."""
+    stream = Stream(ray.train.get_dataset_shard("train"), int(str(spec.arguments["seed"]))) if spec.streamed else None
     inputs = Inputs(
         model=hub.resolve(spec.model.name),
         model_init=model_init_arguments(spec),
@@ -54,12 +61,14 @@ def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
         peft_config=model.peft_config(spec.lora, "SEQ_CLS" if spec.method == "reward_trainer" else "CAUSAL_LM")
         if spec.lora
         else None,
-        train=dataset_of(spec.train_files),
+        train=Dataset.from_list([stream.first]) if stream else dataset_of(spec.train_files),
         held_out=dataset_of(spec.held_out_files) if spec.held_out_files else None,
-        arguments=dict(spec.arguments),
+        arguments={**spec.arguments, **sharding.start(spec.arguments)},
         packed=spec.packed,
     )
     trainer = METHODS[spec.method](inputs)
+    if stream:
+        feed(trainer, stream)
     trainer.job = spec.job
     trainer.keep = spec.save_total_limit
     if spec.model.quantization:
@@ -76,14 +85,16 @@ def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
 
 def dataset_of(files: Sequence[str]) -> Any:
     """The rows of Arrow files, memory-mapped: they cost no memory beyond the page cache."""
-    from datasets import Dataset, concatenate_datasets
-
     return concatenate_datasets([Dataset.from_file(file) for file in files])
 
 
 def save_result(trainer: Any, spec: DatasetTrainSpec) -> None:
     """The adapter, or the whole model, and the tokenizer, into output_dir, by rank 0."""
-    trainer.save_model(spec.output_dir)
+    best = trainer.state.best_model_checkpoint
+    if spec.early_stopping_patience is None or best is None:
+        trainer.save_model(spec.output_dir)
+    elif trainer.args.should_save:
+        shutil.copytree(best, spec.output_dir, ignore=shutil.ignore_patterns(*OF_TRAINING), dirs_exist_ok=True)
     if trainer.args.should_save and spec.lora:
         from peft import PeftConfig
 
@@ -139,7 +150,6 @@ def reporter(reports: Any) -> Any:
 
     Ray Train takes a report as a barrier that its controller lifts once a second or so, which is no way to end a step.
     """
-    import ray.train
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]

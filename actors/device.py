@@ -24,6 +24,11 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if has_gpu() else torch.device("cpu")
 
 
+def collectives() -> str:
+    """The backend of torch.distributed for this process's device."""
+    return "nccl" if has_gpu() else "gloo"
+
+
 @functools.cache
 def fastest_dtype(gpu: bool) -> str:
     """The name of the dtype for base weights: bfloat16 wherever it is native, float32 otherwise."""

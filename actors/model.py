@@ -53,6 +53,8 @@ def quantization(model: ModelSpec) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        # FSDP2 shards what looks like floating-point numbers only.
+        bnb_4bit_quant_storage=getattr(torch, model.dtype) if model.sharded else None,
     )
 
 

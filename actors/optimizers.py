@@ -1,49 +1,52 @@
-"""An optimizer's state to a file and back, without a pickle: any of torch or bitsandbytes."""
+"""An optimizer's state to a file and back: any of torch or bitsandbytes, and of a rank's shards under FSDP2."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+from actors.states import load_state, save_state
 
 
 def save_optimizer(optimizer: Any, path: Path) -> None:
-    """A torch or bitsandbytes optimizer's state as one safetensors file: tensors, and numbers in its metadata."""
+    """The state of the parameters that this process holds; of sharded ones, its own shard."""
     state = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, float] = {}
-    for index, values in state["state"].items():
-        for name, value in _flat(values):
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().clone().contiguous()  # some are one tensor, shared by all
-            elif isinstance(value, int | float):
-                numbers[f"{index}.{name}"] = value
     groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-    save_file(tensors, path, metadata={"param_groups": json.dumps(groups), "numbers": json.dumps(numbers)})
-
-
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """bitsandbytes keeps its quantized moments in a mapping of their own, and reads them without it too."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value)
-        else:
-            yield name, value
+    save_state({"state": _mapped(_local, state["state"]), "param_groups": groups}, path)
 
 
 def load_optimizer(optimizer: Any, path: Path) -> None:
     """Puts a saved state back; the parameters must be those it was saved with, in the same order."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    values: dict[int, dict[str, Any]] = {}
-    for key, value in [*load_file(path).items(), *json.loads(metadata["numbers"]).items()]:
-        index, _, name = key.partition(".")
-        values.setdefault(int(index), {})[name] = value
+    saved = load_state(path)
     current = optimizer.state_dict()["param_groups"]
-    saved_groups = json.loads(metadata["param_groups"])
-    merged = [{**saved, "params": group["params"]} for saved, group in zip(saved_groups, current, strict=True)]
+    groups = [{**group, "params": now["params"]} for group, now in zip(saved["param_groups"], current, strict=True)]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: _mapped(lambda value, parameter=parameters[index]: _like(value, parameter), values)
+        for index, values in saved["state"].items()
+    }
     # torch puts each tensor where its optimizer wants it: a fused one also counts its steps on the GPU.
-    optimizer.load_state_dict({"state": values, "param_groups": merged})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _mapped(function: Any, values: Any) -> Any:
+    """bitsandbytes keeps its quantized moments in a mapping of their own."""
+    if isinstance(values, Mapping):
+        return {key: _mapped(function, value) for key, value in values.items()}
+    return function(values)
+
+
+def _local(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _like(value: Any, parameter: torch.Tensor) -> Any:
+    """A moment of a sharded parameter is sharded as that is."""
+    if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.to_local().shape:
+        local = value.to(parameter.to_local().device)
+        return DTensor.from_local(
+            local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
+    return value

@@ -242,7 +242,7 @@ class Part:
         import pyarrow as pa
 
         rows = packed(self.block, self.sequence_len) if self.packing else self.block
-        batch = pa.record_batch({name: _column([row[name] for row in rows]) for name in rows[0]})
+        batch = pa.record_batch({name: column([row[name] for row in rows]) for name in rows[0]})
         if self.writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.writer = pa.ipc.new_stream(str(self.beside), batch.schema)
@@ -255,7 +255,8 @@ class Part:
         self.block, self.tokens_in_block = [], 0
 
 
-def _column(values: Sequence[Any]) -> Any:
+def column(values: Sequence[Any]) -> Any:
+    """Arrow's array of one column: lists of ids, or bools."""
     import pyarrow as pa
 
     if isinstance(values[0], bool):

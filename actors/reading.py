@@ -34,6 +34,7 @@ class HubSpec:
     split: str = "train"
     data_files: str | tuple[str, ...] | None = None
     revision: str | None = None
+    streaming: bool = False  # read from the hub row by row, instead of downloaded first
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class SourceSpec:
     format: FormatSpec
     held_out: bool = False  # an entry of test_datasets
     hub: HubSpec | None = None  # None = files of its own
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of one source; of a hub dataset, all of it."""
+
+    source: int  # index in PrepareSpec.sources
+    path: str  # absolute; for the hub, its name there
+    kind: str  # one of KINDS
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,9 @@ def load_hub(spec: HubSpec) -> Any:
 
     files = list(spec.data_files) if isinstance(spec.data_files, tuple) else spec.data_files
     try:
-        return load_dataset(spec.path, spec.name, split=spec.split, data_files=files, revision=spec.revision)
+        return load_dataset(
+            spec.path, spec.name, split=spec.split, data_files=files, revision=spec.revision, streaming=spec.streaming
+        )
     except Exception as error:  # the hub's client raises its own, requests' and OS errors alike
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"datasets: {spec.path} is no local file and the hub did not give it: {reason}") from error
@@ -161,13 +173,13 @@ def _numbered(name: str, dataset: Any, begin: int, end: int) -> Iterator[tuple[s
 # Files cut into pieces.
 
 
-def cut(source: int, spec: SourceSpec, file: str, kind: str, piece_bytes: int, piece_rows: int) -> list[Piece]:
-    """The pieces of a file, in order. Raises DataError when it cannot be read."""
-    whole = Piece(source, file, kind, 0, 0, 0)
+def cut(file: SourceFile, spec: SourceSpec, piece_bytes: int, piece_rows: int) -> Iterator[Piece]:
+    """The pieces of a file, in order, as they are found. Raises DataError when it cannot be read."""
+    whole = Piece(file.source, file.path, file.kind, 0, 0, 0)
     try:
-        return list(KINDS[kind].cut(whole, spec, piece_bytes, piece_rows))
+        yield from KINDS[file.kind].cut(whole, spec, piece_bytes, piece_rows)
     except (OSError, ValueError) as error:
-        raise DataError(f"datasets: {file} cannot be read: {error}") from error
+        raise DataError(f"datasets: {file.path} cannot be read: {error}") from error
 
 
 def _cut_lines(whole: Piece, spec: SourceSpec, piece_bytes: int, piece_rows: int) -> Iterator[Piece]:
@@ -220,7 +232,10 @@ def _cut_arrow(whole: Piece, spec: SourceSpec, piece_bytes: int, piece_rows: int
 
 def _cut_hub(whole: Piece, spec: SourceSpec, piece_bytes: int, piece_rows: int) -> Iterator[Piece]:
     assert spec.hub is not None
-    yield from _cut_rows(whole, len(load_hub(spec.hub)), piece_rows)
+    if spec.hub.streaming:
+        yield whole  # nobody knows how many rows there are
+    else:
+        yield from _cut_rows(whole, len(load_hub(spec.hub)), piece_rows)
 
 
 def _cut_rows(whole: Piece, rows: int, piece_rows: int) -> Iterator[Piece]:
@@ -276,7 +291,10 @@ def _read_arrow(piece: Piece, spec: SourceSpec) -> Iterator[tuple[str, Any]]:
 
 def _read_hub(piece: Piece, spec: SourceSpec) -> Iterator[tuple[str, Any]]:
     assert spec.hub is not None
-    return _numbered(f"{spec.hub.path}[{spec.hub.split}]", _loaded(spec.hub), piece.begin, piece.end)
+    name = f"{spec.hub.path}[{spec.hub.split}]"
+    if spec.hub.streaming:
+        return ((f"{name}[{index}]", row) for index, row in enumerate(load_hub(spec.hub)))
+    return _numbered(name, _loaded(spec.hub), piece.begin, piece.end)
 
 
 @lru_cache(maxsize=4)  # asking the hub what is new takes a second, and a worker reads many pieces

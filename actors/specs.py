@@ -21,6 +21,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     attn_implementation: str | None = None  # of transformers; None = its default
     quantization: str | None = None  # nf4 | int8: bitsandbytes, of the frozen base; None = none
+    sharded: bool = False  # by FSDP2
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ class DatasetTrainSpec:
     train_files: tuple[str, ...]  # Arrow files of prepared rows, in order
     held_out_files: tuple[str, ...]
     packed: bool  # rows hold several documents each
+    streamed: bool = field(default=False, kw_only=True)  # rows to train on come from Ray Train's dataset, and not from files
     output_dir: str
     job: Mapping[str, object]  # what a resumed job must have as it was; part of each checkpoint
     arguments: Mapping[str, object]  # of the method's TRL configuration, beside what the method itself sets

@@ -6,6 +6,7 @@ What a method's trainer needs beside these, it sets itself (actors/methods). A k
 from typing import Any
 
 from orchestrator.schema import JobConfig
+from orchestrator.sharding import checkpoints_activations, sharding_arguments
 
 # Axolotl's and older names of transformers' optimizers
 OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit"}
@@ -49,7 +50,7 @@ def training_arguments(config: JobConfig, *, gpu: bool, dtype: str, steps_per_ep
         "bf16": dtype == "bfloat16",
         "tf32": config.tf32 if gpu and isinstance(config.tf32, bool) else None,
         "use_cpu": not gpu,
-        "gradient_checkpointing": bool(config.gradient_checkpointing),
+        "gradient_checkpointing": checkpoints_activations(config),
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "torch_compile": config.torch_compile is True,
         "seed": config.seed,
@@ -60,13 +61,14 @@ def training_arguments(config: JobConfig, *, gpu: bool, dtype: str, steps_per_ep
         "eval_steps": evaluation,
         "save_strategy": save_strategy,
         "save_steps": save_steps,
-        "load_best_model_at_end": stops_early,
         "metric_for_best_model": "eval_loss" if stops_early else None,
+        "greater_is_better": False,
         "report_to": "none",  # the driver keeps the records
         "disable_tqdm": True,
         "ddp_bucket_cap_mb": config.ddp_bucket_cap_mb,
         "ddp_broadcast_buffers": config.ddp_broadcast_buffers,
         "ddp_find_unused_parameters": config.ddp_find_unused_parameters or False,
+        **sharding_arguments(config, gpu),
         **_of_method(config),
     }
 

@@ -226,10 +226,10 @@ def local_files(entry: DatasetConfig, search_paths: Sequence[str]) -> list[tuple
     return list(zip(files, kinds, strict=True))
 
 
-def hub_spec(entry: DatasetConfig) -> HubSpec:
+def hub_spec(entry: DatasetConfig, streaming: bool = False) -> HubSpec:
     """A dataset of the hub, as an entry names it."""
     files = tuple(entry.data_files) if isinstance(entry.data_files, list) else entry.data_files
-    return HubSpec(entry.path, entry.name, entry.split or "train", files, entry.revision)
+    return HubSpec(entry.path, entry.name, entry.split or "train", files, entry.revision, streaming)
 
 
 def _local_files(entry: DatasetConfig, search_paths: Sequence[str]) -> list[Path] | None:

@@ -8,7 +8,7 @@ import json
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,22 @@ from typing import Any
 from actors import device, hub, storage
 from actors.dataset_loop import Reports, record_of, train_loop
 from actors.errors import ActorError, EaglerayError
+from actors.reading import BadRow
 from actors.specs import DatasetTrainSpec, ModelSpec
+from actors.streaming import Quarantine
 from orchestrator import checkpoints, cluster
 from orchestrator.arguments import training_arguments
 from orchestrator.config import dump
+from orchestrator.data import ensure_usable
 from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
 from orchestrator.display import DATASET_COLUMNS, Display
 from orchestrator.environment import worker_environment
 from orchestrator.jobs import RunResult, lora_spec, search_paths, with_absolute_paths
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
-from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare
+from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare, stream
 from orchestrator.schema import JobConfig
+from orchestrator.sharding import kind
 
 POLL_S = 0.5  # how often the driver asks for new records
 
@@ -78,23 +82,28 @@ def prepared_rows(config: JobConfig, output_dir: Path, display: Display) -> Iter
     try:
         with display.phase("preparing rows"):
             rows = prepare(config, folder, search_paths(config), display.note)
-        _tell(rows, output_dir, display)
+        _tell(rows, output_dir, display, config.streaming)
         yield rows
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _tell(rows: Prepared, output_dir: Path, display: Display) -> None:
+def _tell(rows: Prepared, output_dir: Path, display: Display, streaming: bool) -> None:
     train, held_out = rows.train, rows.held_out
     packed = f" (of {train.documents} documents)" if train.documents != train.rows else ""
     besides = f", {held_out.rows} held out" if held_out.rows else ""
     lengths = f"{train.tokens} tokens, {train.trained_tokens} of them trained; the longest row has {train.longest}"
-    display.note(f"{train.rows} rows{packed} to train on{besides}; {lengths}")
+    if streaming:
+        display.note(f"rows to train on are read as training goes on{besides}")
+    else:
+        display.note(f"{train.rows} rows{packed} to train on{besides}; {lengths}")
     if rows.bad_rows:
-        storage.write_json(
-            output_dir / "quarantine.json", [{"place": row.place, "reason": row.reason} for row in rows.bad]
-        )
+        _write_quarantine(output_dir, rows.bad)
         display.warn(f"{rows.bad_rows} rows were left out; quarantine.json has their places and reasons")
+
+
+def _write_quarantine(output_dir: Path, bad: Sequence[BadRow]) -> None:
+    storage.write_json(output_dir / "quarantine.json", [{"place": row.place, "reason": row.reason} for row in bad])
 
 
 class _Training:
@@ -106,10 +115,12 @@ class _Training:
         self.rows = rows
         self.output_dir = output_dir
         self.display = display
+        self.bad_rows = 0  # of a stream, so far
         self.total = plan.total_steps(config, rows.train.rows)
 
     def run(self, resume: Path | None, step: int) -> RunResult:
         reports = cluster.start_free(Reports)
+        quarantine = cluster.start_free(Quarantine) if self.config.streaming else None
         evaluations: list[dict[str, Any]] = []
         log = MetricsLog(
             self.output_dir,
@@ -121,7 +132,7 @@ class _Training:
             self._complete(log, resume)
             self.display.note(f"resumed from {resume}")
         seen = 0
-        with log, self._trained(reports, resume) as training, self.display.phase("training"):
+        with log, self._trained(reports, quarantine, resume) as training, self.display.phase("training"):
             while True:
                 running = training.thread.is_alive()
                 records = cluster.fetch(reports.since.remote(seen), "the records of the workers", 60)
@@ -134,6 +145,8 @@ class _Training:
                     else:
                         evaluations.append(record)
                         self.display.held_out(record)
+                if quarantine is not None:
+                    self._watch(quarantine)
                 if not running:
                     break
                 cluster.pause(POLL_S)
@@ -162,7 +175,17 @@ class _Training:
             if named is not None and (named[0], named[1]["step"]) not in written:
                 log.write(named[0], named[1])  # type: ignore[arg-type]
 
-    def _trained(self, reports: Any, resume: Path | None) -> "_Fit":
+    def _watch(self, quarantine: Any) -> None:
+        """Keeps quarantine.json, and stops the job at too many bad rows or a file that cannot be read."""
+        raw_rows, bad, error = cluster.fetch(quarantine.so_far.remote(), "the quarantine", 60)
+        if len(bad) > self.bad_rows:
+            self.bad_rows = len(bad)
+            _write_quarantine(self.output_dir, bad)
+        if error is not None:
+            raise error
+        ensure_usable(self.config, "rows", 1, raw_rows, len(bad), bad)
+
+    def _trained(self, reports: Any, quarantine: Any, resume: Path | None) -> "_Fit":
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -170,6 +193,9 @@ class _Training:
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"spec": train_spec(self.config, self.plan, self.rows, resume), "reports": reports},
+            datasets={"train": stream(self.config, search_paths(self.config), quarantine, self.plan.readers)}
+            if quarantine is not None
+            else None,
             scaling_config=ray.train.ScalingConfig(
                 num_workers=len(self.plan.bundles),
                 use_gpu=self.plan.bundles[0].resources.get("GPU", 0) > 0,
@@ -228,18 +254,22 @@ def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Pat
         config,
         gpu=plan.gpu,
         dtype=plan.dtype,
-        steps_per_epoch=plan.steps_per_epoch(rows.train.rows),
+        steps_per_epoch=plan.total_steps(config, 0) if config.streaming else plan.steps_per_epoch(rows.train.rows),
         total_steps=plan.total_steps(config, rows.train.rows),
     )
     arguments["eval_on_start"] = bool(rows.held_out.rows) and resume is None  # what training has to better
+    sharded = kind(config)
     quantization = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
     return DatasetTrainSpec(
         method=config.rl or "sft",
-        model=ModelSpec(config.base_model, plan.dtype, config.trust_remote_code, plan.attention, quantization),
+        model=ModelSpec(
+            config.base_model, plan.dtype, config.trust_remote_code, plan.attention, quantization, sharded == "fsdp"
+        ),
         lora=lora_spec(config) if config.adapter else None,
         train_files=rows.train.files,
         held_out_files=rows.held_out.files,
         packed=packs(config),
+        streamed=config.streaming,
         output_dir=config.output_dir,
         job=identity(config),
         arguments=arguments,
@@ -259,5 +289,6 @@ def identity(config: JobConfig) -> dict[str, Any]:
     )
     return {
         **{key: getattr(config, key) for key in keys.split()},
+        "sharding (deepspeed, fsdp_version, fsdp_config)": kind(config),
         "datasets (digest of how they are read, and of their sizes)": fingerprint(config, search_paths(config)),
     }

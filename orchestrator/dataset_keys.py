@@ -26,7 +26,7 @@ ACTS_ON = frozenset({
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ray_num_workers",
     "resources_per_worker", "ray_run_name", "rl_beta", "dpo_loss_type", "dpo_label_smoothing", "orpo_alpha",
     "kto_desirable_weight", "kto_undesirable_weight", "center_rewards_coefficient", "trl.beta", "ray.max_bad_rows",
-    "ray.trainer_cpus",
+    "ray.trainer_cpus", "streaming", "deepspeed", "fsdp_version", "fsdp_config",
 })
 OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_bnb_8bit", "adamw_8bit",
@@ -119,7 +119,7 @@ IDLE: dict[str, str] = {
     ),
 }
 
-_SHARDED = "sharded training is not implemented yet; with ray_num_workers alone every worker holds the model"
+_SPLIT = "is not implemented yet; remove it, and shard the model with fsdp_version: 2 or deepspeed"
 NOT_YET: dict[str, str] = {
     "fp16": "is not implemented yet; use bf16: auto",
     "hub_model_id": "pushing to the hub is not implemented yet; upload output_dir after the job",
@@ -129,7 +129,6 @@ NOT_YET: dict[str, str] = {
     "lora_model_dir": "starting from an adapter is not implemented yet; merge it into base_model",
     "lora_fan_in_fan_out": "is not implemented yet; remove it",
     "pretraining_dataset": "is not implemented yet; use datasets with type: completion",
-    "streaming": "is not implemented yet; remove it: prepared rows are read from disk as they are needed",
     "shuffle_merged_datasets": "rows are shuffled anew for every epoch; remove it",
     "bnb_config_kwargs": "is not implemented yet; NF4 with double quantization, or int8, is what load_in_4bit and _8bit give",
     "lr_groups": "is not implemented yet; use learning_rate",
@@ -139,13 +138,10 @@ NOT_YET: dict[str, str] = {
     "loss_watchdog_threshold": "is not implemented yet; remove it",
     "loss_watchdog_patience": "is not implemented yet; remove it",
     **WANDB,
-    "deepspeed": _SHARDED,
-    "fsdp_version": _SHARDED,
-    "fsdp_config": _SHARDED,
-    "tensor_parallel_size": _SHARDED,
-    "context_parallel_size": _SHARDED,
-    "dp_shard_size": _SHARDED,
-    "dp_replicate_size": _SHARDED,
+    "tensor_parallel_size": _SPLIT,
+    "context_parallel_size": _SPLIT,
+    "dp_shard_size": _SPLIT,
+    "dp_replicate_size": _SPLIT,
 }
 
 

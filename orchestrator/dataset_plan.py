@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from orchestrator import sharding
 from orchestrator.plan import Bundle, Node, amount, first_fit, shortages, trainer_dtype, trainer_resources
 from orchestrator.schema import JobConfig
 
@@ -14,6 +15,16 @@ METHOD_NAMES = {
     "kto": "KTO",
     "orpo": "ORPO",
     "reward_trainer": "reward model",
+}
+
+
+SHARDINGS = {
+    None: "none: every worker holds the model",
+    "fsdp": "FSDP2: weights, gradients and optimizer",
+    "zero0": "none: every worker holds the model, in DeepSpeed",
+    "zero1": "DeepSpeed ZeRO-1: optimizer",
+    "zero2": "DeepSpeed ZeRO-2: gradients and optimizer",
+    "zero3": "DeepSpeed ZeRO-3: weights, gradients and optimizer",
 }
 
 
@@ -28,6 +39,7 @@ class DatasetPlan:
     dtype: str
     attention: str | None  # of transformers; None = its default
     threads: int | None  # CPU threads of a worker; None with GPUs
+    readers: int  # tasks of Ray Data that read and encode rows while they are trained on
     rows_per_step: int
 
     @property
@@ -63,6 +75,7 @@ def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str =
         dtype=trainer_dtype(config, gpu, cpu_dtype),
         attention=attention,
         threads=None if gpu else max(1, cpus // ceil(workers / max(1, len(nodes)))),
+        readers=max(1, int(sum(node.resources.get("CPU", 0) for node in nodes)) // 2),
         rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * workers,
     )
 
@@ -84,6 +97,7 @@ def describe(config: JobConfig, plan: DatasetPlan) -> list[str]:
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"workers     {len(plan.bundles)} of Ray Train",
         *(f"            {line}" for line in held),
+        f"sharding    {SHARDINGS[sharding.kind(config)]}",
         f"batch       {config.micro_batch_size} micro_batch_size x {config.gradient_accumulation_steps} "
         f"gradient_accumulation_steps x {len(plan.bundles)} ray_num_workers = {plan.rows_per_step} rows a step",
         f"rows        up to sequence_len {config.sequence_len} tokens{', packed' if packs(config) else ''}",

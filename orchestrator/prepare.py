@@ -5,6 +5,7 @@ changes a row is a field of FormatSpec and a line of format_spec; one that chang
 """
 
 import json
+import logging
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import ray
 import ray.data
 
-from actors import hub, snapshot, storage
+from actors import hub, snapshot, storage, streaming
 from actors.errors import ConfigError, DataError, EaglerayError
 from actors.formats.base import FormatSpec
 from actors.formats.kto import JUDGED_FORMATS
@@ -27,7 +28,7 @@ from actors.formats.sft import SFT_FORMATS
 from actors.formats.templates import OWN, template_of
 from actors.model import load_tokenizer
 from actors.preparing import BAD_ROWS_KEPT, BUILDERS, PartStats, PrepareSpec, each, prepare_piece
-from actors.reading import BadRow, Piece, SourceSpec, cut
+from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut
 from actors.specs import ModelSpec
 from orchestrator import cluster
 from orchestrator.data import ensure_usable, held_out_count, hub_spec, local_files
@@ -38,6 +39,7 @@ FORMAT_VERSION = 1  # of prepared rows; raise it when the same files would give 
 PIECE_BYTES = 4 * 2**20  # about a million tokens: a second or two of work
 PIECE_ROWS = 5000  # of files that are cut by rows
 BLOCKS = 1000  # tasks of Ray Data at most; with more pieces than this, each takes several
+STREAM_BLOCK_BYTES = 2**16  # of a stream: small, so that the first one comes soon
 BLOCK_BYTES = 2**20  # of files a task at least: a worker process takes longer to start than to encode less
 TIMEOUT_S = 24 * 3600
 
@@ -77,15 +79,6 @@ class Prepared:
         return self.bad_rows / self.raw_rows if self.raw_rows else 0.0
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file of one source; of a hub dataset, all of it."""
-
-    source: int
-    path: str
-    kind: str
-
-
 def prepare(config: JobConfig, folder: Path, search_paths: Sequence[str], note: Callable[[str], None]) -> Prepared:
     """Reads and encodes `datasets` and `test_datasets` into Arrow files. Needs a connected Ray.
 
@@ -94,6 +87,8 @@ def prepare(config: JobConfig, folder: Path, search_paths: Sequence[str], note: 
     """
     spec, files = _what_to_read(config, search_paths)
     _ensure_types(spec)
+    if config.streaming:
+        files = [file for file in files if spec.sources[file.source].held_out]
     if config.dataset_prepared_path is None:
         return _checked(config, _prepared(config, spec, files, folder.absolute()))
     folder = Path(config.dataset_prepared_path).expanduser().absolute() / _digest(config, spec, files)
@@ -104,6 +99,25 @@ def prepare(config: JobConfig, folder: Path, search_paths: Sequence[str], note: 
     prepared = _prepared(config, spec, files, folder)
     _write_manifest(folder, prepared)
     return _checked(config, prepared)
+
+
+def stream(config: JobConfig, search_paths: Sequence[str], quarantine: Any, readers: int) -> ray.data.Dataset:
+    """The rows of `datasets`, encoded by so many tasks while they are trained on. Starts nothing yet.
+
+    quarantine: handle of an actors.streaming.Quarantine.
+    """
+    spec, files = _what_to_read(config, search_paths)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True  # a resumed job must skip the rows that it has had
+    context.target_max_block_size = STREAM_BLOCK_BYTES
+    items = [{"item": file} for file in files if not spec.sources[file.source].held_out]
+    found = ray.data.from_items(items, override_num_blocks=len(items))
+    found = found.flat_map(partial(streaming.pieces, spec=spec, quarantine=quarantine), num_cpus=0, compute=ray.data.TaskPoolStrategy(1))
+    encode = partial(streaming.rows, spec=spec, quarantine=quarantine)
+    # The workers may have reserved every CPU, and still do not compute all the time.
+    return found.map_batches(encode, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(readers))
 
 
 def check(config: JobConfig, search_paths: Sequence[str]) -> None:
@@ -159,18 +173,19 @@ def _text(template: str | None) -> str | None:
 # What to read, and whether it was prepared before.
 
 
-def _what_to_read(config: JobConfig, search_paths: Sequence[str]) -> tuple[PrepareSpec, list[_File]]:
+def _what_to_read(config: JobConfig, search_paths: Sequence[str]) -> tuple[PrepareSpec, list[SourceFile]]:
     sources: list[SourceSpec] = []
-    files: list[_File] = []
+    files: list[SourceFile] = []
     for entries, held_out in ((config.datasets, False), (config.test_datasets, True)):
         for entry in entries or []:
             found = local_files(entry, search_paths)
             for file, _ in found or []:
                 if not file.is_file():
                     raise DataError(f"datasets: there is no file {file}")
-            source = SourceSpec(format_spec(config, entry), held_out, hub_spec(entry) if found is None else None)
+            hub_dataset = hub_spec(entry, config.streaming and not held_out) if found is None else None
+            source = SourceSpec(format_spec(config, entry), held_out, hub_dataset)
             named = [(entry.path, "hub")] if found is None else [(str(file.absolute()), kind) for file, kind in found]
-            files += [_File(len(sources), path, kind) for path, kind in named]
+            files += [SourceFile(len(sources), path, kind) for path, kind in named]
             sources.append(source)
     method = "reward_trainer" if config.reward_model else config.rl or "sft"
     packing = config.sample_packing and method == "sft"
@@ -200,7 +215,7 @@ def _ensure_types(spec: PrepareSpec) -> None:
         BUILDERS[spec.method](source.format, tokenizer)
 
 
-def _digest(config: JobConfig, spec: PrepareSpec, files: Iterable[_File]) -> str:
+def _digest(config: JobConfig, spec: PrepareSpec, files: Iterable[SourceFile]) -> str:
     """Of everything that changes the result. A hub dataset that changes without its revision goes unseen."""
     stats = [(file, file.kind != "hub" and Path(file.path).stat()) for file in files]
     content = {
@@ -246,7 +261,7 @@ def _read_manifest(folder: Path) -> Prepared | None:
 # The work.
 
 
-def _prepared(config: JobConfig, spec: PrepareSpec, files: Sequence[_File], folder: Path) -> Prepared:
+def _prepared(config: JobConfig, spec: PrepareSpec, files: Sequence[SourceFile], folder: Path) -> Prepared:
     tasks = _tasks(files)
     cut_file = partial(_cut, sources=spec.sources, piece_bytes=PIECE_BYTES, piece_rows=PIECE_ROWS)
     pieces = _on_workers(cut_file, files, tasks)
@@ -255,14 +270,14 @@ def _prepared(config: JobConfig, spec: PrepareSpec, files: Sequence[_File], fold
     return _summed(sorted(parts, key=lambda part: part.key))
 
 
-def _tasks(files: Sequence[_File]) -> int:
+def _tasks(files: Sequence[SourceFile]) -> int:
     if any(file.kind == "hub" for file in files):
         return BLOCKS  # its size is not known here
     return min(BLOCKS, 1 + sum(Path(file.path).stat().st_size for file in files) // BLOCK_BYTES)
 
 
-def _cut(file: _File, sources: Sequence[SourceSpec], piece_bytes: int, piece_rows: int) -> list[Piece]:
-    return cut(file.source, sources[file.source], file.path, file.kind, piece_bytes, piece_rows)
+def _cut(file: SourceFile, sources: Sequence[SourceSpec], piece_bytes: int, piece_rows: int) -> list[Piece]:
+    return list(cut(file, sources[file.source], piece_bytes, piece_rows))
 
 
 def _with_held_out(config: JobConfig, spec: PrepareSpec, pieces: Sequence[Piece]) -> list[Piece]:
@@ -332,7 +347,8 @@ def _split(parts: Sequence[PartStats]) -> Split:
 
 
 def _checked(config: JobConfig, prepared: Prepared) -> Prepared:
-    ensure_usable(config, "rows", prepared.train.rows, prepared.raw_rows, prepared.bad_rows, prepared.bad)
+    kept = 1 if config.streaming else prepared.train.rows  # of a stream, nobody knows yet
+    ensure_usable(config, "rows", kept, prepared.raw_rows, prepared.bad_rows, prepared.bad)
     asked = "test_datasets" if config.test_datasets else "val_set_size"
     if (config.test_datasets or config.val_set_size) and not prepared.held_out.rows:
         raise DataError(f"{asked}: no row that can be used is left to evaluate on")

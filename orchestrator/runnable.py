@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from orchestrator import dataset_keys, online_keys
+from orchestrator import dataset_keys, online_keys, sharding
 from orchestrator.schema import JobConfig, RayConfig, TrlConfig, VllmConfig
 from orchestrator.source import Problem
 from orchestrator.values import value_of
@@ -36,8 +36,9 @@ def ensure_runnable(config: JobConfig) -> None:
         config.source.raise_if_any([Problem("rl", text)])
     tables = METHODS[config.rl]
     config.source.raise_if_any(_not_runnable(config, tables))
+    config.source.raise_if_any(sharding.problems(config))
     notes = [Problem(key, text) for key, text in tables.IDLE.items() if value_of(config, key) != default_of(key)]
-    for note in [*notes, *tables.notes(config)]:
+    for note in [*notes, *tables.notes(config), *sharding.notes(config)]:
         log.warning("%s", config.source.describe(note))
 
 

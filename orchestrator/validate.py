@@ -90,6 +90,14 @@ def _data(config: JobConfig) -> Iterator[Problem]:
     for key in ("streaming", "pretraining_dataset"):
         if value_of(config, key) and config.max_steps is None:
             yield Problem(key, "streamed rows have no end; add max_steps")
+    if config.streaming:
+        if config.val_set_size:
+            yield Problem("val_set_size", "rows cannot be drawn from a stream; name held-out rows in test_datasets")
+        for key in ("saves_per_epoch", "evals_per_epoch"):
+            if value_of(config, key) is not None:
+                yield Problem(key, f"a stream has no epochs; use {key.partition('s_')[0]}_steps")
+        if config.save_strategy == "epoch":
+            yield Problem("save_strategy", "a stream has no epochs; use save_steps")
 
 
 def _dataset(key: str, entry: DatasetConfig) -> Iterator[Problem]:

@@ -13,13 +13,18 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from actors import device, storage
+from actors import device, sharding, storage
 from actors.optimizers import load_optimizer, save_optimizer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+SHARD_FILE = "optimizer-{rank}.safetensors"  # of each rank under FSDP2; DeepSpeed has names of its own
 SCHEDULER_FILE = "scheduler.json"
 STATE_FILE = "state.json"
 RNG_FILE = "rng-{rank}"
+# What a checkpoint holds beside the result that it would be.
+OF_TRAINING = (
+    "optimizer*", SCHEDULER_FILE, STATE_FILE, "rng-*", "trainer_state.json", storage.MANIFEST, "global_step*", "latest"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,47 @@ class SafeCheckpoints:
     job: Mapping[str, object]
     keep: int | None  # checkpoints; None = all
 
+    is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
+    model: Any
+    model_wrapped: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        weights = sharding.trainable_weights(self.model)  # transformers would gather a frozen base too
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, weights)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is not None and self.is_fsdp_enabled:
+            self._load_whole(resume_from_checkpoint)  # before the weights are cut into shards
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.checkpoint_engine = sharding.state_files(self.model_wrapped.optimizer.loss_scaler)
+        if resume_from_checkpoint is not None:
+            if self.is_deepspeed_enabled:
+                from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+                deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=not self._has_adapter)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    @property
+    def _has_adapter(self) -> bool:
+        from peft import PeftModel
+
+        return isinstance(self.model, PeftModel)
+
+    def _load_whole(self, checkpoint: str) -> None:
+        """The adapter or the model of a checkpoint into weights that are not sharded yet."""
+        if self._has_adapter:
+            self.model.load_adapter(checkpoint, self.model.active_adapter, is_trainable=True)
+            return
+        for file in sorted(Path(checkpoint).glob("model*.safetensors")):
+            self.model.load_state_dict(load_file(file), strict=False)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody reads
@@ -88,16 +134,28 @@ class SafeCheckpoints:
             )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=self._has_adapter)
+            if self.args.should_save:
+                Path(output_dir, "zero_to_fp32.py").unlink(missing_ok=True)  # reads pickles, which these files are not
+        elif self.is_fsdp_enabled or self.args.should_save:
+            save_optimizer(self.optimizer, self._optimizer_file(output_dir))
         if self.args.should_save:
-            save_optimizer(self.optimizer, Path(output_dir) / OPTIMIZER_FILE)
             schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
             storage.write_json(Path(output_dir) / SCHEDULER_FILE, schedule)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_FILE)
+            if not self.is_deepspeed_enabled:
+                load_optimizer(self.optimizer, self._optimizer_file(checkpoint))
             schedule = json.loads((Path(checkpoint) / SCHEDULER_FILE).read_text(encoding="utf-8"))
             self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **schedule})
+
+    def _optimizer_file(self, folder: str) -> Path:
+        sharded = SHARD_FILE.format(rank=self.args.process_index)
+        path = Path(folder) / (sharded if self.is_fsdp_enabled else OPTIMIZER_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)  # another rank may be here first
+        return path
 
     def _save_rng_state(self, output_dir: str) -> None:
         stem = Path(output_dir) / RNG_FILE.format(rank=self.args.process_index)

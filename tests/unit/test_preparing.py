@@ -16,7 +16,7 @@ from actors import hub, preparing
 from actors.errors import ConfigError, DataError
 from actors.formats.base import IGNORED, FormatSpec
 from actors.preparing import PrepareSpec, RowEncoder, cut_document, pack, packed, prepare_piece
-from actors.reading import BadRow, Piece, SourceSpec, cut, read
+from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut, read
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCE = SourceSpec(FormatSpec(type="alpaca"))
@@ -28,7 +28,7 @@ def tokenizer() -> Any:
 
 
 def pieces_of(file: Path, kind: str, piece_bytes: int = 1, piece_rows: int = 1) -> list[Piece]:
-    return cut(0, SOURCE, str(file), kind, piece_bytes, piece_rows)
+    return list(cut(SourceFile(0, str(file), kind), SOURCE, piece_bytes, piece_rows))
 
 
 def rows_of(pieces: list[Piece]) -> list[tuple[str, Any]]:
@@ -213,7 +213,7 @@ def test_a_part_is_written_block_by_block_and_counts(tmp_path: Path, tokenizer: 
     monkeypatch.setattr(preparing, "BLOCK_TOKENS", 1)
     monkeypatch.setattr(preparing, "BLOCK_SEQUENCES", 1)  # a block is full with 5 tokens
     spec = PrepareSpec("sft", (SourceSpec(FormatSpec(type="completion")),), SMOLLM2, sequence_len=5, packing=True)
-    (piece,) = cut(0, spec.sources[0], str(file), "jsonl", 1000, 1000)
+    (piece,) = cut(SourceFile(0, str(file), "jsonl"), spec.sources[0], 1000, 1000)
     piece = replace(piece, key="07", held_out=frozenset({4}))
     train, held_out = prepare_piece(piece, spec, str(tmp_path))
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]

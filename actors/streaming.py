@@ -1,0 +1,123 @@
+"""Rows of a dataset job that are read while they are trained on: `streaming: true`.
+
+Ray Data runs `pieces` and `rows` on its workers, a bounded way ahead of the training; each Ray Train worker reads its own
+share of what they make through a Stream.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from actors.errors import DataError, EaglerayError
+from actors.preparing import BLOCK_SEQUENCES, PrepareSpec, column, encoder, packed, sequences
+from actors.reading import BadRow, Piece, cut, read
+
+PIECE_BYTES = 2**18  # small, so that the first rows come soon
+PIECE_ROWS = 500
+SHUFFLED_ROWS = 1000  # rows that a worker holds, of which it draws the next one
+
+
+class Quarantine:
+    """What became of the rows so far. An actor: Ray Data's workers tell it, and the driver asks."""
+
+    def __init__(self) -> None:
+        self.raw_rows: dict[tuple[str, int], int] = {}  # by piece, since every epoch reads it again
+        self.bad: dict[str, BadRow] = {}  # by place
+        self.error: EaglerayError | None = None
+
+    def add(self, piece: Piece, raw_rows: int, bad: list[BadRow]) -> None:
+        self.raw_rows[piece.file, piece.begin] = raw_rows
+        self.bad |= {row.place: row for row in bad}
+
+    def fail(self, error: EaglerayError) -> None:
+        """A file that cannot be read at all."""
+        self.error = error
+
+    def so_far(self) -> tuple[int, list[BadRow], EaglerayError | None]:
+        """Rows read, the bad ones among them, and why there will be no more."""
+        return sum(self.raw_rows.values()), list(self.bad.values()), self.error
+
+
+def pieces(row: dict[str, Any], spec: PrepareSpec, quarantine: Any) -> Iterator[dict[str, Any]]:
+    """The pieces of the SourceFile in a row of Ray Data, as such rows, in order, while they are found."""
+    try:
+        for piece in cut(row["item"], spec.sources[row["item"].source], PIECE_BYTES, PIECE_ROWS):
+            yield {"item": piece}
+    except EaglerayError as error:
+        quarantine.fail.remote(error)
+
+
+def rows(batch: dict[str, Any], spec: PrepareSpec, quarantine: Any) -> Iterator[Any]:
+    """The pieces in a batch of Ray Data to Arrow tables of prepared rows."""
+    import pyarrow as pa
+
+    for piece in batch["item"]:
+        encode = encoder(spec, piece.source).rows
+        raw_rows, bad, block, tokens = 0, [], [], 0
+        try:
+            for place, raw in read(piece, spec.sources[piece.source]):
+                raw_rows += 1
+                made = encode(place, raw)
+                if isinstance(made, BadRow):
+                    bad.append(made)
+                    continue
+                block += made
+                tokens += sum(sum(sequences(row)) for row in made)
+                if tokens >= BLOCK_SEQUENCES * spec.sequence_len:  # what packing has to choose from
+                    yield _table(pa, block, spec)
+                    block, tokens = [], 0
+        except (OSError, ValueError) as error:
+            quarantine.fail.remote(DataError(f"datasets: {piece.file}: its rows cannot be read: {error}"))
+        if block:
+            yield _table(pa, block, spec)
+        quarantine.add.remote(piece, raw_rows, bad)
+
+
+def _table(pa: Any, block: list[dict[str, Any]], spec: PrepareSpec) -> Any:
+    made = packed(block, spec.sequence_len) if spec.packing else block
+    return pa.table({name: column([row[name] for row in made]) for name in made[0]})
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """This worker's share of the rows; each time it is read is an epoch, with an order of its own."""
+
+    def __init__(self, shard: Any, seed: int) -> None:
+        """Waits for the first row. Raises DataError if there is none."""
+        self.shard = shard  # of ray.train.get_dataset_shard
+        self.seed = seed
+        self.epoch = 0
+        self.begun = self._rows()
+        first = next(self.begun, None)
+        if first is None:
+            raise DataError("datasets: no row that can be used; quarantine.json has their places and reasons")
+        self.first = first
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.epoch == 0:
+            yield self.first
+        else:
+            self.begun = self._rows()
+        self.epoch += 1
+        yield from self.begun
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        batches = self.shard.iter_batches(
+            batch_size=64,
+            batch_format="pyarrow",
+            local_shuffle_buffer_size=SHUFFLED_ROWS,
+            local_shuffle_seed=self.seed + self.epoch,
+        )
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+def feed(trainer: Any, stream: Stream) -> None:
+    """Lets a trainer that was built on the stream's first row train on all of it.
+
+    Accelerate would cut a stream into shards once more.
+    """
+    trainer.train_dataset = stream
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
+        stream, batch_size=trainer.args.per_device_train_batch_size, collate_fn=trainer.data_collator
+    )

@@ -1,0 +1,145 @@
+"""How workers share a model cut into shards: deepspeed, fsdp_version and fsdp_config, as transformers takes them.
+
+None of them changes what is learned. An option of FSDP that starts to act gets a line in FSDP_OPTIONS.
+"""
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from actors.errors import ConfigError
+from orchestrator.jobs import search_paths
+from orchestrator.schema import JobConfig
+from orchestrator.source import Problem
+
+# Option of fsdp_config, without the prefix fsdp_ that it may carry: its name in transformers.
+FSDP_OPTIONS = {
+    "auto_wrap_policy": "auto_wrap_policy",
+    "transformer_layer_cls_to_wrap": "transformer_layer_cls_to_wrap",
+    "min_num_params": "min_num_params",
+    "reshard_after_forward": "reshard_after_forward",
+    "cpu_ram_efficient_loading": "cpu_ram_efficient_loading",
+    "offload_params": "cpu_offload",
+    "cpu_offload": "cpu_offload",
+}
+# Options of FSDP1, and of how checkpoints are cut: FSDP2 needs none of them, and results are always saved whole.
+FSDP_IDLE = (
+    "version",
+    "state_dict_type",
+    "final_state_dict_type",
+    "sync_module_states",
+    "use_orig_params",
+    "limit_all_gathers",
+    "forward_prefetch",
+    "backward_prefetch",
+    "backward_prefetch_policy",
+    "sharding_strategy",
+    "activation_checkpointing",  # is gradient_checkpointing: see checkpoints_activations
+)
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+
+
+def kind(config: JobConfig) -> str | None:
+    """fsdp | zero1 | zero2 | zero3 (zero0 shards nothing); None: every worker holds the whole model.
+
+    Raises ConfigError for a file that cannot be read, and for what contradicts other keys.
+    """
+    if config.deepspeed:
+        return f"zero{_deepspeed(config)['zero_optimization']['stage']}"
+    return "fsdp" if config.fsdp_version or config.fsdp_config else None
+
+
+def sharding_arguments(config: JobConfig, gpu: bool) -> dict[str, Any]:
+    """Of transformers' TrainingArguments; none when nothing is sharded. Raises ConfigError as `kind` does."""
+    if config.deepspeed:
+        return {"deepspeed": _deepspeed(config)}
+    if kind(config) is None:
+        return {}
+    options = {FSDP_OPTIONS[name]: value for name, value in _fsdp_options(config).items() if name in FSDP_OPTIONS}
+    if not gpu:
+        options.pop("cpu_offload", None)  # it is there already
+    return {"fsdp": True, "fsdp_config": {"version": 2, **options}}
+
+
+def checkpoints_activations(config: JobConfig) -> bool:
+    """fsdp_config may ask for it too; transformers does the same for both."""
+    return bool(config.gradient_checkpointing) or bool(_fsdp_options(config).get("activation_checkpointing"))
+
+
+def problems(config: JobConfig) -> Iterator[Problem]:
+    """What cannot be sharded, or is not an option."""
+    sharding = kind(config)
+    if config.fsdp_version not in (None, 1, 2):
+        yield Problem("fsdp_version", f"is {config.fsdp_version}; use 2")
+    for name in config.fsdp_config or {}:
+        if name.removeprefix("fsdp_") not in (*FSDP_OPTIONS, *FSDP_IDLE):
+            known = ", ".join(sorted(FSDP_OPTIONS))
+            yield Problem(f"fsdp_config.{name}", f"is not an option that Eagleray knows; use one of {known}")
+    if sharding == "fsdp" and config.optimizer not in SHARDED_OPTIMIZERS:
+        text = f"{config.optimizer} cannot work on shards; use one of {', '.join(SHARDED_OPTIMIZERS)}"
+        yield Problem("optimizer", text)
+    if sharding == "fsdp" and config.load_in_8bit:
+        yield Problem("load_in_8bit", "FSDP cannot shard int8 weights; use load_in_4bit with adapter: qlora")
+    if sharding == "zero3" and (config.load_in_4bit or config.load_in_8bit):
+        key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+        yield Problem(key, "ZeRO-3 does not shard a quantized model here; use zero_optimization stage 2, or fsdp_version: 2")
+
+
+def notes(config: JobConfig) -> Iterator[Problem]:
+    """Settings that are taken in another way than they are written."""
+    if (config.fsdp_config and config.fsdp_version is None) or config.fsdp_version == 1:
+        yield Problem("fsdp_version", "FSDP2 shards the model, whatever version is written; the result is the same")
+    for name in config.fsdp_config or {}:
+        if name.removeprefix("fsdp_") in FSDP_IDLE[:-1]:
+            yield Problem(f"fsdp_config.{name}", "not used: FSDP2 has no such option, and results are always saved whole")
+
+
+def _fsdp_options(config: JobConfig) -> dict[str, Any]:
+    return {name.removeprefix("fsdp_"): value for name, value in (config.fsdp_config or {}).items()}
+
+
+def _deepspeed(config: JobConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration, with what follows from the job's own keys left to transformers ("auto")."""
+    found = _from_file(config, config.deepspeed) if isinstance(config.deepspeed, str) else deepcopy(config.deepspeed)
+    assert isinstance(found, dict)
+    stage = found.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    wrong = []
+    if stage not in (0, 1, 2, 3):
+        wrong.append(f"zero_optimization.stage is {stage!r}; use 1, 2 or 3")
+    if (found.get("fp16") or {}).get("enabled") is True:
+        wrong.append("fp16 is on; Eagleray trains in bfloat16 or float32, so set it to false or auto")
+    step = config.micro_batch_size * config.gradient_accumulation_steps
+    workers = config.ray_num_workers
+    follows = {
+        "train_micro_batch_size_per_gpu": ("micro_batch_size", config.micro_batch_size),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", config.gradient_accumulation_steps),
+        "gradient_clipping": ("max_grad_norm", config.max_grad_norm),
+        "train_batch_size": ("the rows of a step", step * workers if isinstance(workers, int) else "auto"),
+    }
+    for name, (key, value) in follows.items():
+        if found.setdefault(name, "auto") not in ("auto", value):
+            wrong.append(f"{name} is {found[name]}, but {key} is {value:g}; write auto")
+    if wrong:
+        config.source.raise_if_any(Problem("deepspeed", text) for text in wrong)
+    found.setdefault("bf16", {"enabled": "auto"})
+    if stage == 3:
+        found["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # or there would be no result
+    return found
+
+
+def _from_file(config: JobConfig, name: str) -> dict[str, Any]:
+    candidates = [Path(folder, name).expanduser() for folder in search_paths(config)]
+    path = next((path for path in candidates if path.is_file()), None)
+    try:
+        if path is None:
+            raise ConfigError(f"there is no file {name}; give its path, or write its content in place of the name")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} holds no mapping; write DeepSpeed's configuration into it")
+    except (ConfigError, ValueError, OSError) as error:
+        text = str(error) if isinstance(error, ConfigError) else f"{name} cannot be read as JSON: {error}"
+        config.source.raise_if_any([Problem("deepspeed", text)])
+        raise
+    return content
