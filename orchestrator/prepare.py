@@ -114,7 +114,8 @@ def stream(config: JobConfig, search_paths: Sequence[str], quarantine: Any, read
     context.target_max_block_size = STREAM_BLOCK_BYTES
     items = [{"item": file} for file in files if not spec.sources[file.source].held_out]
     found = ray.data.from_items(items, override_num_blocks=len(items))
-    found = found.flat_map(partial(streaming.pieces, spec=spec, quarantine=quarantine), num_cpus=0, compute=ray.data.TaskPoolStrategy(1))
+    one_task = ray.data.TaskPoolStrategy(1)
+    found = found.flat_map(partial(streaming.pieces, spec=spec, quarantine=quarantine), num_cpus=0, compute=one_task)
     encode = partial(streaming.rows, spec=spec, quarantine=quarantine)
     # The workers may have reserved every CPU, and still do not compute all the time.
     return found.map_batches(encode, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(readers))

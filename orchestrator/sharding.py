@@ -71,8 +71,6 @@ def checkpoints_activations(config: JobConfig) -> bool:
 def problems(config: JobConfig) -> Iterator[Problem]:
     """What cannot be sharded, or is not an option."""
     sharding = kind(config)
-    if config.fsdp_version not in (None, 1, 2):
-        yield Problem("fsdp_version", f"is {config.fsdp_version}; use 2")
     for name in config.fsdp_config or {}:
         if name.removeprefix("fsdp_") not in (*FSDP_OPTIONS, *FSDP_IDLE):
             known = ", ".join(sorted(FSDP_OPTIONS))

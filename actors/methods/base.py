@@ -90,7 +90,8 @@ class SafeCheckpoints:
             self._load_whole(resume_from_checkpoint)  # before the weights are cut into shards
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
         if self.is_deepspeed_enabled:
-            self.model_wrapped.checkpoint_engine = sharding.state_files(self.model_wrapped.optimizer.loss_scaler)
+            scaler = getattr(self.model_wrapped.optimizer, "loss_scaler", None)
+            self.model_wrapped.checkpoint_engine = sharding.state_files(scaler)
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
                 from transformers.integrations.deepspeed import deepspeed_load_checkpoint

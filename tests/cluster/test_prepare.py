@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import ray
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -16,8 +17,9 @@ from actors import hub
 from actors.errors import ConfigError, DataError
 from actors.formats.base import IGNORED
 from actors.reading import BadRow
+from actors.streaming import Quarantine
 from orchestrator import prepare as module
-from orchestrator.prepare import Prepared, Split, format_spec, prepare
+from orchestrator.prepare import Prepared, Split, format_spec, prepare, stream
 from orchestrator.schema import DatasetConfig, JobConfig
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -316,3 +318,18 @@ def test_parts_appear_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
     left = sorted(os.path.relpath(file, tmp_path / "prepared") for file in (tmp_path / "prepared").rglob("*") if file.is_file())
     assert left == ["held_out/part-00000000.arrow", "train/part-00000000.arrow"]
     assert [*made.held_out.files, *made.train.files] == [str(tmp_path / "prepared" / name) for name in left]
+
+
+def test_a_stream_gives_rows_before_it_is_read(tmp_path: Path, tokenizer: Any) -> None:
+    """The rows are those that would be prepared, in their order; the first one comes long before the last is read."""
+    count = 60_000
+    rows = jsonl(tmp_path / "a.jsonl", [{"text": f"row {i} " * 20} for i in range(count)])
+    config = job(DatasetConfig(path=str(rows), type="completion"), streaming=True, max_steps=5)
+    quarantine = ray.remote(num_cpus=0)(Quarantine).remote()
+    batches = iter(stream(config, [], quarantine, readers=1).iter_batches(batch_size=2, batch_format="pyarrow"))
+    first = next(batches).to_pylist()
+    read, bad, error = ray.get(quarantine.so_far.remote())
+    assert read < count / 2 and not bad and error is None
+    expected = tokenizer("row 0 " * 20)["input_ids"] + [tokenizer.eos_token_id]
+    assert first[0] == {"input_ids": expected, "labels": expected}
+    assert tokenizer.decode(first[1]["input_ids"]).startswith("row 1 ")

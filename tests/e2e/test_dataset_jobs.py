@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -158,7 +159,7 @@ def test_bad_input_ends_in_one_message(dataset_job: Job, tmp_path: Path, capsys:
     cases = {
         (dataset_job(), f"datasets=[{{path: {tmp_path}/none.jsonl, type: completion}}]"): "there is no file",
         (dataset_job(), f"datasets=[{{path: {tmp_path}/texts.jsonl, type: alpacca}}]"): "alpaca",
-        (dataset_job(), "deepspeed=z.json"): "sharded training is not implemented yet",
+        (dataset_job(), "deepspeed=z.json"): "there is no file z.json",
     }
     for arguments, expected in cases.items():
         code, output = command(capsys, "run", *arguments)
@@ -171,3 +172,24 @@ def test_too_many_bad_rows_stop_the_job(dataset_job: Job, tmp_path: Path) -> Non
     code, output = finish(start("run", config), 200)
     assert code == 1 and "Traceback" not in output
     assert f"{tmp_path}/texts.jsonl:2" in output and "ray.max_bad_rows" in output
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_where_it_was(dataset_job: Job, tmp_path: Path) -> None:
+    """Several times over its rows, bad ones among them; resumed, it takes the steps that it would have taken."""
+    with (tmp_path / "texts.jsonl").open("a") as rows:
+        rows.write('{"text": \n{"text": ""}\n')
+    steps = {"max_steps": 16, "save_steps": 4, "val_set_size": 0, "eval_steps": None}
+    config = dataset_job(streaming=True, auto_resume_from_checkpoints=True, ray__max_bad_rows=0.1, **steps)
+    code, output = finish(start("run", config))
+    assert code == 0, output
+    out = tmp_path / "out"
+    bad = json.loads((out / "quarantine.json").read_text())
+    assert sorted(row["place"] for row in bad) == [f"{tmp_path}/texts.jsonl:41", f"{tmp_path}/texts.jsonl:42"]
+    whole = [(record["step"], record["loss"]) for record in records(out, "train")]
+    assert [step for step, _ in whole] == list(range(1, 17)) and whole[-1][1] < whole[0][1] - 0.1
+    for step in (8, 12, 16):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    code, output = finish(start("run", config))
+    assert code == 0, output
+    assert [(record["step"], record["loss"]) for record in records(out, "train")] == whole

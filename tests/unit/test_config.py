@@ -291,6 +291,9 @@ def test_loading_needs_no_framework() -> None:
         ("sdp_attention: true\nattn_implementation: eager\n", [":14: sdp_attention: means", "sdpa", "eager"]),
         ("chat_template: jinja\n", [":14: chat_template: jinja needs the template", "chat_template_jinja"]),
         ("streaming: true\n", [":14: streaming: streamed rows have no end; add max_steps"]),
+        ("streaming: true\nmax_steps: 9\nval_set_size: 0.1\n", [":16: val_set_size: rows cannot be drawn from a stream"]),
+        ("streaming: true\nmax_steps: 9\nsaves_per_epoch: 2\n", [":16: saves_per_epoch: a stream has no epochs"]),
+        ("streaming: true\nmax_steps: 9\nsave_strategy: epoch\n", [":16: save_strategy: a stream has no epochs"]),
         ("reward_model: true\n", [":14: reward_model: true means rl: reward_trainer, but rl is grpo"]),
         ("peft_use_dora: true\n", [":14: peft_use_dora: vLLM cannot sample from a DoRA adapter"]),
         ("optimizer: adamw_torch_fuse\n", [":14: optimizer:", "did you mean adamw_torch_fused?"]),
@@ -530,8 +533,7 @@ def test_dataset_methods_run(tmp_path: Path, rl: str | None) -> None:
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        ("deepspeed: z.json\n", "deepspeed: sharded training is not implemented yet"),
-        ("streaming: true\nmax_steps: 5\n", "streaming: is not implemented yet"),
+        ("context_parallel_size: 2\n", "context_parallel_size: is not implemented yet"),
         ("ray_num_workers: [1, 2]\n", "ray_num_workers: a range of workers is not implemented yet"),
         ("optimizer: muon\n", "optimizer: muon is not implemented yet; use one of adamw_torch"),
         ("lr_scheduler: rex\n", "lr_scheduler: rex is not implemented yet"),

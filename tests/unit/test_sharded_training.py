@@ -1,0 +1,172 @@
+"""Models in shards: two processes on gloo learn what one process learns, and go on from a checkpoint as if never stopped."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from actors import hub, sharding, storage
+from actors.methods import METHODS
+from actors.methods.base import Inputs
+from actors.model import peft_config
+from actors.specs import LoraSpec
+from tests.tiny import SMOLLM2
+
+STEPS = 4
+LORA = LoraSpec(r=4, alpha=8)
+ZERO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+}
+SHARDINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fsdp": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "fsdp, loaded by rank 0": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
+    "zero1": {"deepspeed": {"zero_optimization": {"stage": 1}, **ZERO}},
+    "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}, **ZERO}},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}, **ZERO}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama, its embeddings tied as SmolLM2's are."""
+    path = tmp_path_factory.mktemp("llama")
+    tokenizer = AutoTokenizer.from_pretrained(hub.resolve(SMOLLM2.name))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def rows_for(method: str) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, 40, (count,), generator=generator).tolist()
+
+    rows: list[dict[str, Any]] = []
+    for index in range(8 * STEPS):
+        if method == "sft":
+            tokens = ids(8 + index % 3)
+            rows.append({"input_ids": tokens, "labels": tokens})
+        elif method == "kto":
+            rows.append({"prompt_ids": ids(5), "completion_ids": ids(4), "label": index % 2 == 0})
+        else:
+            rows.append({"prompt_ids": ids(5), "chosen_ids": ids(4), "rejected_ids": ids(3 + index % 2)})
+    return Dataset.from_list(rows)
+
+
+def train(
+    rank: int, world: int, port: int, folder: str, out: str, method: str, lora: bool, kind: str, resume: str | None
+) -> None:
+    """One rank; rank 0 leaves losses and gradient norms in losses.json."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    arguments: dict[str, Any] = {
+        "output_dir": out,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2 // world,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **SHARDINGS[kind],
+    }
+    arguments |= sharding.start(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model_init: dict[str, Any] = {"dtype": "float32"} | ({"num_labels": 1} if method == "reward_trainer" else {})
+    task = "SEQ_CLS" if method == "reward_trainer" else "CAUSAL_LM"
+    adapter = peft_config(LORA, task) if lora else None
+    torch.manual_seed(0)
+    trainer = METHODS[method](
+        Inputs(folder, model_init, tokenizer, adapter, rows_for(method), None, arguments, packed=False)
+    )
+    trainer.job, trainer.keep = {}, None
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(out)
+    if rank == 0:
+        sharded = any(hasattr(one, "placements") or hasattr(one, "ds_id") for one in trainer.model.parameters())
+        curve = [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "loss" in entry]
+        Path(out, "losses.json").write_text(json.dumps({"curve": curve, "sharded": sharded}))
+    torch.distributed.destroy_process_group()
+
+
+def run(folder: Path, out: Path, method: str, lora: bool, kind: str, world: int, resume: Path | None = None) -> dict[str, Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (world, port, str(folder), str(out), method, lora, kind, str(resume) if resume else None)
+    torch.multiprocessing.spawn(train, arguments, nprocs=world)
+    found: dict[str, Any] = json.loads((out / "losses.json").read_text())
+    return found
+
+
+def compare(folder: Path, tmp_path: Path, method: str, lora: bool, kind: str) -> Path:
+    """One process in whole against two in shards, and two that go on from the first checkpoint. Returns the result's folder."""
+    one = run(folder, tmp_path / "one", method, lora, "none", 1)
+    two = run(folder, tmp_path / "two", method, lora, kind, 2)
+    assert two["sharded"] == (kind.startswith("fsdp") or kind == "zero3")
+    torch.testing.assert_close(two["curve"], one["curve"], atol=1e-4, rtol=1e-4)
+    assert one["curve"][0][0] != pytest.approx(one["curve"][-1][0], abs=1e-2), "nothing was learned"
+    checkpoint = tmp_path / "two" / "checkpoint-2"
+    storage.verify(checkpoint)
+    resumed = run(folder, tmp_path / "resumed", method, lora, kind, 2, checkpoint)
+    torch.testing.assert_close(resumed["curve"], two["curve"], atol=1e-5, rtol=1e-5)
+    return tmp_path / "two"
+
+
+def test_an_adapter_under_fsdp(folder: Path, tmp_path: Path) -> None:
+    out = compare(folder, tmp_path, "sft", True, "fsdp")
+    assert (out / "adapter_model.safetensors").stat().st_size < 100_000, "the frozen base is not part of the result"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp, loaded by rank 0", "zero1", "zero2", "zero3"])
+def test_a_whole_model(folder: Path, tmp_path: Path, kind: str) -> None:
+    out = compare(folder, tmp_path, "sft", False, kind)
+    tuned, base = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (out, folder))
+    assert not torch.equal(tuned.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    assert tuned.num_parameters() == base.num_parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_an_adapter_under_deepspeed(folder: Path, tmp_path: Path, kind: str) -> None:
+    compare(folder, tmp_path, "sft", True, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+@pytest.mark.parametrize("method", ["dpo", "orpo", "reward_trainer"])
+def test_other_methods(folder: Path, tmp_path: Path, method: str, kind: str) -> None:
+    compare(folder, tmp_path, method, True, kind)

@@ -1,0 +1,113 @@
+"""Axolotl's keys for shards: what transformers gets, and what is refused or noted before anything starts."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import ConfigError
+from orchestrator.arguments import training_arguments
+from orchestrator.config import load
+from orchestrator.dataset_plan import describe, make_dataset_plan
+from orchestrator.plan import Node
+from orchestrator.runnable import ensure_runnable
+from orchestrator.schema import JobConfig
+
+JOB = (
+    "base_model: m\nlearning_rate: 1e-4\ndatasets: [{path: rows.jsonl, type: alpaca}]\n"
+    "micro_batch_size: 2\ngradient_accumulation_steps: 4\nray_num_workers: 2\nmax_grad_norm: 0.5\n"
+)
+QLORA = "adapter: qlora\nload_in_4bit: true\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
+
+
+def job(folder: Path, text: str) -> JobConfig:
+    path = folder / "job.yaml"
+    path.write_text(JOB + text)
+    return load(path)
+
+
+def arguments(config: JobConfig, gpu: bool = True) -> dict[str, Any]:
+    return training_arguments(config, gpu=gpu, dtype="bfloat16", steps_per_epoch=10, total_steps=40)
+
+
+def test_fsdp_as_axolotl_writes_it(tmp_path: Path) -> None:
+    text = (
+        "fsdp_version: 2\nfsdp_config:\n  offload_params: true\n  cpu_ram_efficient_loading: true\n"
+        "  auto_wrap_policy: TRANSFORMER_BASED_WRAP\n  transformer_layer_cls_to_wrap: LlamaDecoderLayer\n"
+        "  state_dict_type: FULL_STATE_DICT\n  fsdp_reshard_after_forward: false\n  activation_checkpointing: true\n"
+    )
+    config = job(tmp_path, text)
+    ensure_runnable(config)
+    found = arguments(config)
+    expected = {
+        "version": 2,
+        "cpu_offload": True,
+        "cpu_ram_efficient_loading": True,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "reshard_after_forward": False,
+    }
+    assert found["fsdp"] is True and found["fsdp_config"] == expected
+    assert found["gradient_checkpointing"] is True, "asked for in fsdp_config"
+    assert "cpu_offload" not in arguments(config, gpu=False)["fsdp_config"]
+    nodes = [Node("a", {"CPU": 8.0, "GPU": 2.0})]
+    assert "sharding    FSDP2" in "\n".join(describe(config, make_dataset_plan(config, nodes)))
+
+
+def test_deepspeed_from_a_file_beside_the_job(tmp_path: Path) -> None:
+    (tmp_path / "zero3.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "overlap_comm": True}, "train_micro_batch_size_per_gpu": 2})
+    )
+    config = job(tmp_path, "deepspeed: zero3.json\n")
+    ensure_runnable(config)
+    found = arguments(config)["deepspeed"]
+    assert found["zero_optimization"] == {
+        "stage": 3,
+        "overlap_comm": True,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    assert found["train_micro_batch_size_per_gpu"] == 2
+    assert found["train_batch_size"] == found["gradient_clipping"] == found["gradient_accumulation_steps"] == "auto"
+    assert "fsdp" not in arguments(config)
+
+
+def test_nothing_is_sharded_unasked(tmp_path: Path) -> None:
+    assert not {"fsdp", "fsdp_config", "deepspeed"} & set(arguments(job(tmp_path, "")))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("deepspeed: nowhere.json\n", ":8: deepspeed: there is no file nowhere.json"),
+        ("deepspeed: {zero_optimization: {stage: 5}}\n", ":8: deepspeed: zero_optimization.stage is 5"),
+        ("deepspeed: {fp16: {enabled: true}}\n", "deepspeed: fp16 is on"),
+        ("deepspeed: {train_micro_batch_size_per_gpu: 3}\n", "is 3, but micro_batch_size is 2; write auto"),
+        ("deepspeed: {train_batch_size: 8}\n", "is 8, but the rows of a step is 16; write auto"),
+        ("deepspeed: {gradient_clipping: 1.0}\n", "is 1.0, but max_grad_norm is 0.5; write auto"),
+        ("deepspeed: {zero_optimization: {stage: 3}}\n" + QLORA, "load_in_4bit: ZeRO-3 does not shard a quantized model"),
+        ("fsdp_version: 2\nfsdp_config: {offload_parms: true}\n", "fsdp_config.offload_parms: is not an option"),
+        ("fsdp_version: 2\noptimizer: adamw_bnb_8bit\n", "optimizer: adamw_bnb_8bit cannot work on shards"),
+        ("fsdp_version: 2\n" + QLORA.replace("qlora", "lora").replace("4bit", "8bit"), "load_in_8bit: FSDP cannot shard int8"),
+    ],
+)
+def test_what_cannot_be_sharded_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    config = job(tmp_path, text)
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        ensure_runnable(config)
+
+
+def test_a_file_that_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text("{zero")
+    with pytest.raises(ConfigError, match=re.escape("deepspeed: ds.json cannot be read as JSON")):
+        ensure_runnable(job(tmp_path, "deepspeed: ds.json\n"))
+
+
+def test_what_fsdp1_had_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "eagleray"):
+        ensure_runnable(job(tmp_path, "fsdp_config: {fsdp_use_orig_params: true, limit_all_gathers: true}\n"))
+    noted = "\n".join(caplog.messages)
+    assert "fsdp_config.fsdp_use_orig_params: not used" in noted and "fsdp_config.limit_all_gathers: not used" in noted
+    assert "FSDP2 shards the model, whatever version is written" in noted
