@@ -14,7 +14,7 @@ import ray
 import ray.train
 from datasets import Dataset, concatenate_datasets
 
-from actors import device, hub, model, sharding
+from actors import device, hub, model, sharding, storage
 from actors.errors import ConfigError
 from actors.methods import METHODS
 from actors.methods.base import OF_TRAINING, Inputs
@@ -38,7 +38,8 @@ class Reports:
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Entry point of Ray Train: config holds the spec and the handle of Reports."""
+    """Entry point of Ray Train: config holds the spec, the handle of Reports, and path and content of the driver's marker."""
+    storage.ensure_shared(*config["marker"])
     spec: DatasetTrainSpec = config["spec"]
     device.set_threads(spec.threads)
     try:

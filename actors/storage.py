@@ -1,11 +1,13 @@
 """Folders that are whole or absent: safetensors and JSON, written beside and renamed, with digests in a manifest.
 
+They lie on storage that all nodes mount, which ensure_shared() asks before anything is trained.
 No pickle is ever read. A new kind of file in a checkpoint needs nothing here: seal() covers whatever lies in the folder.
 """
 
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,16 @@ def write_json(path: Path, value: object) -> None:
     beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _sync(beside)
     os.replace(beside, path)
+
+
+def ensure_shared(marker: str, content: str) -> None:
+    """Raises CheckpointError unless the driver's file is seen here, so that what is saved lands where the driver looks."""
+    path = Path(marker)
+    if not path.is_file() or path.read_text(encoding="utf-8") != content:
+        raise CheckpointError(
+            f"output_dir: {path.parent} on {socket.gethostname()} is not the driver's folder of that name; "
+            "use storage that all nodes mount"
+        )
 
 
 @contextmanager

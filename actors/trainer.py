@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from actors import device, model, snapshot
-from actors.errors import CheckpointError
+from actors import device, model, snapshot, storage
 from actors.loss import grpo_loss, token_weights
 from actors.optimizers import load_optimizer, save_optimizer
 from actors.packing import PackedRow, Sample, pack_row, plan_rows
@@ -59,13 +58,8 @@ class Trainer:
             return tuple(model.sequence_logprobs(self.policy, self.probe))
 
     def ensure_shared(self, marker: str, content: str) -> None:
-        """Raises CheckpointError unless the driver's file is seen here, so that checkpoints land where it looks."""
-        path = Path(marker)
-        if not path.is_file() or path.read_text(encoding="utf-8") != content:
-            raise CheckpointError(
-                f"output_dir: {path.parent} on the trainer's node is not the driver's folder of that name; "
-                "use storage that all nodes mount"
-            )
+        """Raises CheckpointError unless the driver's file is seen here."""
+        storage.ensure_shared(marker, content)
 
     def train(self, advantages: Sequence[Sequence[float | None]], *groups: RolloutGroup) -> TrainStats:
         """One batch: `num_iterations` optimizer steps over the completions that have an advantage.

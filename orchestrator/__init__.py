@@ -25,6 +25,7 @@
     dataset_job.py  a dataset job (every other method) from configuration to result
     jobs.py         what both share
     metrics.py      what a run measures
+    wandb_run.py    the same as a run of Weights & Biases
     display.py      what it shows
     report.py       its curves
     submit.py       the same job through Ray's job API

@@ -26,7 +26,7 @@ from orchestrator.data import ensure_usable
 from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
 from orchestrator.display import DATASET_COLUMNS, Display
 from orchestrator.environment import worker_environment
-from orchestrator.jobs import RunResult, lora_spec, search_paths, with_absolute_paths
+from orchestrator.jobs import RunResult, lora_spec, metrics_log, search_paths, tell_stop, with_absolute_paths
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
 from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare, stream
@@ -52,7 +52,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
     hub.resolve(config.base_model)
     plan_job(config, cluster.local_nodes())
     display.columns = DATASET_COLUMNS[config.rl]
-    with checkpoints.claimed(output_dir):
+    with checkpoints.claimed(output_dir) as marker:
         resume = checkpoints.resume_point(config, output_dir, display.warn)
         step = 0
         if resume is not None:
@@ -70,7 +70,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
             title = f"{METHOD_NAMES[config.rl]}: {config.base_model} -> {output_dir}"
             display.header(title, [*describe(config, plan), f"dashboard   {dashboard}"])
             rows = stack.enter_context(prepared_rows(config, output_dir, display))
-            result = _Training(config, plan, rows, output_dir, display).run(resume, step)
+            result = _Training(config, plan, rows, output_dir, display).run(resume, step, marker)
         return result
 
 
@@ -115,57 +115,37 @@ class _Training:
         self.rows = rows
         self.output_dir = output_dir
         self.display = display
+        self.step = 0
+        self.evaluations: list[dict[str, Any]] = []
         self.bad_rows = 0  # of a stream, so far
         self.total = plan.total_steps(config, rows.train.rows)
 
-    def run(self, resume: Path | None, step: int) -> RunResult:
+    def run(self, resume: Path | None, step: int, marker: str) -> RunResult:
         reports = cluster.start_free(Reports)
         quarantine = cluster.start_free(Quarantine) if self.config.streaming else None
-        evaluations: list[dict[str, Any]] = []
-        log = MetricsLog(
-            self.output_dir,
-            self.config.ray_run_name or self.output_dir.name,
-            resumed_from=step,
-            use_tensorboard=self.config.use_tensorboard,
-        )
+        self.step = step
+        log = metrics_log(self.config, step, self.display)
         if resume is not None:
             self._complete(log, resume)
             self.display.note(f"resumed from {resume}")
-        seen = 0
-        with log, self._trained(reports, quarantine, resume) as training, self.display.phase("training"):
-            while True:
-                running = training.thread.is_alive()
-                records = cluster.fetch(reports.since.remote(seen), "the records of the workers", 60)
-                seen += len(records)
-                for kind, record in records:
-                    log.write(kind, record)
-                    if kind == "train":
-                        self.display.step(record, self.total)
-                        step = int(record["step"])
-                    else:
-                        evaluations.append(record)
-                        self.display.held_out(record)
-                if quarantine is not None:
-                    self._watch(quarantine)
-                if not running:
-                    break
-                cluster.pause(POLL_S)
+        with log, self._trained(reports, quarantine, resume, marker) as training, self.display.phase("training"):
+            try:
+                self._follow(training, reports, quarantine, log)
+            except cluster.Interrupted:
+                tell_stop(self.display, self.output_dir, self.step)
+                raise
             training.raise_if_failed()
-        if not any((self.output_dir / name).exists() for name in checkpoints.RESULTS):
-            raise ActorError(
-                f"output_dir: the workers saved their result to {self.output_dir} on another machine; "
-                "use storage that all nodes mount"
-            )
+            log.keep_result()
         what = "adapter" if self.config.adapter else "model"
         self.display.summary(
-            f"done: {step} steps",
+            f"done: {self.step} steps",
             [
                 f"{what:<8} {self.output_dir}",
                 f"metrics  {log.path}",
                 f"curves   eagleray report {self.output_dir}",
             ],
         )
-        return RunResult(self.output_dir, step, tuple(evaluations))
+        return RunResult(self.output_dir, self.step, tuple(self.evaluations))
 
     def _complete(self, log: MetricsLog, resume: Path) -> None:
         """Writes the records that the checkpoint knows and a killed driver had not written yet."""
@@ -174,6 +154,27 @@ class _Training:
             named = record_of(entry)
             if named is not None and (named[0], named[1]["step"]) not in written:
                 log.write(named[0], named[1])  # type: ignore[arg-type]
+
+    def _follow(self, training: "_Fit", reports: Any, quarantine: Any, log: MetricsLog) -> None:
+        """Keeps and shows what the workers tell, until they have ended."""
+        seen = 0
+        running = True
+        while running:
+            running = training.thread.is_alive()
+            records = cluster.fetch(reports.since.remote(seen), "the records of the workers", 60)
+            seen += len(records)
+            for name, record in records:
+                log.write(name, record)
+                if name == "train":
+                    self.display.step(record, self.total)
+                    self.step = int(record["step"])
+                else:
+                    self.evaluations.append(record)
+                    self.display.held_out(record)
+            if quarantine is not None:
+                self._watch(quarantine)
+            if running:
+                cluster.pause(POLL_S)
 
     def _watch(self, quarantine: Any) -> None:
         """Keeps quarantine.json, and stops the job at too many bad rows or a file that cannot be read."""
@@ -185,14 +186,18 @@ class _Training:
             raise error
         ensure_usable(self.config, "rows", 1, raw_rows, len(bad), bad)
 
-    def _trained(self, reports: Any, quarantine: Any, resume: Path | None) -> "_Fit":
+    def _trained(self, reports: Any, quarantine: Any, resume: Path | None, marker: str) -> "_Fit":
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
 
         storage_path = self.output_dir / ".ray-train"
         trainer = TorchTrainer(
             train_loop,
-            train_loop_config={"spec": train_spec(self.config, self.plan, self.rows, resume), "reports": reports},
+            train_loop_config={
+                "spec": train_spec(self.config, self.plan, self.rows, resume),
+                "reports": reports,
+                "marker": (str(self.output_dir / checkpoints.LOCK), marker),
+            },
             datasets={"train": stream(self.config, search_paths(self.config), quarantine, self.plan.readers)}
             if quarantine is not None
             else None,

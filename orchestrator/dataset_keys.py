@@ -6,7 +6,7 @@ See `runnable.py` for what the tables mean. When a feature arrives, its line mov
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from orchestrator.online_keys import ATTENTION, LIGER, SPEED_PLUGINS, WANDB, absent_or
+from orchestrator.online_keys import ATTENTION, LIGER, SPEED_PLUGINS, WANDB, WANDB_LIMITS, absent_or
 from orchestrator.schema import DatasetConfig, JobConfig
 from orchestrator.source import Problem
 
@@ -26,7 +26,7 @@ ACTS_ON = frozenset({
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ray_num_workers",
     "resources_per_worker", "ray_run_name", "rl_beta", "dpo_loss_type", "dpo_label_smoothing", "orpo_alpha",
     "kto_desirable_weight", "kto_undesirable_weight", "center_rewards_coefficient", "trl.beta", "ray.max_bad_rows",
-    "ray.trainer_cpus", "streaming", "deepspeed", "fsdp_version", "fsdp_config",
+    "ray.trainer_cpus", "streaming", "deepspeed", "fsdp_version", "fsdp_config", *WANDB,
 })
 OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_bnb_8bit", "adamw_8bit",
@@ -63,6 +63,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "cannot be loaded; remove it",
     ),
     ("special_tokens", lambda v: bool(set(v or {}) - {"pad_token"}), "is not implemented yet; keep pad_token only"),
+    *WANDB_LIMITS,
 )
 
 _GRPO = "not used: it concerns rl: grpo"
@@ -137,7 +138,6 @@ NOT_YET: dict[str, str] = {
     "save_only_model": "checkpoints always hold what a resume needs; remove it",
     "loss_watchdog_threshold": "is not implemented yet; remove it",
     "loss_watchdog_patience": "is not implemented yet; remove it",
-    **WANDB,
     "tensor_parallel_size": _SPLIT,
     "context_parallel_size": _SPLIT,
     "dp_shard_size": _SPLIT,

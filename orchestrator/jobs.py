@@ -1,10 +1,13 @@
-"""What online and dataset jobs share: their result, their paths, their adapter."""
+"""What online and dataset jobs share: their result, their paths, their adapter, their log, and what is said of a stop."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from actors.specs import LoraSpec
+from orchestrator import checkpoints, wandb_run
+from orchestrator.display import Display
+from orchestrator.metrics import MetricsLog
 from orchestrator.schema import JobConfig
 
 
@@ -58,4 +61,22 @@ def lora_spec(config: JobConfig) -> LoraSpec:
         use_rslora=config.peft_use_rslora,
         use_dora=config.peft_use_dora,
         modules_to_save=tuple(config.lora_modules_to_save or ()),
+    )
+
+
+def metrics_log(config: JobConfig, resumed_from: int, display: Display) -> MetricsLog:
+    """The log of a run that goes on after step `resumed_from`; 0 is a new one."""
+    output_dir = Path(config.output_dir)
+    name = config.ray_run_name or output_dir.name
+    run = wandb_run.WandbRun(config, name, resumed_from > 0, display) if wandb_run.wanted(config) else None
+    return MetricsLog(output_dir, name, resumed_from, config.use_tensorboard, run)
+
+
+def tell_stop(display: Display, output_dir: Path, step: int) -> None:
+    """What a person who stopped a job after a step needs to know."""
+    saved = checkpoints.steps_saved(output_dir)
+    kept = f"the checkpoint of step {saved[0]} is whole" if saved else "there is no checkpoint yet"
+    display.note(
+        f"stopped after step {step}; {kept}. "
+        "The same command with auto_resume_from_checkpoints=true goes on from there."
     )

@@ -2,8 +2,9 @@
 
 `METRICS` is the one place that names a metric: the driver may only write names that stand there, the Ray gauges
 take their descriptions from it, and `report.py` and `display.py` read records by those names. A new metric is a
-line in the table. `MetricsLog` writes each record three times: a line of `metrics.jsonl` (the record that lasts and
-that a resumed run continues), TensorBoard, and Ray's metrics, which Prometheus knows as `ray_eagleray_<name>`.
+line in the table. `MetricsLog` writes each record up to four times: a line of `metrics.jsonl` (the record that lasts
+and that a resumed run continues), TensorBoard, Weights & Biases, and Ray's metrics, which Prometheus knows as
+`ray_eagleray_<name>`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import ray
 from ray.util.metrics import Gauge
 
 from actors.errors import EaglerayError
+from orchestrator.wandb_run import WandbRun
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -132,19 +134,27 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Writes a run's records to metrics.jsonl, TensorBoard and Ray's metrics.
+    """Writes a run's records to metrics.jsonl, TensorBoard, Weights & Biases and Ray's metrics.
 
     `resumed_from` is the step of the checkpoint that the run continues from: records of later steps are dropped,
     since those steps are trained again. 0 is a new run: the metrics of an earlier run in the same folder are moved
     to `metrics.previous.jsonl`. Raises EaglerayError when the file to continue is damaged.
     """
 
-    def __init__(self, output_dir: Path, run: str, resumed_from: int = 0, use_tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        run: str,
+        resumed_from: int = 0,
+        use_tensorboard: bool = True,
+        wandb: WandbRun | None = None,
+    ) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         self.path = output_dir / METRICS_FILE
         self._run = run
         self._gauges: dict[str, Gauge] = {}
         self._tensorboard: SummaryWriter | None = None
+        self._wandb = wandb
         _keep_until(self.path, resumed_from)
         self._file = self.path.open("a", encoding="utf-8")
         if use_tensorboard:
@@ -169,16 +179,25 @@ class MetricsLog:
             for name in record.keys() - {"step"}:
                 self._tensorboard.add_scalar(name, float(record[name]), step)
             self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.write({name: value for name, value in record.items() if name != "step"}, step)
         if ray.is_initialized():
             for name, (key, function) in entries.items():
                 tags = {"run": self._run} | ({"function": function} if function else {})
                 self._gauge(key).set(float(record[name]), tags=tags)
 
-    def close(self) -> None:
+    def keep_result(self) -> None:
+        """Tells Weights & Biases that the result lies in output_dir."""
+        if self._wandb is not None:
+            self._wandb.upload_result()
+
+    def close(self, failed: bool = False) -> None:
         """Close the files; calling it twice does no harm."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close(failed)
 
     def __enter__(self) -> Self:
         return self
@@ -186,7 +205,7 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=error is not None)
 
     def _gauge(self, key: str) -> Gauge:
         """The gauge of a table key: `eval/reward` is `eagleray_eval_reward`."""

@@ -16,7 +16,7 @@ from orchestrator.config import dump
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
 from orchestrator.display import Display
 from orchestrator.grpo import Evaluation, Loop
-from orchestrator.jobs import RunResult, lora_spec, search_paths, with_absolute_paths
+from orchestrator.jobs import RunResult, lora_spec, metrics_log, search_paths, tell_stop, with_absolute_paths
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Node, Plan, describe, ensure_placeable, make_plan
 from orchestrator.policies import Policies
@@ -105,13 +105,11 @@ class _Job:
             if resume is not None:
                 self._restore(loop, resume)
             loop.start()
-            run_name = self.config.ray_run_name or self.output_dir.name
-            with MetricsLog(
-                self.output_dir, run_name, resumed_from=loop.step, use_tensorboard=self.config.use_tensorboard
-            ) as log:
+            with metrics_log(self.config, loop.step, self.display) as log:
                 self._loop(loop, log)
                 adapter = actors.trainer.save_adapter.remote(str(self.output_dir))
                 cluster.fetch(adapter, "the trainer, saving the adapter", self.config.ray.rollout_timeout_s)
+                log.keep_result()
         self.display.summary(
             f"done: {loop.step} steps",
             [f"adapter  {self.output_dir}", f"metrics  {log.path}", f"curves   eagleray report {self.output_dir}"],
@@ -134,12 +132,7 @@ class _Job:
                 if self.config.save_strategy != "no" and (loop.step % self.plan.save_steps == 0 or loop.step == total):
                     self._save(loop)
         except cluster.Interrupted:
-            saved = checkpoints.steps_saved(self.output_dir)
-            kept = f"the checkpoint of step {saved[0]} is whole" if saved else "there is no checkpoint yet"
-            self.display.note(
-                f"stopped after step {loop.step}; {kept}. "
-                "The same command with auto_resume_from_checkpoints=true goes on from there."
-            )
+            tell_stop(self.display, self.output_dir, loop.step)
             raise
 
     def _evaluate(self, loop: Loop, log: MetricsLog, label: str) -> None:

@@ -12,6 +12,10 @@ from orchestrator.schema import DatasetConfig, JobConfig
 from orchestrator.source import Problem
 
 # fmt: off
+WANDB = (
+    "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "wandb_mode", "wandb_watch",
+    "wandb_log_model",
+)
 ACTS_ON = frozenset({
     "rl", "base_model", "model_type", "tokenizer_type", "trust_remote_code", "output_dir", "adapter",
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules", "peft_use_rslora",
@@ -20,7 +24,7 @@ ACTS_ON = frozenset({
     "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
     "adam_epsilon", "bf16", "gradient_checkpointing", "seed", "attn_implementation",
     "sdp_attention", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "saves_per_epoch", "evals_per_epoch",
-    "resume_from_checkpoint", "auto_resume_from_checkpoints", "use_tensorboard",
+    "resume_from_checkpoint", "auto_resume_from_checkpoints", "use_tensorboard", *WANDB,
     "ray_num_workers", "resources_per_worker", "ray_run_name", "rl_beta", "trl.beta", "trl.use_vllm",
     "trl.vllm_mode", "trl.vllm_sync_interval", "trl.num_generations", "trl.max_completion_length",
     "trl.reward_funcs", "trl.reward_weights", "trl.temperature", "trl.top_p", "trl.top_k", "trl.min_p",
@@ -59,6 +63,11 @@ def absent_or(*values: Any) -> Callable[[Any], bool]:
     """Whether a value is written and none of these."""
     return lambda value: value is not None and value not in values
 
+
+WANDB_LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("wandb_watch", absent_or("", "false", "none"), "gradients are not watched; remove it"),
+    ("wandb_log_model", absent_or("", "false", "end"), "is not implemented yet; end uploads the result"),
+)
 
 # (key, is the value one that rl: grpo does not do?, sentence)
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -122,6 +131,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("vllm.data_parallel_size", lambda v: v != 1, "use ray.engines for more engines"),
     ("vllm.dtype", lambda v: v in ("half", "float16"), "is not implemented yet; use bfloat16 or float32"),
+    *WANDB_LIMITS,
 )
 
 _SFT = "not used: it concerns SFT"
@@ -171,19 +181,6 @@ IDLE: dict[str, str] = {
     "trl.vllm_enable_sleep_mode": "not used: engines have a placement of their own, so they need not sleep",
 }
 
-WANDB = dict.fromkeys(
-    (
-        "use_wandb",
-        "wandb_project",
-        "wandb_entity",
-        "wandb_name",
-        "wandb_run_id",
-        "wandb_mode",
-        "wandb_watch",
-        "wandb_log_model",
-    ),
-    "Weights & Biases is not implemented yet; use use_tensorboard: true",
-)
 _SHARDED = "training over several GPUs is not implemented yet; remove it"
 _ADDED_TOKENS = "new tokens are not implemented yet; add them to the model and give its folder as base_model"
 NOT_YET: dict[str, str] = {
@@ -212,7 +209,6 @@ NOT_YET: dict[str, str] = {
     "early_stopping_patience": "is not implemented yet; use max_steps",
     "loss_watchdog_threshold": "is not implemented yet; remove it",
     "loss_watchdog_patience": "is not implemented yet; remove it",
-    **WANDB,
     "deepspeed": _SHARDED,
     "fsdp_version": _SHARDED,
     "fsdp_config": _SHARDED,

@@ -1,6 +1,6 @@
 """Which shape a job has, and so who runs it: online (rl: grpo), or on a dataset (every other method)."""
 
-from orchestrator import dataset_job, dataset_plan, online_job, plan
+from orchestrator import dataset_job, dataset_plan, online_job, plan, wandb_run
 from orchestrator.display import Display
 from orchestrator.jobs import RunResult
 from orchestrator.plan import Node
@@ -14,6 +14,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
     Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
     """
     ensure_runnable(config)
+    wandb_run.ensure_login(config)
     return online_job.run(config, display) if config.rl == "grpo" else dataset_job.run(config, display)
 
 

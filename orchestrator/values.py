@@ -56,6 +56,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "trl.scale_rewards": SCALES,
     "trl.importance_sampling_level": IMPORTANCE_SAMPLING_LEVELS,
     "dpo_loss_type": DPO_LOSSES,
+    "wandb_mode": ("online", "offline", "disabled"),
     "vllm.dtype": ("auto", "bfloat16", "float16", "half", "float32", "float"),
     "ray.sync": ("auto", "fused", "adapter"),
     "ray.placement": ("pack", "spread"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -64,7 +65,8 @@ def dataset_job(tmp_path: Path, llama: Path) -> Job:
 
 
 def test_sft_from_rows_to_adapter(dataset_job: Job, tmp_path: Path, llama: Path) -> None:
-    config = dataset_job(ray__max_bad_rows=0.1, save_total_limit=2, chat_template="chatml", logging_steps=4)
+    tracked = {"wandb_project": "texts", "wandb_mode": "offline", "wandb_log_model": "end"}
+    config = dataset_job(ray__max_bad_rows=0.1, save_total_limit=2, chat_template="chatml", logging_steps=4, **tracked)
     with (tmp_path / "texts.jsonl").open("a") as rows:
         rows.write('{"text": \n{"text": ""}\n')
     code, output = finish(start("run", config))
@@ -82,6 +84,8 @@ def test_sft_from_rows_to_adapter(dataset_job: Job, tmp_path: Path, llama: Path)
     for step in (4, 6):
         storage.verify(out / f"checkpoint-{step}")
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(out).chat_template, "the template of the rows goes with the result"
+    run_id = json.loads((out / "wandb.json").read_text())["run_id"]
+    assert len(list((out / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))) == 1
     assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt*")), "no pickle is written"
     assert not list(out.glob(".ray-train")) and not list(out.glob(".prepared"))
     adapter = json.loads((out / "adapter_config.json").read_text())
@@ -122,6 +126,27 @@ def test_killed_and_resumed_equals_uninterrupted(dataset_job: Job, tmp_path: Pat
     keys = ("step", "loss", "grad_norm", "learning_rate")
     a, b = ([{key: r[key] for key in keys} for r in records(tmp_path / name, "train")] for name in "ab")
     assert a == b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_job_that_is_asked_to_stop_says_where_it_goes_on(
+    dataset_job: Job, tmp_path: Path, signum: int, expected: int
+) -> None:
+    process = start("run", dataset_job(), "max_steps=1000")
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "out" / "checkpoint-2" / storage.MANIFEST).exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    family = children(process.pid)
+    asked = time.monotonic()
+    os.kill(process.pid, signum)
+    code, output = finish(process, 60)
+    assert code == expected and time.monotonic() - asked < 30
+    assert re.search(r"stopped after step \d+; the checkpoint of step \d+ is whole", output)
+    assert "auto_resume_from_checkpoints=true" in output and "Traceback" not in output
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
 
 
 @pytest.mark.slow

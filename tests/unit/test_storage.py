@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from actors import storage
+from actors.dataset_loop import train_loop
 from actors.errors import CheckpointError
 
 
@@ -104,3 +105,16 @@ def test_write_json_replaces_the_file_whole(tmp_path: Path) -> None:
         storage.write_json(file, {"c": object()})
     assert json.loads(file.read_text(encoding="utf-8")) == {"b": "ü"}
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_only_the_drivers_own_folder_is_shared(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("this run")
+    storage.ensure_shared(str(tmp_path / ".lock"), "this run")
+    for marker, content in ((tmp_path / ".lock", "another"), (tmp_path / "none" / ".lock", "this run")):
+        with pytest.raises(CheckpointError, match=f"output_dir: {marker.parent} .*use storage that all nodes mount"):
+            storage.ensure_shared(str(marker), content)
+
+
+def test_a_worker_of_a_dataset_job_looks_before_it_loads_anything(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="output_dir"):
+        train_loop({"marker": (str(tmp_path / ".lock"), "this run"), "spec": None, "reports": None})

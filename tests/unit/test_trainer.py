@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors import model
-from actors.errors import CheckpointError
 from actors.specs import LossSpec, OptimizerSpec, TrainerSpec
 from actors.trainer import Trainer
 from actors.types import RolloutGroup, TrainStats
@@ -313,12 +312,3 @@ def test_max_grad_norm_0_clips_nothing(folder: str) -> None:
     unclipped, off = weights_after(1e9), weights_after(0.0)
     assert all(torch.equal(tensor, unclipped[name]) for name, tensor in off.items())
     assert any(tensor.abs().sum() > 0 for name, tensor in off.items() if "lora_B" in name)
-
-
-def test_only_the_drivers_own_folder_is_shared(folder: str, tmp_path: Path) -> None:
-    trainer = make(trainer_spec(folder))
-    (tmp_path / ".lock").write_text("this run")
-    trainer.ensure_shared(str(tmp_path / ".lock"), "this run")
-    for marker, content in ((tmp_path / ".lock", "another"), (tmp_path / "none" / ".lock", "this run")):
-        with pytest.raises(CheckpointError, match="use storage that all nodes mount"):
-            trainer.ensure_shared(str(marker), content)
