@@ -114,6 +114,7 @@ def connected() -> Iterator[str]:
     Only a cluster that was asked for is joined: Ray itself would attach to any that runs here.
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(
             address=address,
@@ -125,7 +126,8 @@ def connected() -> Iterator[str]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ActorError(f"Ray could not be reached at RAY_ADDRESS={address}: {error}") from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # Ray puts its own in front, which prints a stack
+        # Ray puts two of its own in its place: one in Python, which exits, and one in front of it, which prints a stack.
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield f"http://{context.dashboard_url} (its token: ray get-auth-token)" if context.dashboard_url else "no dashboard"
     finally:

@@ -5,6 +5,7 @@ the workers; Ctrl-C ends both within seconds.
 """
 
 import json
+import os
 import shutil
 import threading
 import uuid
@@ -190,6 +191,7 @@ class _Training:
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # fills the dashboard's page on Train
         storage_path = self.output_dir / ".ray-train"
         trainer = TorchTrainer(
             train_loop,

@@ -7,6 +7,7 @@ writes them.
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ class WandbRun:
         self._output_dir = Path(config.output_dir)
         self._uploads_result = config.wandb_log_model == "end"
         self._run: Any = None
+        self._failed = False  # the first failure is told of, and ends what can be given up
         self._guarded(lambda: self._start(config, name, resumed))
 
     def _start(self, config: JobConfig, name: str, resumed: bool) -> None:
@@ -104,12 +106,12 @@ class WandbRun:
 
     def write(self, record: Mapping[str, float], step: int) -> None:
         """Log values under their names; they are on their way when this returns."""
-        if self._run is not None:
+        if not self._failed:
             self._guarded(lambda: self._run.log(dict(record), step=step))
 
     def upload_result(self) -> None:
         """The adapter or model as an artifact of type `model`, if wandb_log_model says so."""
-        if self._run is not None and self._uploads_result:
+        if self._uploads_result and not self._failed:
             self._guarded(self._upload)
 
     def _upload(self) -> None:
@@ -124,16 +126,21 @@ class WandbRun:
                 logged.wait(timeout=UPLOAD_TIMEOUT_S)
 
     def close(self, failed: bool) -> None:
-        """Uploads what is left, for a limited time; calling it twice does no harm."""
+        """Uploads what is left, for a limited time, and ends wandb's process; calling it twice does no harm."""
+        import wandb
+
         run, self._run = self._run, None
         if run is not None:
             self._guarded(lambda: run.finish(exit_code=int(failed)))
+        with suppress(Exception):  # it may have died, of which its own hook at exit would print a stack
+            wandb.teardown(int(failed))
 
     def _guarded(self, act: Callable[[], object]) -> None:
         """The fault boundary of W&B: no failure of its leaves this module."""
         try:
             act()
         except Exception as error:
-            self._run = None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._display.warn(f"Weights & Biases: {reason}; the job goes on without it, and metrics.jsonl has every record")
+            if not self._failed:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self._display.warn(f"Weights & Biases: {reason}; the job goes on without it, and metrics.jsonl has it all")
+            self._failed = True
