@@ -191,7 +191,7 @@ class _Training:
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # fills the dashboard's page on Train
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # fills the dashboard's record of Train runs
         storage_path = self.output_dir / ".ray-train"
         trainer = TorchTrainer(
             train_loop,

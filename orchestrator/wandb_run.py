@@ -102,7 +102,8 @@ class WandbRun:
         )
         storage.write_json(file, {"run_id": self._run.id})
         folder = Path(self._run.dir).parent
-        self._display.note(f"Weights & Biases: {self._run.url if mode == 'online' else f'wandb sync {folder} uploads the run'}")
+        where = self._run.url if mode == "online" else f"offline; `wandb sync {folder}` uploads the run"
+        self._display.note(f"Weights & Biases: {where}")
 
     def write(self, record: Mapping[str, float], step: int) -> None:
         """Log values under their names; they are on their way when this returns."""

