@@ -6,6 +6,8 @@
     device.py    the only module that knows which accelerator there is
     hub.py       a model's name to a local folder, with SmolLM2 carried along for machines without a hub
     model.py     the policy: base model, LoRA, tokenizer; log-probabilities of packed rows
+    adapter.py   an adapter in a folder, and a policy that starts from it
+    merge.py     an adapter and its base as one model
     packing.py   rollout groups to rows in which a prompt stands once and nothing is padding
     loss.py      GRPO and its relatives, pure functions
     snapshot.py  LoRA tensors to one flat buffer and back, with digest and validation

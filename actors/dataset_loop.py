@@ -14,12 +14,14 @@ import ray
 import ray.train
 from datasets import Dataset, concatenate_datasets
 
-from actors import device, hub, model, sharding, storage
+from actors import adapter, device, hub, model, sharding, storage
 from actors.errors import ConfigError
 from actors.methods import METHODS
 from actors.methods.base import OF_TRAINING, Inputs
 from actors.specs import DatasetTrainSpec
 from actors.streaming import Stream, feed
+
+WITH_REFERENCE = ("dpo", "ipo", "kto")  # their losses compare with the policy at the start of training
 
 
 class Reports:
@@ -76,6 +78,8 @@ def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # TRL makes them bfloat16, which loses small updates
+    if spec.lora and spec.lora.start:
+        adapter.start_from(trainer.model, spec.lora.start, reference=spec.method in WITH_REFERENCE)
     trainer.add_callback(reporter(reports))
     if spec.early_stopping_patience is not None:
         from transformers import EarlyStoppingCallback

@@ -1,7 +1,7 @@
 """The policy: base model with LoRA, and the log-probabilities of packed rows.
 
 The base is frozen, in the job's dtype; LoRA parameters are fp32. The reference policy is the same model with the
-adapter switched off.
+adapter switched off, or with the adapter that training started from.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors import device, hub
+from actors import adapter, device, hub
 from actors.errors import ConfigError
 from actors.packing import PackedRow
 from actors.specs import LoraSpec, ModelSpec
@@ -23,6 +23,13 @@ def load_tokenizer(model: ModelSpec) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
+
+
+def auto_class(task: str) -> Any:
+    """transformers' class that loads a base model for one of PEFT's tasks."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
 
 
 def peft_config(lora: LoraSpec, task: str = "CAUSAL_LM") -> Any:
@@ -63,8 +70,11 @@ def scaling(lora: LoraSpec) -> float:
     return float(lora.alpha / lora.r**0.5 if lora.use_rslora else lora.alpha / lora.r)
 
 
-def load_policy(model: ModelSpec, lora: LoraSpec, *, gradient_checkpointing: bool) -> Any:
-    """A PeftModel on this process's device. Raises ConfigError when the adapter's targets are not in the model."""
+def load_policy(model: ModelSpec, lora: LoraSpec, *, gradient_checkpointing: bool, reference: bool = False) -> Any:
+    """A PeftModel on this process's device. reference: whether adapter.as_reference will be asked for.
+
+    Raises ConfigError when the adapter's targets are not in the model.
+    """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -86,6 +96,8 @@ def load_policy(model: ModelSpec, lora: LoraSpec, *, gradient_checkpointing: boo
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if lora.start:
+        adapter.start_from(policy, lora.start, reference=reference)
     return policy
 
 
@@ -96,15 +108,17 @@ def lora_tensors(policy: Any) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(policy))
 
 
-def expected_lora_shapes(model: ModelSpec, lora: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each LoRA tensor, from the model's config.json alone: no weights are read."""
+def expected_lora_shapes(model: ModelSpec, lora: LoraSpec, task: str = "CAUSAL_LM") -> dict[str, tuple[int, ...]]:
+    """Name and shape of each of the adapter's tensors, from the model's config.json alone: no weights are read."""
     from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
+    if task == "SEQ_CLS":
+        config.num_labels = 1
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-        policy = get_peft_model(base, peft_config(lora))
+        base = auto_class(task).from_config(config, trust_remote_code=model.trust_remote_code)
+        policy = get_peft_model(base, peft_config(lora, task))
     return {name: tuple(tensor.shape) for name, tensor in lora_tensors(policy).items()}
 
 

@@ -35,6 +35,7 @@ class LoraSpec:
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    start: str | None = None  # the folder of the adapter that training starts from; None = a new one
 
 
 @dataclass(frozen=True)

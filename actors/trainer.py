@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from actors import device, model, snapshot, storage
+from actors import adapter, device, model, snapshot, storage
 from actors.loss import grpo_loss, token_weights
 from actors.optimizers import load_optimizer, save_optimizer
 from actors.packing import PackedRow, Sample, pack_row, plan_rows
@@ -41,7 +41,12 @@ class Trainer:
         device.seed_everything(spec.seed)
         self.spec = spec
         self.version = 0
-        self.policy = model.load_policy(spec.model, spec.lora, gradient_checkpointing=spec.gradient_checkpointing)
+        self.policy = model.load_policy(
+            spec.model,
+            spec.lora,
+            gradient_checkpointing=spec.gradient_checkpointing,
+            reference=spec.loss.beta != 0.0,
+        )
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer, self.scheduler = _optimizer(self.parameters, spec.optimizer)
         self.probe: tuple[int, ...] = ()
@@ -125,7 +130,7 @@ class Trainer:
 
     @torch.no_grad()
     def _reference_logprobs(self, row: PackedRow) -> Tensor:
-        with self.policy.disable_adapter():
+        with adapter.as_reference(self.policy):
             return self._old_logprobs(row)
 
     def _iteration(

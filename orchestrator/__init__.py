@@ -24,10 +24,12 @@
     online_job.py   an online job (rl: grpo) from configuration to result
     dataset_job.py  a dataset job (every other method) from configuration to result
     jobs.py         what both share
+    starting_adapter.py the adapter that a job starts from, and whether the job agrees with it
     metrics.py      what a run measures
     wandb_run.py    the same as a run of Weights & Biases
     display.py      what it shows
     report.py       its curves
+    merge.py        its adapter and the base model as one model
     submit.py       the same job through Ray's job API
     cli.py          the command line
 

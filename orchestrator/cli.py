@@ -80,6 +80,13 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _merge(args: argparse.Namespace) -> int:
+    from orchestrator.merge import merge
+
+    print("\n".join(merge(Path(args.output_dir), Path(args.into) if args.into else None)))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="eagleray", description="Post-training of language models on Ray from one YAML."
@@ -100,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="Draw the curves of a run to OUTPUT_DIR/report.png.")
     report.add_argument("output_dir", metavar="OUTPUT_DIR")
     report.set_defaults(command=_report)
+    merge = commands.add_parser("merge", help="Write the adapter of a run and its base model as one model.")
+    merge.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or one of its checkpoints")
+    merge.add_argument("--into", metavar="FOLDER", help="where to; by default OUTPUT_DIR/merged")
+    merge.set_defaults(command=_merge)
     return parser
 
 

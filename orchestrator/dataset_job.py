@@ -20,14 +20,14 @@ from actors.errors import ActorError, EaglerayError
 from actors.reading import BadRow
 from actors.specs import DatasetTrainSpec, ModelSpec
 from actors.streaming import Quarantine
-from orchestrator import checkpoints, cluster
+from orchestrator import checkpoints, cluster, starting_adapter
 from orchestrator.arguments import training_arguments
 from orchestrator.config import dump
 from orchestrator.data import ensure_usable
 from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
 from orchestrator.display import DATASET_COLUMNS, Display
 from orchestrator.environment import worker_environment
-from orchestrator.jobs import RunResult, lora_spec, metrics_log, search_paths, tell_stop, with_absolute_paths
+from orchestrator.jobs import RunResult, lora_spec, metrics_log, search_paths, tell_stop
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
 from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare, stream
@@ -44,13 +44,13 @@ def plan_job(config: JobConfig, nodes: list[Node]) -> DatasetPlan:
 
 
 def run(config: JobConfig, display: Display) -> RunResult:
-    """Runs a job to its end.
+    """Runs a job, its paths absolute, to its end.
 
     Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
     """
-    config = with_absolute_paths(config)
     output_dir = Path(config.output_dir)
     hub.resolve(config.base_model)
+    starting_adapter.ensure_fits(config)
     plan_job(config, cluster.local_nodes())
     display.columns = DATASET_COLUMNS[config.rl]
     with checkpoints.claimed(output_dir) as marker:
@@ -297,5 +297,6 @@ def identity(config: JobConfig) -> dict[str, Any]:
     return {
         **{key: getattr(config, key) for key in keys.split()},
         "sharding (deepspeed, fsdp_version, fsdp_config)": kind(config),
+        "lora_model_dir (digest of its adapter)": starting_adapter.digest(config),
         "datasets (digest of how they are read, and of their sizes)": fingerprint(config, search_paths(config)),
     }

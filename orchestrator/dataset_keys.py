@@ -14,7 +14,8 @@ from orchestrator.source import Problem
 ACTS_ON = frozenset({
     "rl", "reward_model", "base_model", "model_type", "tokenizer_type", "trust_remote_code", "output_dir",
     "eot_tokens", "adapter", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "lora_dropout",
-    "lora_target_linear", "lora_target_modules", "lora_modules_to_save", "peft_use_dora", "peft_use_rslora",
+    "lora_target_linear", "lora_target_modules", "lora_modules_to_save", "lora_model_dir", "peft_use_dora",
+    "peft_use_rslora",
     "datasets", "test_datasets", "val_set_size", "sequence_len", "sample_packing", "eval_sample_packing",
     "dataset_prepared_path", "chat_template", "chat_template_jinja", "train_on_inputs", "micro_batch_size",
     "gradient_accumulation_steps", "eval_batch_size", "num_epochs", "max_steps", "learning_rate", "optimizer",
@@ -127,7 +128,6 @@ NOT_YET: dict[str, str] = {
     "tokens": "new tokens are not implemented yet; add them to the model and give its folder as base_model",
     "gptq": "a GPTQ base model is not implemented yet; use one that is not quantized",
     "unfrozen_parameters": "is not implemented yet; choose layers with lora_target_modules",
-    "lora_model_dir": "starting from an adapter is not implemented yet; merge it into base_model",
     "lora_fan_in_fan_out": "is not implemented yet; remove it",
     "pretraining_dataset": "is not implemented yet; use datasets with type: completion",
     "shuffle_merged_datasets": "rows are shuffled anew for every epoch; remove it",

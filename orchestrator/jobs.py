@@ -38,7 +38,14 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
         base_model=str(base_model.resolve()) if base_model.is_dir() else config.base_model,
         output_dir=str(_kept(config.output_dir)),
         resume_from_checkpoint=str(_kept(resume)) if resume else None,
+        lora_model_dir=str(_found(config.lora_model_dir)) if config.lora_model_dir else None,
     )
+
+
+def _found(name: str) -> Path:
+    """An input of the job's own folder, or an earlier job's output."""
+    path = Path(name).expanduser()
+    return path.resolve() if path.is_dir() else _kept(name)
 
 
 def _kept(name: str) -> Path:
@@ -61,6 +68,7 @@ def lora_spec(config: JobConfig) -> LoraSpec:
         use_rslora=config.peft_use_rslora,
         use_dora=config.peft_use_dora,
         modules_to_save=tuple(config.lora_modules_to_save or ()),
+        start=config.lora_model_dir,
     )
 
 

@@ -11,12 +11,12 @@ from actors import device, hub, model, storage
 from actors.engine import prompt_token_ids
 from actors.errors import ActorError
 from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, RewardSpec, TrainerSpec
-from orchestrator import checkpoints, cluster
+from orchestrator import checkpoints, cluster, starting_adapter
 from orchestrator.config import dump
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
 from orchestrator.display import Display
 from orchestrator.grpo import Evaluation, Loop
-from orchestrator.jobs import RunResult, lora_spec, metrics_log, search_paths, tell_stop, with_absolute_paths
+from orchestrator.jobs import RunResult, lora_spec, metrics_log, search_paths, tell_stop
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Node, Plan, describe, ensure_placeable, make_plan
 from orchestrator.policies import Policies
@@ -38,14 +38,14 @@ def resolved(config: JobConfig, nodes: list[Node], prompts: PromptSet) -> Plan:
 
 
 def run(config: JobConfig, display: Display) -> RunResult:
-    """Runs a job to its end.
+    """Runs a job, its paths absolute, to its end.
 
     Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
     """
-    config = with_absolute_paths(config)
     output_dir = Path(config.output_dir)
     _, prompts = plan_job(config, cluster.local_nodes())
     hub.resolve(config.base_model)
+    starting_adapter.ensure_fits(config)
     spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)
     tokenizer = model.load_tokenizer(spec)
     template = config.trl.chat_template_kwargs or {}
@@ -185,6 +185,7 @@ def identity(config: JobConfig, prompts: PromptSet) -> dict[str, Any]:
         "lora_target_linear": config.lora_target_linear,
         "lora_target_modules": config.lora_target_modules,
         "peft_use_rslora": config.peft_use_rslora,
+        "lora_model_dir (digest of its adapter)": starting_adapter.digest(config),
         "seed": config.seed,
         "trl.num_generations": config.trl.num_generations,
         "trl.vllm_sync_interval": config.trl.vllm_sync_interval,

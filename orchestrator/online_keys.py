@@ -18,7 +18,8 @@ WANDB = (
 )
 ACTS_ON = frozenset({
     "rl", "base_model", "model_type", "tokenizer_type", "trust_remote_code", "output_dir", "adapter",
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules", "peft_use_rslora",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules", "lora_model_dir",
+    "peft_use_rslora",
     "datasets", "test_datasets", "val_set_size", "sequence_len", "chat_template", "micro_batch_size",
     "gradient_accumulation_steps", "num_epochs", "max_steps", "learning_rate", "optimizer", "lr_scheduler",
     "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
@@ -193,7 +194,6 @@ NOT_YET: dict[str, str] = {
     "load_in_8bit": "a quantized base model is not implemented yet; remove it",
     "bnb_config_kwargs": "a quantized base model is not implemented yet; remove it",
     "lora_modules_to_save": "only LoRA weights are synchronized to the engines; remove it",
-    "lora_model_dir": "starting from an adapter is not implemented yet; merge it into base_model",
     "lora_fan_in_fan_out": "is not implemented yet; remove it",
     "peft_use_dora": "vLLM cannot sample from a DoRA adapter; remove it",
     "pretraining_dataset": "rl: grpo reads datasets; use that",

@@ -96,7 +96,7 @@ def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int, cpu_dtype: st
         placement=first_fit(bundles, nodes),
         strategy={"pack": "PACK", "spread": "SPREAD"}[config.ray.placement],
         gpu=gpu,
-        dtype=_dtype(config, gpu, cpu_dtype),
+        dtype=policy_dtype(config, gpu, cpu_dtype),
         # Packed rows need a mask of their own, which flash attention's kernels do not take. The result is the same.
         attention="eager" if config.attn_implementation == "eager" else "sdpa",
         sync="fused" if config.ray.sync == "auto" else config.ray.sync,
@@ -119,6 +119,12 @@ def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int, cpu_dtype: st
     )
 
 
+def adapter_shape(config: JobConfig) -> str:
+    """The adapter's size for a person, and where it starts."""
+    start = f", from {config.lora_model_dir}" if config.lora_model_dir else ""
+    return f"r={config.lora_r} alpha={config.lora_alpha}{start}"
+
+
 def ensure_placeable(problems: Sequence[str]) -> None:
     """Raises ConfigError when a bundle fits nowhere; problems: of a plan."""
     if problems:
@@ -137,7 +143,7 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
     unused = plan.gpu and config.ray.kv_cache_gib is not None
     return [
         f"model       {config.base_model}, {plan.dtype}, {plan.attention} attention",
-        f"adapter     LoRA r={config.lora_r} alpha={config.lora_alpha}",
+        f"adapter     LoRA {adapter_shape(config)}",
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"placement   one placement group, {plan.strategy}",
         *(f"            {line}" for line in [*held, *rewards]),
@@ -250,7 +256,8 @@ def amount(resources: Resources) -> str:
     return " + ".join(shown) or "nothing"
 
 
-def _dtype(config: JobConfig, gpu: bool, cpu_dtype: str) -> str:
+def policy_dtype(config: JobConfig, gpu: bool, cpu_dtype: str) -> str:
+    """What trainer and engines of an online job compute in. cpu_dtype: what auto means on nodes without a GPU."""
     if config.vllm.dtype != "auto":
         return "float32" if config.vllm.dtype == "float" else config.vllm.dtype
     return trainer_dtype(config, gpu, cpu_dtype)

@@ -2,10 +2,11 @@
 
 from orchestrator import dataset_job, dataset_plan, online_job, plan, wandb_run
 from orchestrator.display import Display
-from orchestrator.jobs import RunResult
+from orchestrator.jobs import RunResult, with_absolute_paths
 from orchestrator.plan import Node
 from orchestrator.runnable import ensure_runnable
 from orchestrator.schema import JobConfig
+from orchestrator.starting_adapter import adopted
 
 
 def run(config: JobConfig, display: Display) -> RunResult:
@@ -15,12 +16,14 @@ def run(config: JobConfig, display: Display) -> RunResult:
     """
     ensure_runnable(config)
     wandb_run.ensure_login(config)
+    config = adopted(with_absolute_paths(config))
     return online_job.run(config, display) if config.rl == "grpo" else dataset_job.run(config, display)
 
 
 def plan_lines(config: JobConfig, nodes: list[Node]) -> tuple[list[str], list[str]]:
     """The plan of a job on these nodes for a person, and what does not fit. Starts nothing."""
     ensure_runnable(config)
+    config = adopted(with_absolute_paths(config))
     if config.rl == "grpo":
         online, _ = online_job.plan_job(config, nodes)
         return plan.describe(config, online), online.problems

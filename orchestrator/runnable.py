@@ -35,7 +35,7 @@ def ensure_runnable(config: JobConfig) -> None:
         text = f"{config.rl} is not implemented yet: this version of Eagleray runs {runs}, and SFT without rl"
         config.source.raise_if_any([Problem("rl", text)])
     tables = METHODS[config.rl]
-    config.source.raise_if_any(_not_runnable(config, tables))
+    config.source.raise_if_any(not_runnable(config))
     config.source.raise_if_any(sharding.problems(config))
     notes = [Problem(key, text) for key, text in tables.IDLE.items() if value_of(config, key) != default_of(key)]
     for note in [*notes, *tables.notes(config), *sharding.notes(config)]:
@@ -54,7 +54,9 @@ def default_of(key: str) -> Any:
     return value_of(JobConfig(), key)
 
 
-def _not_runnable(config: JobConfig, tables: ModuleType) -> Iterator[Problem]:
+def not_runnable(config: JobConfig) -> Iterator[Problem]:
+    """What this version does not do of a job whose method it has."""
+    tables = METHODS[config.rl]
     for key, excluded, text in tables.LIMITS:
         value = value_of(config, key)
         if excluded(value):

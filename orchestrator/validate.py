@@ -48,7 +48,9 @@ def _model(config: JobConfig) -> Iterator[Problem]:
         yield Problem(
             key, "a quantized model cannot be trained in full; add adapter: qlora or lora, or remove it"
         )
-    if config.adapter is not None:
+    if config.adapter is None and config.lora_model_dir is not None:
+        yield Problem("lora_model_dir", "names an adapter to start from, but adapter is not set; add adapter: lora")
+    if config.adapter is not None and config.lora_model_dir is None:  # else that adapter says what it is
         if config.lora_r is None:
             yield Problem("lora_r", f"adapter: {config.adapter} needs a rank; add for example lora_r: 16")
         if config.lora_alpha is None:

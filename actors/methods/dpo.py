@@ -6,7 +6,7 @@ from actors.methods.base import Inputs, PreparedRows, SafeCheckpoints
 
 
 def build(inputs: Inputs) -> Any:
-    """Rows: prompt_ids, chosen_ids, rejected_ids. The reference is the model without its adapter, or a frozen copy."""
+    """Rows: prompt_ids, chosen_ids, rejected_ids. The reference is the policy at the start of training."""
     from trl import DPOConfig, DPOTrainer
 
     class Trainer(PreparedRows, SafeCheckpoints, DPOTrainer):  # type: ignore[misc]

@@ -6,7 +6,7 @@ from actors.methods.base import Inputs, PreparedRows, SafeCheckpoints
 
 
 def build(inputs: Inputs) -> Any:
-    """Rows: prompt_ids, completion_ids, label. The reference is the model without its adapter, or a frozen copy."""
+    """Rows: prompt_ids, completion_ids, label. The reference is the policy at the start of training."""
     from trl import KTOConfig, KTOTrainer
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 

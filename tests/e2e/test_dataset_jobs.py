@@ -218,3 +218,29 @@ def test_a_stream_goes_on_where_it_was(dataset_job: Job, tmp_path: Path) -> None
     code, output = finish(start("run", config))
     assert code == 0, output
     assert [(record["step"], record["loss"]) for record in records(out, "train")] == whole
+
+
+@pytest.mark.slow
+def test_sft_then_dpo_from_its_adapter_then_one_model(dataset_job: Job, tmp_path: Path, llama: Path) -> None:
+    """The chain that people run; two workers, since a second adapter is one more thing that ranks must agree on."""
+    code, output = finish(start("run", dataset_job("sft.yaml", output_dir=str(tmp_path / "sft"))))
+    assert code == 0, output
+    entry = {"path": str(tmp_path / "pairs.jsonl"), "type": "passthrough"}
+    changes = {"rl": "dpo", "datasets": [entry], "lora_model_dir": str(tmp_path / "sft"), "lora_r": None, "lora_alpha": None}
+    workers = {"ray_num_workers": 2, "gradient_accumulation_steps": 1, "learning_rate": 2e-3}
+    code, output = finish(start("run", dataset_job("dpo.yaml", **changes, **workers)))
+    assert code == 0, output
+    out = tmp_path / "out"
+    assert f"r=4 alpha=8, from {tmp_path / 'sft'}" in output
+    held_out = records(out, "eval")
+    assert held_out[0]["eval/loss"] == pytest.approx(0.6931, abs=1e-4), "the policy is its reference"
+    assert held_out[-1]["eval/reward_margin"] > 0.01
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    for folder, target in ((out, out / "merged"), (out / "checkpoint-4", out / "merged-checkpoint-4")):
+        code, output = finish(start("merge", folder))
+        assert code == 0 and f'AutoModelForCausalLM.from_pretrained("{target}")' in output, output
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged")(input_ids=ids).logits
+        expected = PeftModel.from_pretrained(base, out)(input_ids=ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)

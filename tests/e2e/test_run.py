@@ -160,3 +160,25 @@ def test_plan_starts_nothing(job: Callable[..., Path], tmp_path: Path, capsys: p
     code, output = command(capsys, "plan", job(ray__engine_cpus=4096))
     assert code == 1
     assert "engine 0 needs 4096 CPU" in output
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_on_and_merged(job: Callable[..., Path], tmp_path: Path, llama: Path) -> None:
+    """The second job's engines serve the first one's adapter before it has taken a step, and its KL counts from there."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    code, output = finish(start("run", job(output_dir=str(first), max_steps=2)))
+    assert code == 0, output
+    code, output = finish(start("run", job(output_dir=str(second), max_steps=2, lora_model_dir=str(first), trl__beta=0.1)))
+    assert code == 0, output
+    assert "r=8 alpha=16, from " in output
+    train = records(second, "train")
+    assert train[0]["kl"] == pytest.approx(0.0, abs=1e-6) and train[1]["kl"] > 1e-5
+    assert all(record["probe_gap"] < 1e-3 and record["engine_gap"] < 1e-3 for record in train)
+    code, output = finish(start("merge", second))
+    assert code == 0, output
+    ids = torch.tensor([[3, 4, 5, 6]])
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(second / "merged")(input_ids=ids).logits
+        torch.testing.assert_close(merged, PeftModel.from_pretrained(base, second)(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(second / "merged")("w5")["input_ids"] == [5], "the base's, since the job leaves none"

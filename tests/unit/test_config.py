@@ -538,7 +538,6 @@ def test_dataset_methods_run(tmp_path: Path, rl: str | None) -> None:
         ("optimizer: muon\n", "optimizer: muon is not implemented yet; use one of adamw_torch"),
         ("lr_scheduler: rex\n", "lr_scheduler: rex is not implemented yet"),
         ("bnb_config_kwargs: {a: 1}\n", "bnb_config_kwargs: is not implemented yet"),
-        ("lora_model_dir: d\n", "lora_model_dir: starting from an adapter is not implemented yet"),
     ],
 )
 def test_what_dataset_methods_do_not_do_is_named(tmp_path: Path, extra: str, expected: str) -> None:
