@@ -16,7 +16,8 @@
     optimizers.py an optimizer's state as safetensors
     trainer.py   the actor that learns
     engine.py    the actor that samples
-    rewards.py   the actor that scores
+    rewards.py   the actor that scores with a function
+    reward_model.py the actor that scores with a reward model
     formats/     dataset rows to token ids, a module a family of types
     reading.py   datasets' files to raw rows, whole or in pieces
     preparing.py pieces of files to prepared rows, on Ray Data's workers

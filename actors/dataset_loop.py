@@ -111,8 +111,8 @@ def save_result(trainer: Any, spec: DatasetTrainSpec) -> None:
 
 def _tokenizer(spec: DatasetTrainSpec) -> Any:
     tokenizer = model.load_tokenizer(spec.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+    # Masked wherever it pads, but a reward is read at the last token that is not this one.
+    tokenizer.pad_token = spec.pad_token or tokenizer.pad_token or tokenizer.eos_token
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template  # so that whoever uses the result writes as it was trained
     return tokenizer

@@ -20,17 +20,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("EAGLERAY_CACHE", default))
 
 
-def resolve(name: str) -> str:
-    """The local folder of a base model, downloaded or dequantized if need be.
+def resolve(name: str, key: str = "base_model") -> str:
+    """The local folder of a model, downloaded or dequantized if need be.
 
-    Raises ConfigError when it is nowhere to be had.
+    key: of the configuration, for messages. Raises ConfigError when it is nowhere to be had.
     """
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ConfigError(f"base_model: the folder {name} holds no config.json, so it is no model")
+            raise ConfigError(f"{key}: the folder {name} holds no config.json, so it is no model")
         return str(Path(name).resolve())
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"base_model: there is no folder {name}")
+        raise ConfigError(f"{key}: there is no folder {name}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -39,18 +39,21 @@ def resolve(name: str) -> str:
         if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):  # else: its tokenizer alone, say
             return str(cached)
     except HFValidationError as error:
-        raise ConfigError(f"base_model: {name} is no folder and no name of a model ({error})") from error
+        raise ConfigError(f"{key}: {name} is no folder and no name of a model ({error})") from error
     except LocalEntryNotFoundError:
         pass
-    if name in CARRIED and not _hub_answers():
+    answers = _hub_answers()
+    if name in CARRIED and not answers:
         return _materialize(name)
+    nowhere = f"{key}: {name} is no folder, not in the hub's cache, and the hub"
+    if not answers:
+        raise ConfigError(f"{nowhere} does not answer; check the name, or name a local folder")
     try:
         return snapshot_download(name)
     except Exception as error:  # the hub's client raises its own, requests' and OS errors alike
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"base_model: {name} is no folder, not in the hub's cache, and the hub did not give it ({reason}); "
-            "check the name, log in for a gated model, or name a local folder"
+            f"{nowhere} did not give it ({reason}); check the name, log in for a gated model, or name a local folder"
         ) from error
 
 

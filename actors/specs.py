@@ -139,6 +139,16 @@ class RewardSpec:
 
 
 @dataclass(frozen=True)
+class RewardModelSpec:
+    """One reward model."""
+
+    path: str  # as the configuration names it
+    model: ModelSpec
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
+    threads: int | None = None  # CPU threads; None = torch's default
+
+
+@dataclass(frozen=True)
 class DatasetTrainSpec:
     """The workers of a dataset job."""
 
@@ -155,5 +165,6 @@ class DatasetTrainSpec:
     early_stopping_patience: int | None = None  # evaluations without a better held-out loss
     save_total_limit: int | None = None  # checkpoints that are kept
     chat_template: str | None = None  # that the rows were written with; None = the tokenizer's own
+    pad_token: str | None = None  # None = the tokenizer's own, else its end token
     resume_from: str | None = None  # a checkpoint
     threads: int | None = None  # CPU threads of a worker

@@ -16,6 +16,7 @@
     cluster.py      the only module that starts Ray, placement groups and actors
     policies.py     published versions, their installs and proofs
     rollouts.py     batches in flight
+    rewards.py      reward functions and reward models: what trl.reward_funcs names
     scoring.py      reward calls, with their time limit
     credit.py       rewards to advantages
     checkpoints.py  output folder: lock, checkpoints, resume

@@ -25,8 +25,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors import device, errors
 from actors.engine import RolloutEngine
 from actors.errors import ActorError, EaglerayError
+from actors.reward_model import RewardModelWorker
 from actors.rewards import RewardWorker
-from actors.specs import EngineSpec, RewardSpec, TrainerSpec
+from actors.specs import EngineSpec, RewardModelSpec, RewardSpec, TrainerSpec
 from actors.trainer import Trainer
 from orchestrator.environment import actor_environment
 from orchestrator.plan import Node, Plan
@@ -156,22 +157,37 @@ def start_actors(
     """Starts trainer and engines, each in its bundle, all at once. They may not be ready yet."""
     handles = []
     for index, bundle in enumerate(plan.bundles):
+        if bundle.role == "reward":
+            continue  # start_reward starts it, again and again if need be
         cls: Any = {"trainer": Trainer, "engine": RolloutEngine}[bundle.role]
         options = {
-            "num_cpus": bundle.resources.get("CPU", 0),
-            "num_gpus": bundle.resources.get("GPU", 0),
             "runtime_env": {"env_vars": actor_environment(bundle.role, plan, kv_cache_gib)},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            **_in_bundle(plan, group, index),
         }
         arguments = (trainer,) if bundle.role == "trainer" else (engine, probe)
         handles.append(ray.remote(cls).options(**options).remote(*arguments))
     return Actors(handles[0], tuple(handles[1:]))
 
 
-def start_reward(plan: Plan, spec: RewardSpec) -> Any:
-    """Starts the process of one reward function, outside the placement group: it reserves nothing."""
-    env = actor_environment("reward", plan, None)
-    return ray.remote(RewardWorker).options(num_cpus=0, runtime_env={"env_vars": env}).remote(spec)
+def start_reward(plan: Plan, group: Any, spec: RewardSpec | RewardModelSpec) -> Any:
+    """Starts the process of one reward. A reward model on a GPU has its bundle; all else reserves nothing."""
+    options: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": actor_environment("reward", plan, None)}}
+    if isinstance(spec, RewardSpec):
+        return ray.remote(RewardWorker).options(**options).remote(spec)
+    index = plan.reward_bundle(spec.path)
+    if index is not None:
+        options |= _in_bundle(plan, group, index)
+    return ray.remote(RewardModelWorker).options(**options).remote(spec)
+
+
+def _in_bundle(plan: Plan, group: Any, index: int) -> dict[str, Any]:
+    """Options of an actor that has all of one bundle."""
+    resources = plan.bundles[index].resources
+    return {
+        "num_cpus": resources.get("CPU", 0),
+        "num_gpus": resources.get("GPU", 0),
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+    }
 
 
 def start_free(cls: type) -> Any:

@@ -283,6 +283,7 @@ def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Pat
         early_stopping_patience=config.early_stopping_patience,
         save_total_limit=config.save_total_limit,
         chat_template=chat_template_text(config),
+        pad_token=(config.special_tokens or {}).get("pad_token"),
         resume_from=str(resume) if resume else None,
         threads=plan.threads,
     )

@@ -27,7 +27,7 @@ ACTS_ON = frozenset({
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ray_num_workers",
     "resources_per_worker", "ray_run_name", "rl_beta", "dpo_loss_type", "dpo_label_smoothing", "orpo_alpha",
     "kto_desirable_weight", "kto_undesirable_weight", "center_rewards_coefficient", "trl.beta", "ray.max_bad_rows",
-    "ray.trainer_cpus", "streaming", "deepspeed", "fsdp_version", "fsdp_config", *WANDB,
+    "ray.trainer_cpus", "special_tokens", "streaming", "deepspeed", "fsdp_version", "fsdp_config", *WANDB,
 })
 OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_bnb_8bit", "adamw_8bit",
@@ -71,7 +71,6 @@ _GRPO = "not used: it concerns rl: grpo"
 IDLE: dict[str, str] = {
     "use_ray": "not used: every job runs on Ray",
     "strict": "not used: every file is checked strictly",
-    "special_tokens": "not used: padding is masked, so its token changes nothing",
     **LIGER,
     "gradient_checkpointing_kwargs": "not used: they change memory and speed, no result",
     "pad_to_sequence_len": "not used: batches are padded to their longest row",

@@ -125,7 +125,7 @@ class Display:
         self._phases: list[tuple[str, float]] = []  # name, time.monotonic() of its start; the last one shows
         self._announced: set[str] = set()
         self._status: Status | None = None
-        self._evaluations: list[tuple[str, float]] = []  # label, held-out accuracy as a share
+        self._evaluations: list[tuple[str, str]] = []  # such as: accuracy, 12.5 % (before training)
         self._held_out: list[Record] = []
 
     def header(self, title: str, lines: Sequence[str]) -> None:
@@ -171,11 +171,14 @@ class Display:
         self._rows += 1
 
     def evaluation(self, label: str, record: Record, solved: int, total: int) -> None:
-        """One line for an evaluation: `solved` of `total` held-out completions were right (total >= 1)."""
-        self._evaluations.append((label, solved / total))
-        reward = f", reward {number(record['eval/reward'], 2)}" if "eval/reward" in record else ""
-        line = f"held-out accuracy {percent(solved / total)} ({solved}/{total}){reward}  [{label}]"
-        self._print(line, "bold green")
+        """One line for an evaluation: `solved` of `total` held-out completions were right; a total of 0: nobody can say."""
+        reward = number(record["eval/reward"], 2) if "eval/reward" in record else ""
+        what, value, line = "reward", reward, f"reward {reward}"
+        if total:
+            what, value = "accuracy", percent(solved / total)
+            line = f"accuracy {value} ({solved}/{total})" + (f", {line}" if reward else "")
+        self._evaluations.append((what, f"{value} ({label})"))
+        self._print(f"held-out {line}  [{label}]", "bold green")
 
     def held_out(self, record: Record) -> None:
         """One line for an evaluation on held-out rows, with whatever of HELD_OUT the record has."""
@@ -192,9 +195,9 @@ class Display:
         self._print(f"warning: {text}", "yellow")
 
     def summary(self, title: str, lines: Sequence[str]) -> None:
-        """How it ended: held-out accuracy at the first and the last evaluation, `lines`, and the wall time."""
-        shown = [f"{percent(share)} ({label})" for label, share in self._evaluations]
-        gain = [f"held-out accuracy {' -> '.join(shown[:1] + shown[1:][-1:])}"] if shown else []
+        """How it ended: what the first and the last evaluation found, `lines`, and the wall time."""
+        shown = [text for _, text in self._evaluations]
+        gain = [f"held-out {self._evaluations[0][0]} {' -> '.join(shown[:1] + shown[1:][-1:])}"] if shown else []
         if self._held_out:
             first, last = self._held_out[0], self._held_out[-1]
             for words, (name, write) in HELD_OUT.items():

@@ -39,7 +39,7 @@ class Evaluation:
 
     record: Record
     solved: int
-    total: int
+    total: int  # 0 where only reward models score: they know no right and wrong
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Loop:
             "step": self.step,
             "policy_version": stats.version,
             "epoch": self.step / self.plan.steps_per_epoch,
-            **_rollout_record(headers, scores, rewards, advantages),
+            **self._rollout_record(headers, scores, rewards, advantages),
             "loss": stats.loss,
             "kl": stats.kl,
             "clip_fraction": stats.clip_fraction,
@@ -148,13 +148,13 @@ class Loop:
         self.policies.confirm(version)
         scores = self.scorer.collect(batch.calls)
         rewards = self._combined(scores, headers)
-        record = _rollout_record(headers, scores, rewards, rewards)
-        scored = sum(reward is not None for group in scores for reward in group[0].rewards)
+        record = self._rollout_record(headers, scores, rewards, rewards)
+        judged = self._judged(scores)
         shown = {k: v for k, v in record.items() if k.split("/")[0] in ("accuracy", "reward", "completion_length")}
         return Evaluation(
             {"step": self.step, **{f"eval/{name}": value for name, value in shown.items()}},
-            solved=round(record["accuracy"] * scored),
-            total=scored,
+            solved=sum(reward >= 1.0 for reward in judged),
+            total=len(judged),
         )
 
     def _send(self, rows: Sequence[Any], sampling: SamplingSpec, number: int, version: int) -> Batch:
@@ -215,29 +215,35 @@ class Loop:
             self.warn(f"{summary}; their completions were dropped")
         return rewards
 
+    def _judged(self, scores: list[list[Scores]]) -> list[float]:
+        """What the first reward function gave, over all groups; nothing where there are reward models alone."""
+        names = [name for name in self.config.trl.reward_funcs or [] if name not in self.plan.reward_models]
+        first = [score for group in scores for score in group if score.function in names[:1]]
+        return [reward for score in first for reward in score.rewards if reward is not None]
 
-def _rollout_record(
-    headers: Sequence[RolloutHeader],
-    scores: list[list[Scores]],
-    rewards: list[list[float | None]],
-    advantages: Sequence[Sequence[float | None]],
-) -> Record:
-    lengths = [n for header in headers for group in header.completion_tokens for n in group]
-    truncated = [cut for header in headers for group in header.truncated for cut in group]
-    kept = [reward for group in rewards for reward in group if reward is not None]
-    by_function: dict[str, list[float]] = {}
-    for group in scores:
-        for score in group:
-            by_function.setdefault(score.function, []).extend(r for r in score.rewards if r is not None)
-    first = next(iter(by_function.values()), [])
-    return {
-        "reward": fmean(kept) if kept else math.nan,
-        "reward_std": pstdev(kept) if kept else math.nan,
-        **{f"reward/{name}": fmean(values) if values else math.nan for name, values in by_function.items()},
-        "accuracy": fmean(reward >= 1.0 for reward in first) if first else math.nan,
-        "completion_length": fmean(lengths),
-        "truncated": fmean(truncated),
-        "groups": len(rewards),
-        "groups_without_signal": sum(not has_signal(group) for group in advantages),
-        "samples_dropped": sum(reward is None for group in rewards for reward in group),
-    }
+    def _rollout_record(
+        self,
+        headers: Sequence[RolloutHeader],
+        scores: list[list[Scores]],
+        rewards: list[list[float | None]],
+        advantages: Sequence[Sequence[float | None]],
+    ) -> Record:
+        lengths = [n for header in headers for group in header.completion_tokens for n in group]
+        truncated = [cut for header in headers for group in header.truncated for cut in group]
+        kept = [reward for group in rewards for reward in group if reward is not None]
+        by_function: dict[str, list[float]] = {}
+        for group in scores:
+            for score in group:
+                by_function.setdefault(score.function, []).extend(r for r in score.rewards if r is not None)
+        judged = self._judged(scores)
+        return {
+            "reward": fmean(kept) if kept else math.nan,
+            "reward_std": pstdev(kept) if kept else math.nan,
+            **{f"reward/{name}": fmean(values) if values else math.nan for name, values in by_function.items()},
+            "accuracy": fmean(reward >= 1.0 for reward in judged) if judged else math.nan,
+            "completion_length": fmean(lengths),
+            "truncated": fmean(truncated),
+            "groups": len(rewards),
+            "groups_without_signal": sum(not has_signal(group) for group in advantages),
+            "samples_dropped": sum(reward is None for group in rewards for reward in group),
+        }

@@ -33,19 +33,20 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     """
     base_model = Path(config.base_model).expanduser()
     resume = config.resume_from_checkpoint
+    start = config.lora_model_dir
     return replace(
         config,
         base_model=str(base_model.resolve()) if base_model.is_dir() else config.base_model,
         output_dir=str(_kept(config.output_dir)),
         resume_from_checkpoint=str(_kept(resume)) if resume else None,
-        lora_model_dir=str(_found(config.lora_model_dir)) if config.lora_model_dir else None,
+        lora_model_dir=str(local_folder(config, start) or _kept(start)) if start else None,
     )
 
 
-def _found(name: str) -> Path:
-    """An input of the job's own folder, or an earlier job's output."""
-    path = Path(name).expanduser()
-    return path.resolve() if path.is_dir() else _kept(name)
+def local_folder(config: JobConfig, name: str) -> Path | None:
+    """The folder of that name in the current folder, beside the configuration, or among the outputs of Ray jobs."""
+    places = [*(Path(base) / Path(name).expanduser() for base in search_paths(config)), _kept(name)]
+    return next((place.resolve() for place in places if place.is_dir()), None)
 
 
 def _kept(name: str) -> Path:

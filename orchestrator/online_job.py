@@ -10,7 +10,7 @@ from typing import Any
 from actors import device, hub, model, storage
 from actors.engine import prompt_token_ids
 from actors.errors import ActorError
-from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, RewardSpec, TrainerSpec
+from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from orchestrator import checkpoints, cluster, starting_adapter
 from orchestrator.config import dump
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
@@ -20,6 +20,7 @@ from orchestrator.jobs import RunResult, lora_spec, metrics_log, search_paths, t
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Node, Plan, describe, ensure_placeable, make_plan
 from orchestrator.policies import Policies
+from orchestrator.rewards import ensure_reward_models, reward_models, reward_specs
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
 
@@ -34,7 +35,7 @@ def plan_job(config: JobConfig, nodes: list[Node]) -> tuple[Plan, PromptSet]:
 
 def resolved(config: JobConfig, nodes: list[Node], prompts: PromptSet) -> Plan:
     """The plan for these nodes. Of CPU nodes it takes this machine's processor as an example."""
-    return make_plan(config, nodes, len(prompts.train), device.fastest_dtype(gpu=False))
+    return make_plan(config, nodes, len(prompts.train), device.fastest_dtype(gpu=False), reward_models(config))
 
 
 def run(config: JobConfig, display: Display) -> RunResult:
@@ -43,7 +44,9 @@ def run(config: JobConfig, display: Display) -> RunResult:
     Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
     """
     output_dir = Path(config.output_dir)
-    _, prompts = plan_job(config, cluster.local_nodes())
+    plan, prompts = plan_job(config, cluster.local_nodes())
+    conversational = any(not isinstance(row.prompt, str) for row in prompts.train + prompts.held_out)
+    ensure_reward_models(config, plan, conversational=conversational)
     hub.resolve(config.base_model)
     starting_adapter.ensure_fits(config)
     spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)
@@ -91,7 +94,8 @@ class _Job:
                 probe,
                 self.config.ray.kv_cache_gib,
             )
-            scorer = Scorer(self.plan, reward_specs(self.config), self.config.ray.reward_timeout_s)
+            specs = reward_specs(self.config, self.plan)
+            scorer = Scorer(self.plan, group, specs, self.config.ray.reward_timeout_s)
             with self.display.phase("loading rewards, trainer and engines"):
                 scorer.wait_ready()
                 set_probe = actors.trainer.set_probe.remote(probe)
@@ -250,11 +254,6 @@ def engine_spec(config: JobConfig, plan: Plan) -> EngineSpec:
         chat_template_kwargs=config.trl.chat_template_kwargs or {},
         seed=config.seed,
     )
-
-
-def reward_specs(config: JobConfig) -> list[RewardSpec]:
-    paths = tuple(search_paths(config))
-    return [RewardSpec(name, paths) for name in config.trl.reward_funcs or []]
 
 
 def _write_inputs(config: JobConfig, prompts: PromptSet, output_dir: Path) -> None:

@@ -111,11 +111,6 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("trl.vllm_mode", absent_or("server"), "colocate is not implemented yet; use server"),
     (
-        "trl.reward_funcs",
-        lambda v: any(not FUNCTION.fullmatch(name) for name in v or []),
-        "a reward model is not implemented yet; name functions as module.fn",
-    ),
-    (
         "trl.generation_kwargs",
         lambda v: bool(set(v or {}) - set(GENERATION_KWARGS)),
         f"takes {', '.join(GENERATION_KWARGS)}; use the keys of trl: for the rest",

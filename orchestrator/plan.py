@@ -28,7 +28,7 @@ class Node:
 class Bundle:
     """What one actor reserves."""
 
-    role: str  # trainer | engine | worker
+    role: str  # trainer | engine | reward | worker
     index: int
     resources: Resources
 
@@ -62,24 +62,37 @@ class Plan:
     save_steps: int
     eval_steps: int | None  # None = only before and after training
     rows: int = field(default=0)
+    reward_models: tuple[str, ...] = ()  # of trl.reward_funcs
+    reward_threads: int | None = None  # CPU threads of each reward model
 
     @property
     def problems(self) -> list[str]:
         """For each bundle that no node can hold: what it needs, what is free, and what would fit."""
         return shortages(self.bundles, self.nodes, self.placement)
 
+    def reward_bundle(self, reward_model: str) -> int | None:
+        """The index of a reward model's bundle; None where it reserves nothing."""
+        rewards = [i for i, bundle in enumerate(self.bundles) if bundle.role == "reward"]
+        return rewards[self.reward_models.index(reward_model)] if rewards else None
 
-def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int, cpu_dtype: str = "float32") -> Plan:
+
+def make_plan(
+    config: JobConfig,
+    nodes: Sequence[Node],
+    rows: int,
+    cpu_dtype: str = "float32",
+    reward_models: Sequence[str] = (),
+) -> Plan:
     """Resolves a job of rl: grpo over `rows` training prompts.
 
-    cpu_dtype: what bf16: auto means on nodes without a GPU. Raises ConfigError for GPUs that an engine must have and
-    may not.
+    cpu_dtype: what bf16: auto means on nodes without a GPU. reward_models: which of trl.reward_funcs are models.
+    Raises ConfigError for GPUs that an engine must have and may not.
     """
     gpu = any(node.resources.get("GPU", 0) > 0 for node in nodes)
     if gpu and config.ray.engine_gpus == 0:
         text = "is 0, but the cluster has GPUs and vLLM needs one; give a number or a share, or remove it"
         config.source.raise_if_any([Problem("ray.engine_gpus", text)])
-    bundles = _bundles(config, gpu)
+    bundles = _bundles(config, gpu, len(reward_models))
     completions = config.micro_batch_size * config.gradient_accumulation_steps
     prompts = completions // config.trl.num_generations
     steps_per_epoch = rows / prompts
@@ -89,7 +102,7 @@ def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int, cpu_dtype: st
         warmup = ceil(config.warmup_ratio * total_steps)
     per_engine = ceil(prompts / config.ray.engines)
     engine_share = min(1.0, _engine_gpus(config, gpu))
-    trainer_threads, engine_threads = _threads(config, nodes)
+    trainer_threads, engine_threads, reward_threads = _threads(config, nodes, len(reward_models))
     return Plan(
         bundles=bundles,
         nodes=tuple(nodes),
@@ -116,6 +129,8 @@ def make_plan(config: JobConfig, nodes: Sequence[Node], rows: int, cpu_dtype: st
         if config.eval_steps or config.evals_per_epoch
         else None,
         rows=rows,
+        reward_models=tuple(reward_models),
+        reward_threads=None if gpu else reward_threads,
     )
 
 
@@ -138,7 +153,7 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
         f"{bundle}: {amount(bundle.resources)} on {plan.nodes[node].name if node is not None else 'no node'}"
         for bundle, node in zip(plan.bundles, plan.placement, strict=True)
     ]
-    rewards = [f"reward {name}: its own process, no reserved CPU" for name in trl.reward_funcs or []]
+    rewards = [_described_reward(plan, name) for name in trl.reward_funcs or []]
     engines = config.ray.engines
     unused = plan.gpu and config.ray.kv_cache_gib is not None
     return [
@@ -161,13 +176,26 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
     ]
 
 
-def _bundles(config: JobConfig, gpu: bool) -> tuple[Bundle, ...]:
+def _described_reward(plan: Plan, name: str) -> str:
+    if name not in plan.reward_models:
+        return f"reward {name}: its own process, no reserved CPU"
+    if plan.reward_bundle(name) is not None:
+        return f"reward model {name}: in reward {plan.reward_models.index(name)}"
+    threads = f"up to {plan.reward_threads} thread(s), " if plan.reward_threads else ""
+    return f"reward model {name}: its own process, {threads}no reserved CPU"
+
+
+def _bundles(config: JobConfig, gpu: bool, reward_models: int) -> tuple[Bundle, ...]:
     engine: dict[str, float] = {"CPU": config.ray.engine_cpus}
     if gpu:
         engine["GPU"] = _engine_gpus(config, gpu)
+    trainer = trainer_resources(config, gpu)
+    # A reward model takes as much of a GPU as a trainer rank. Without GPUs it reserves nothing, and has no bundle.
+    reward = {"GPU": min(1.0, trainer["GPU"])} if "GPU" in trainer else None
     return (
-        Bundle("trainer", 0, trainer_resources(config, gpu)),
+        Bundle("trainer", 0, trainer),
         *(Bundle("engine", i, engine) for i in range(config.ray.engines)),
+        *(Bundle("reward", i, reward) for i in range(reward_models) if reward),
     )
 
 
@@ -184,17 +212,18 @@ def _every(steps: float | None, per_epoch: int | None, steps_per_epoch: float, t
     return max(1, round(steps_per_epoch / (per_epoch or 1)))
 
 
-def _threads(config: JobConfig, nodes: Sequence[Node]) -> tuple[int, int]:
-    """CPU threads of the trainer and of each engine.
+def _threads(config: JobConfig, nodes: Sequence[Node], reward_models: int) -> tuple[int, int, int]:
+    """CPU threads of the trainer, of each engine, and of each reward model.
 
-    On-policy, trainer and engines take turns, so the trainer may use every core of its machine, and the engines, which
-    all sample at once, share them. Otherwise each has the cores that it reserves.
+    On-policy, engines, reward models and trainer take turns, so the trainer may use every core of its machine, and the
+    engines, which all sample at once, share them, and so do reward models. Otherwise each has the cores that it
+    reserves, and a reward model, which reserves none, has one.
     """
     if config.ray.max_staleness > 0:
-        return config.ray.trainer_cpus, config.ray.engine_cpus
+        return config.ray.trainer_cpus, config.ray.engine_cpus, 1
     cpus = int(max((node.resources.get("CPU", 1) for node in nodes), default=1))
     engines_per_node = ceil(config.ray.engines / max(1, len(nodes)))
-    return cpus, max(1, cpus // engines_per_node)
+    return cpus, max(1, cpus // engines_per_node), max(1, cpus // max(1, reward_models))
 
 
 def _engine_gpus(config: JobConfig, gpu: bool) -> float:
@@ -226,7 +255,7 @@ def shortages(bundles: Sequence[Bundle], nodes: Sequence[Node], placement: Seque
                 left[place][resource] -= needed
     free = "; ".join(f"{node.name} has {amount(has)} left" for node, has in zip(nodes, left, strict=True))
     gpus = sum(node.resources.get("GPU", 0) for node in nodes)
-    share = int(100 * gpus / len(bundles)) / 100
+    share = int(100 / ceil(len(bundles) / gpus)) / 100 if gpus else 0.0  # a bundle's share lies on one GPU
     lines = []
     for bundle, place in zip(bundles, placement, strict=True):
         if place is None:
@@ -244,7 +273,7 @@ def _remedies(bundle: Bundle, short: Sequence[str], share: float) -> list[str]:
         remedies.append(f"share GPUs with resources_per_worker: {{GPU: {share:g}}}{engines}")
     if "CPU" in short:
         remedies.append(f"lower {'ray.engine_cpus' if bundle.role == 'engine' else 'ray.trainer_cpus'}")
-    if bundle.index > 0:
+    if bundle.index > 0 and bundle.role != "reward":
         remedies.append(f"ask for {'ray.engines' if bundle.role == 'engine' else 'ray_num_workers'}: {bundle.index}")
     return [*remedies, f"add a node with {amount(bundle.resources)}"]
 

@@ -33,6 +33,7 @@ from actors.specs import ModelSpec
 from orchestrator import cluster
 from orchestrator.data import ensure_usable, held_out_count, hub_spec, local_files
 from orchestrator.schema import DatasetConfig, JobConfig
+from orchestrator.source import Problem
 
 FORMAT_VERSION = 1  # of prepared rows; raise it when the same files would give other ones
 
@@ -125,6 +126,11 @@ def check(config: JobConfig, search_paths: Sequence[str]) -> None:
     """Raises what `prepare` would for missing files and unknown types; reads no row and starts nothing."""
     spec, _ = _what_to_read(config, search_paths)
     _ensure_types(spec)
+    pad_token = (config.special_tokens or {}).get("pad_token")
+    tokenizer = load_tokenizer(ModelSpec(config.base_model, "float32", config.trust_remote_code))
+    if pad_token is not None and pad_token not in tokenizer.get_vocab():
+        text = f"{pad_token} is no token of {config.base_model}, and new tokens are not implemented yet; name one that it has"
+        config.source.raise_if_any([Problem("special_tokens.pad_token", text)])
 
 
 def fingerprint(config: JobConfig, search_paths: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ class TrlConfig:
     vllm_sync_interval: int = 1  # optimizer steps between two policy versions on the engines
     num_generations: int = 8  # completions per prompt: the group size G
     max_completion_length: int = 256  # tokens
-    reward_funcs: list[str] | None = None  # module.fn, or the path of a reward model
+    reward_funcs: list[str] | None = None  # module.fn, or the folder or hub name of a reward model
     reward_weights: list[float] | None = None  # one per reward function; none = all 1.0
     temperature: float = 1.0
     top_p: float = 1.0

@@ -1,4 +1,4 @@
-"""Reward calls: one process per function, one group a call, in order, each with a time limit.
+"""Reward calls: one process per function or reward model, one group a call, in order, each with a time limit.
 
 Calls are queued when their rollouts are requested and start as the groups appear in the object store. A call that
 raises is a failure of its group; one that outlasts its limit or takes its process down is too, and the process is
@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from actors.specs import RewardSpec
+from actors.specs import RewardModelSpec, RewardSpec
 from actors.types import Scores
 from orchestrator import cluster
 from orchestrator.data import Row
@@ -40,21 +40,27 @@ class Call:
 
 @dataclass
 class _Function:
-    spec: RewardSpec
+    spec: RewardSpec | RewardModelSpec
     actor: Any
     pending: deque[Call] = field(default_factory=deque)
 
 
 class Scorer:
-    """The reward functions of one job."""
+    """The reward functions and reward models of one job.
 
-    def __init__(self, plan: Plan, specs: Sequence[RewardSpec], timeout_s: float) -> None:
+    group: the placement group of the plan, which holds the bundles of reward models on GPUs.
+    """
+
+    def __init__(
+        self, plan: Plan, group: Any, specs: Sequence[RewardSpec | RewardModelSpec], timeout_s: float
+    ) -> None:
         self.plan = plan
+        self.group = group
         self.timeout_s = timeout_s
-        self.functions = [_Function(spec, cluster.start_reward(plan, spec)) for spec in specs]
+        self.functions = [_Function(spec, cluster.start_reward(plan, group, spec)) for spec in specs]
 
     def wait_ready(self) -> None:
-        """Returns once every function is imported. Raises RewardError for one that cannot be."""
+        """Returns once all are imported or loaded. Raises RewardError or ConfigError for one that cannot be."""
         for function in self.functions:
             self._wait_ready(function)
 
@@ -116,14 +122,16 @@ class Scorer:
     def _restart(self, function: _Function, *, alone: Call | None = None, without: Call | None = None) -> None:
         """A new process; the pending calls are made again: all, `alone` one of them, or all `without` one."""
         cluster.stop(function.actor)
-        function.actor = cluster.start_reward(self.plan, function.spec)
+        function.actor = cluster.start_reward(self.plan, self.group, function.spec)
         self._wait_ready(function)
         for call in [alone] if alone else function.pending:
             if call is not without:
                 self._call(function, call)
 
     def _wait_ready(self, function: _Function) -> None:
-        cluster.fetch(function.actor.ready.remote(), f"reward {function.spec.path}", cluster.PLACEMENT_TIMEOUT_S)
+        imported = isinstance(function.spec, RewardSpec)
+        limit_s = cluster.PLACEMENT_TIMEOUT_S if imported else cluster.START_TIMEOUT_S
+        cluster.fetch(function.actor.ready.remote(), f"reward {function.spec.path}", limit_s)
 
     def _queue(self, function: _Function, call: Call) -> Call:
         self._call(function, call)

@@ -160,7 +160,7 @@ def _grpo(config: JobConfig) -> Iterator[Problem]:
         yield Problem("trl.use_vllm", "Eagleray always samples with vLLM; remove it or set it to true")
     if not trl.reward_funcs:
         yield Problem(
-            "trl.reward_funcs", "rl: grpo needs rewards; name functions as module.fn, e.g. [rewards.exact]"
+            "trl.reward_funcs", "rl: grpo needs rewards; name functions as module.fn, e.g. [rewards.exact], or reward models"
         )
     elif trl.reward_weights is not None and len(trl.reward_weights) != len(trl.reward_funcs):
         counts = f"{len(trl.reward_weights)} weights for {len(trl.reward_funcs)} reward_funcs"

@@ -8,7 +8,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from actors.specs import LoraSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from actors.types import RolloutGroup
@@ -38,6 +44,18 @@ def save_llama(folder: Path) -> str:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_reward_llama(folder: Path, labels: int = 1) -> str:
+    """A random classifier of the shape of `save_llama`'s model, with its tokenizer and a chat template."""
+    save_llama(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ 'w3 ' + m['content'] + ' w4 ' }}{% endfor %}{{ ending or 'w5' }}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(folder, num_labels=labels)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
     return str(folder)
 
 

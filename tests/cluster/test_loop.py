@@ -40,7 +40,7 @@ def loop(folder: str, *, staleness: int = 0, interval: int = 1, lies: tuple[str,
     ray.get(trainer.set_probe.remote([5, 9, 12, 30, 7]))
     engines = tuple(ray.remote(FakeEngine).remote(lie) for lie in lies)
     actors = Actors(trainer, engines)
-    scorer = Scorer(plan, [RewardSpec("tests.cluster.fakes.parity", ())], 30.0)
+    scorer = Scorer(plan, None, [RewardSpec("tests.cluster.fakes.parity", ())], 30.0)
     scorer.wait_ready()
     made = Loop(config, plan, PromptSet(rows, rows[:2], ()), actors, Policies(actors, "float32", 60.0), scorer, print)
     made.start()

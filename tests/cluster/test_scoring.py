@@ -1,16 +1,25 @@
 """Reward calls in real processes: one that fails, hangs or dies costs its own group and nothing else."""
 
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
+import psutil
 import pytest
 import ray
+import torch
+from transformers import AutoModelForSequenceClassification
 
-from actors.errors import RewardError
-from actors.specs import RewardSpec
+from actors.errors import ConfigError, RewardError
+from actors.specs import ModelSpec, RewardModelSpec, RewardSpec
 from actors.types import RolloutGroup
 from orchestrator.data import Row
 from orchestrator.plan import Node, make_plan
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
+from tests.tiny import save_reward_llama
 
 PLAN = make_plan(JobConfig(rl="grpo", base_model="m", learning_rate=1.0, micro_batch_size=8, bf16=False), [Node("a", {})], 8)
 GROUP = RolloutGroup(
@@ -24,7 +33,7 @@ GROUP = RolloutGroup(
 
 
 def scorer(path: str, timeout_s: float) -> Scorer:
-    made = Scorer(PLAN, [RewardSpec(path, ())], timeout_s)
+    made = Scorer(PLAN, None, [RewardSpec(path, ())], timeout_s)
     made.wait_ready()
     return made
 
@@ -63,3 +72,32 @@ def test_calls_that_always_hang_are_given_up(cluster: None) -> None:
 def test_a_function_that_does_not_exist(cluster: None) -> None:
     with pytest.raises(RewardError, match="^trl.reward_funcs: tests.cluster.fakes.nowhere cannot be imported"):
         scorer("tests.cluster.fakes.nowhere", 1.0)
+
+
+def test_a_reward_model_scores_beside_a_function_and_is_started_again(cluster: None, tmp_path: Path) -> None:
+    folder = save_reward_llama(tmp_path)
+    model_spec = RewardModelSpec("the/model", ModelSpec(folder, "float32"), threads=1)
+    group = replace(GROUP, texts=("w9 2", "w7 w8 3"))
+    with torch.no_grad():  # no words but w3 ... w47 are in the vocabulary: 2 and 3 are <unk>, token 2
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        expected = [float(model(torch.tensor([ids])).logits[0, 0]) for ids in ([13, 9, 2], [13, 7, 8, 2])]
+    made = Scorer(PLAN, None, [model_spec, RewardSpec("tests.cluster.fakes.parity", ())], 60.0)
+    made.wait_ready()
+    prompts = [Row("w13 ", {}, ""), Row([{"role": "user"}], {}, ""), Row("w13 ", {}, "")]
+    ref = ray.put(group)
+    scores = made.collect(made.submit(prompts, [ref] * 3))
+    assert [of_group[1].rewards for of_group in scores] == [(1.0, 0.0)] * 3
+    assert [of_group[0].rewards for of_group in (scores[0], scores[2])] == [pytest.approx(expected, abs=1e-5)] * 2
+    assert scores[1][0].rewards == () and "content" in (scores[1][0].failure or "")
+
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("ray::RewardModelWorker"):
+            os.kill(process.pid, signal.SIGKILL)
+    scores = made.collect(made.submit(prompts[:1], [ref]))
+    assert scores[0][0].rewards == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reward_model_that_cannot_be_loaded_is_one_message(cluster: None, tmp_path: Path) -> None:
+    made = Scorer(PLAN, None, [RewardModelSpec("the/model", ModelSpec(str(tmp_path), "float32"))], 1.0)
+    with pytest.raises(ConfigError, match="^trl.reward_funcs: the folder .* holds no config.json"):
+        made.wait_ready()

@@ -10,9 +10,12 @@ from types import ModuleType
 import pytest
 
 from actors.errors import ConfigError
+from actors.specs import RewardModelSpec, RewardSpec
 from orchestrator import dataset_keys, online_keys
 from orchestrator.axolotl_keys import HINTS, REFUSED
 from orchestrator.config import dump, load
+from orchestrator.plan import Node, make_plan
+from orchestrator.rewards import reward_models, reward_specs
 from orchestrator.runnable import ensure_runnable, keys
 from orchestrator.schema import JobConfig
 from orchestrator.values import CHOICES, RANGES
@@ -591,11 +594,36 @@ def test_what_grpo_does_not_do_yet(tmp_path: Path, extra: str, expected: str) ->
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["org/reward-model", "exact", "./model", "a.b c"])
-def test_reward_functions_are_dotted_names(tmp_path: Path, name: str) -> None:
+def test_a_slash_or_a_folder_is_a_reward_model_and_a_dotted_name_is_a_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside").mkdir()
+    for folder in ("beside/judge", "here", "here.v2", "beside/both", "both"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = ["sums.exact", "here", "here.v2", "judge", "./here", "both", "org/judge", "outputs/not/yet", str(tmp_path / "here")]
+    config = grpo(tmp_path / "beside", "", f"trl.reward_funcs={names}")
+    assert reward_models(config) == names[1:]
+    plan = make_plan(config, [Node("a", {"CPU": 2.0})], 8, "float32", reward_models(config))
+    function, *models = reward_specs(config, plan)
+    assert isinstance(function, RewardSpec) and function.path == "sums.exact"
+    assert [(model.path, model.model.name) for model in models if isinstance(model, RewardModelSpec)] == [
+        ("here", str(tmp_path / "here")),
+        ("here.v2", str(tmp_path / "here.v2")),
+        ("judge", str(tmp_path / "beside" / "judge")),
+        ("./here", str(tmp_path / "here")),
+        ("both", str(tmp_path / "both")),  # the current folder comes first
+        ("org/judge", "org/judge"),
+        ("outputs/not/yet", "outputs/not/yet"),
+        (str(tmp_path / "here"), str(tmp_path / "here")),
+    ]
+
+
+@pytest.mark.parametrize("name", ["exact", "a.b c"])
+def test_what_names_no_function_and_no_folder_is_refused(tmp_path: Path, name: str) -> None:
     config = grpo(tmp_path, "", f"trl.reward_funcs=['{name}']")
-    with pytest.raises(ConfigError, match="trl.reward_funcs: a reward model is not implemented yet"):
-        ensure_runnable(config)
+    with pytest.raises(ConfigError, match=f"trl.reward_funcs: {name} is no folder, and no function's name; name functions"):
+        reward_models(config)
 
 
 def test_full_and_qlora_are_named(tmp_path: Path) -> None:

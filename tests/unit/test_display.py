@@ -91,6 +91,16 @@ def test_an_evaluation_line():
     assert out.getvalue() == "held-out accuracy 12.5 % (8/64), reward 0.13  [before training]\n"
 
 
+def test_where_reward_models_alone_score_nobody_is_right():
+    shown, out = plain()
+    shown.evaluation("before training", {"eval/reward": -0.5}, 0, 0)
+    shown.evaluation("step 5", {"eval/reward": 2.25}, 0, 0)
+    shown.summary("Done", [])
+    assert "held-out reward -0.50  [before training]\n" in out.getvalue()
+    assert "held-out reward -0.50 (before training) -> 2.25 (step 5)\n" in out.getvalue()
+    assert "accuracy" not in out.getvalue()
+
+
 def test_the_summary_tells_the_gain_the_given_lines_and_the_wall_time(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])

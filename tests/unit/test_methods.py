@@ -13,14 +13,21 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import AutoPeftModelForSequenceClassification
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.trainer import Trainer as HfTrainer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from actors import hub, model
-from actors.dataset_loop import model_init_arguments
+from actors.dataset_loop import model_init_arguments, save_result
 from actors.formats.base import FormatSpec
 from actors.formats.kto import build_judged
 from actors.formats.preference import build_pairs
@@ -29,7 +36,8 @@ from actors.formats.sft import build_sft
 from actors.methods import METHODS
 from actors.methods.base import Inputs
 from actors.optimizers import load_optimizer, save_optimizer
-from actors.specs import DatasetTrainSpec, LoraSpec, ModelSpec
+from actors.reward_model import ensure_reward_model
+from actors.specs import DatasetTrainSpec, LoraSpec, ModelSpec, RewardModelSpec
 from tests.tiny import SMOLLM2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,9 +104,17 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def ours(method: str, folder: str, tokenizer: Any, rows: list[Any], given: dict[str, Any], packed: bool = False) -> Any:
+def ours(
+    method: str,
+    folder: str,
+    tokenizer: Any,
+    rows: list[Any],
+    given: dict[str, Any],
+    packed: bool = False,
+    lora: LoraSpec | None = LORA,
+) -> Any:
     spec = DatasetTrainSpec(
-        method, ModelSpec(folder, "float32"), LORA, (), (), packed=packed, output_dir="", job={}, arguments={}
+        method, ModelSpec(folder, "float32"), lora, (), (), packed=packed, output_dir="", job={}, arguments={}
     )
     task = "SEQ_CLS" if method == "reward_trainer" else "CAUSAL_LM"
     return METHODS[method](
@@ -106,7 +122,7 @@ def ours(method: str, folder: str, tokenizer: Any, rows: list[Any], given: dict[
             model=folder,
             model_init=model_init_arguments(spec),
             tokenizer=tokenizer,
-            peft_config=model.peft_config(LORA, task),
+            peft_config=model.peft_config(lora, task) if lora else None,
             train=Dataset.from_list(rows),
             held_out=None,
             arguments=given,
@@ -206,6 +222,39 @@ def test_reward(folder: str, tokenizer: Any, tmp_path: Path) -> None:
         peft_config=model.peft_config(LORA, "SEQ_CLS"),
     )
     compare(losses(trainer), losses(peer))
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_reward_model_loads_with_the_scores_that_it_was_saved_with(
+    folder: str, tokenizer: Any, tmp_path: Path, tuning: str
+) -> None:
+    rows = rows_of("reward/courtesy-train.jsonl")[: 3 * BATCH]
+    encode = build_reward_pairs(FormatSpec(type="bradley_terry.chat_template"), tokenizer)
+    lora = LORA if tuning == "lora" else None
+    trainer = ours(
+        "reward_trainer", folder, tokenizer, [encode(row) for row in rows], arguments(tmp_path, max_steps=3), lora=lora
+    )
+    trainer.train()
+    base = ModelSpec(folder, "float32")
+    spec = DatasetTrainSpec("reward_trainer", base, lora, (), (), False, str(tmp_path), job={}, arguments={})
+    save_result(trainer, spec)
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": row["input"]}], tokenize=False) for row in rows
+    ]
+    padded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    assert not padded["attention_mask"].all(), "one of them is padded"
+    with torch.no_grad():
+        expected = trainer.model.eval()(**padded).logits
+        # As the README has it; without num_labels for a whole model.
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, **({"num_labels": 1} if lora else {}))
+        torch.testing.assert_close(loaded.eval()(**padded).logits, expected)
+        if lora:
+            loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+            torch.testing.assert_close(loaded.eval()(**padded).logits, expected)
+    if not lora:
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert (loaded.config.num_labels, saved["pad_token_id"]) == (1, tokenizer.pad_token_id)
+    ensure_reward_model(RewardModelSpec("it", ModelSpec(str(tmp_path), "float32")), conversational=True)
 
 
 def compare(found: list[float], expected: list[float]) -> None:

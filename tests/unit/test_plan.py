@@ -73,6 +73,43 @@ def test_a_gpu_can_be_shared() -> None:
     assert plan.gpu_memory_utilization == pytest.approx(0.45)
 
 
+def test_a_reward_model_takes_of_a_gpu_what_a_trainer_takes() -> None:
+    names = ["out/judge", "org/judge"]
+    config = job(trl__reward_funcs=["a.b", *names], resources_per_worker={"GPU": 0.25})
+    plan = make_plan(config, TWO_GPUS, 100, reward_models=names)
+    rewards = [(str(bundle), dict(bundle.resources)) for bundle in plan.bundles[2:]]
+    assert rewards == [("reward 0", {"GPU": 0.25}), ("reward 1", {"GPU": 0.25})]
+    assert [plan.reward_bundle(name) for name in names] == [2, 3]
+    ensure_placeable(plan.problems)
+    lines = "\n".join(describe(config, plan))
+    assert "reward 1: 0.25 GPU on a" in lines and "reward model org/judge: in reward 1" in lines
+    assert "reward a.b: its own process" in lines
+    four_gpus = [Node("a", {"CPU": 4.0, "GPU": 4.0})]
+    several = make_plan(job(resources_per_worker={"GPU": 2.0}), four_gpus, 9, reward_models=names[:1])
+    assert several.bundles[-1].resources == {"GPU": 1.0}  # it is one process on one GPU
+
+
+def test_a_reward_model_that_has_no_gpu_left_is_told_what_would_fit() -> None:
+    with pytest.raises(ConfigError) as error:
+        ensure_placeable(make_plan(job(), TWO_GPUS, 100, reward_models=["out/judge"]).problems)
+    text = str(error.value)
+    assert "reward 0 needs 1 GPU, but a has 14 CPU left" in text
+    assert "resources_per_worker: {GPU: 0.5} and ray.engine_gpus: 0.5" in text
+    shared = job(resources_per_worker={"GPU": 0.5})
+    ensure_placeable(make_plan(shared, TWO_GPUS, 100, reward_models=["out/judge"]).problems)
+
+
+def test_reward_models_on_cpus_reserve_nothing_and_take_turns() -> None:
+    plan = make_plan(job(trl__reward_funcs=["out/judge"]), LAPTOP, 100, reward_models=["out/judge"])
+    assert [str(bundle) for bundle in plan.bundles] == ["trainer 0", "engine 0"]
+    assert plan.reward_bundle("out/judge") is None
+    assert plan.reward_threads == 2
+    lines = "\n".join(describe(job(trl__reward_funcs=["out/judge"]), plan))
+    assert "reward model out/judge: its own process, up to 2 thread(s), no reserved CPU" in lines
+    assert make_plan(job(), LAPTOP, 100, reward_models=["a/b", "c/d"]).reward_threads == 1
+    assert make_plan(job(ray__max_staleness=1), LAPTOP, 100, reward_models=["a/b"]).reward_threads == 1
+
+
 def test_what_does_not_fit_and_what_would() -> None:
     one = [Node("a", {"CPU": 8.0, "GPU": 1.0})]
     with pytest.raises(ConfigError) as error:
