@@ -4,10 +4,13 @@ Consumes Arrow files of prepared rows; produces records for the driver's display
 output_dir. Ranks meet in the collectives of torch.distributed, which Ray Train has set up before this runs.
 """
 
+import json
 import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +20,7 @@ from datasets import Dataset, concatenate_datasets
 from actors import adapter, device, hub, model, sharding, storage
 from actors.errors import ConfigError
 from actors.methods import METHODS
-from actors.methods.base import OF_TRAINING, Inputs
+from actors.methods.base import OF_TRAINING, STATE_FILE, Inputs
 from actors.specs import DatasetTrainSpec
 from actors.streaming import Stream, feed
 
@@ -31,7 +34,7 @@ class Reports:
         self.records: list[tuple[str, dict[str, float]]] = []  # kind, record
 
     def add(self, kind: str, record: dict[str, float]) -> None:
-        """kind: train | eval."""
+        """kind: train | eval | start, of the workers, with the step that they go on from."""
         self.records.append((kind, record))
 
     def since(self, count: int) -> list[tuple[str, dict[str, float]]]:
@@ -40,9 +43,15 @@ class Reports:
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Entry point of Ray Train: config holds the spec, the handle of Reports, and path and content of the driver's marker."""
+    """Entry point of Ray Train: config holds the spec, the handle of Reports, and path and content of the driver's marker.
+
+    Ray Train calls it again when workers were lost or have come back, and it goes on from the newest checkpoint.
+    """
     storage.ensure_shared(*config["marker"])
-    spec: DatasetTrainSpec = config["spec"]
+    spec = as_of_now(config["spec"], ray.train.get_context().get_world_size())
+    if ray.train.get_context().get_world_rank() == 0:
+        state = json.loads(Path(spec.resume_from, STATE_FILE).read_text(encoding="utf-8")) if spec.resume_from else {"step": 0}
+        config["reports"].add.remote("start", {"step": state["step"]})
     device.set_threads(spec.threads)
     try:
         trainer = build_trainer(spec, config["reports"])
@@ -52,6 +61,17 @@ def train_loop(config: dict[str, Any]) -> None:
         raise ConfigError(f"lora_target_modules: {error}") from error  # PEFT names those that the model has not
     trainer.train(resume_from_checkpoint=spec.resume_from)
     save_result(trainer, spec)
+
+
+def as_of_now(spec: DatasetTrainSpec, workers: int) -> DatasetTrainSpec:
+    """The spec for so many workers, who go on from the newest checkpoint. A step has the same rows with any number of them."""
+    newest = storage.newest_checkpoint(Path(spec.output_dir))
+    rows_at_once = int(str(spec.arguments["per_device_train_batch_size"])) * workers
+    arguments = {**spec.arguments, "gradient_accumulation_steps": spec.rows_per_step // rows_at_once}
+    resume = str(newest) if newest else spec.resume_from
+    if resume:
+        arguments["eval_on_start"] = False
+    return replace(spec, arguments=arguments, resume_from=resume)
 
 
 def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:

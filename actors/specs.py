@@ -160,6 +160,7 @@ class DatasetTrainSpec:
     packed: bool  # rows hold several documents each
     streamed: bool = field(default=False, kw_only=True)  # rows to train on come from Ray Train's dataset, and not from files
     output_dir: str
+    rows_per_step: int = field(kw_only=True)  # of all workers, however many there are
     job: Mapping[str, object]  # what a resumed job must have as it was; part of each checkpoint
     arguments: Mapping[str, object]  # of the method's TRL configuration, beside what the method itself sets
     early_stopping_patience: int | None = None  # evaluations without a better held-out loss

@@ -76,6 +76,13 @@ def digest_of(file: Path) -> str:
     return whole.hexdigest()
 
 
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The last checkpoint that was written to its end."""
+    whole = {path.parent.name.removeprefix("checkpoint-"): path.parent for path in output_dir.glob(f"checkpoint-*/{MANIFEST}")}
+    steps = [int(name) for name in whole if name.isdigit()]
+    return whole[str(max(steps))] if steps else None
+
+
 def verify(path: Path) -> None:
     """Raises CheckpointError, naming the file, unless every file of the folder is as it was written."""
     try:

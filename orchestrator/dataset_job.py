@@ -27,19 +27,20 @@ from orchestrator.data import ensure_usable
 from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
 from orchestrator.display import DATASET_COLUMNS, Display
 from orchestrator.environment import worker_environment
-from orchestrator.jobs import RunResult, lora_spec, metrics_log, search_paths, tell_stop
+from orchestrator.jobs import RunResult, lora_spec, metrics_log, tell_stop
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
 from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare, stream
 from orchestrator.schema import JobConfig
 from orchestrator.sharding import kind
 
+MAX_RESTARTS = 5  # of a job with a range of workers
 POLL_S = 0.5  # how often the driver asks for new records
 
 
 def plan_job(config: JobConfig, nodes: list[Node]) -> DatasetPlan:
     """The plan of a job on these nodes; finds its files and formats, starts nothing."""
-    check(config, search_paths(config))
+    check(config, config.source.folders)
     return make_dataset_plan(config, nodes, device.fastest_dtype(gpu=False))
 
 
@@ -82,7 +83,7 @@ def prepared_rows(config: JobConfig, output_dir: Path, display: Display) -> Iter
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     try:
         with display.phase("preparing rows"):
-            rows = prepare(config, folder, search_paths(config), display.note)
+            rows = prepare(config, folder, config.source.folders, display.note)
         _tell(rows, output_dir, display, config.streaming)
         yield rows
     finally:
@@ -117,6 +118,7 @@ class _Training:
         self.output_dir = output_dir
         self.display = display
         self.step = 0
+        self.starts = 0
         self.evaluations: list[dict[str, Any]] = []
         self.bad_rows = 0  # of a stream, so far
         self.total = plan.total_steps(config, rows.train.rows)
@@ -165,6 +167,9 @@ class _Training:
             records = cluster.fetch(reports.since.remote(seen), "the records of the workers", 60)
             seen += len(records)
             for name, record in records:
+                if name == "start":
+                    self._started(int(record["step"]), log)
+                    continue
                 log.write(name, record)
                 if name == "train":
                     self.display.step(record, self.total)
@@ -176,6 +181,15 @@ class _Training:
                 self._watch(quarantine)
             if running:
                 cluster.pause(POLL_S)
+
+    def _started(self, step: int, log: MetricsLog) -> None:
+        """At the first start there is nothing to take back."""
+        self.starts += 1
+        if self.starts > 1:
+            self.display.note(f"Ray Train has started the workers again; they go on after step {step}")
+            log.go_back(step)
+            self.step = step
+            self.evaluations = [record for record in self.evaluations if record["step"] <= step]
 
     def _watch(self, quarantine: Any) -> None:
         """Keeps quarantine.json, and stops the job at too many bad rows or a file that cannot be read."""
@@ -193,6 +207,7 @@ class _Training:
 
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # fills the dashboard's record of Train runs
         storage_path = self.output_dir / ".ray-train"
+        fixed = self.plan.min_workers == len(self.plan.bundles)
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={
@@ -200,11 +215,11 @@ class _Training:
                 "reports": reports,
                 "marker": (str(self.output_dir / checkpoints.LOCK), marker),
             },
-            datasets={"train": stream(self.config, search_paths(self.config), quarantine, self.plan.readers)}
+            datasets={"train": stream(self.config, self.config.source.folders, quarantine, self.plan.readers)}
             if quarantine is not None
             else None,
             scaling_config=ray.train.ScalingConfig(
-                num_workers=len(self.plan.bundles),
+                num_workers=len(self.plan.bundles) if fixed else (self.plan.min_workers, len(self.plan.bundles)),
                 use_gpu=self.plan.bundles[0].resources.get("GPU", 0) > 0,
                 resources_per_worker=dict(self.plan.bundles[0].resources),
             ),
@@ -213,7 +228,9 @@ class _Training:
                 name=f"{self.config.ray_run_name or self.output_dir.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=str(storage_path),
                 # Ray Train would wait without end for what another job holds.
-                failure_config=ray.train.FailureConfig(controller_failure_limit=2),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=0 if fixed else MAX_RESTARTS, controller_failure_limit=2
+                ),
                 worker_runtime_env={"env_vars": worker_environment(self.plan.threads)},
             ),
         )
@@ -277,6 +294,7 @@ def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Pat
         held_out_files=rows.held_out.files,
         packed=packs(config),
         streamed=config.streaming,
+        rows_per_step=plan.rows_per_step,
         output_dir=config.output_dir,
         job=identity(config),
         arguments=arguments,
@@ -299,5 +317,5 @@ def identity(config: JobConfig) -> dict[str, Any]:
         **{key: getattr(config, key) for key in keys.split()},
         "sharding (deepspeed, fsdp_version, fsdp_config)": kind(config),
         "lora_model_dir (digest of its adapter)": starting_adapter.digest(config),
-        "datasets (digest of how they are read, and of their sizes)": fingerprint(config, search_paths(config)),
+        "datasets (digest of how they are read, and of their sizes)": fingerprint(config, config.source.folders),
     }

@@ -54,11 +54,6 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("gradient_checkpointing", lambda v: isinstance(v, str), "offloading is not implemented yet; use true or false"),
     ("save_strategy", absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
     (
-        "ray_num_workers",
-        lambda v: not isinstance(v, int),
-        "a range of workers is not implemented yet; give one number",
-    ),
-    (
         "plugins",
         lambda v: any(name.rpartition(".")[2] not in SPEED_PLUGINS for name in v or []),
         "cannot be loaded; remove it",

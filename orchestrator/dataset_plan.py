@@ -32,7 +32,8 @@ SHARDINGS = {
 class DatasetPlan:
     """A resolved dataset job. What hangs on the number of rows is known once they are prepared."""
 
-    bundles: tuple[Bundle, ...]  # one a worker
+    bundles: tuple[Bundle, ...]  # one a worker, as many as there may be
+    min_workers: int  # with which the job starts, and goes on when others are lost
     nodes: tuple[Node, ...]
     placement: tuple[int | None, ...]  # per bundle, the node that can hold it; None = none can
     gpu: bool
@@ -44,8 +45,10 @@ class DatasetPlan:
 
     @property
     def problems(self) -> list[str]:
-        """For each bundle that no node can hold: what it needs, what is free, and what would fit."""
-        return shortages(self.bundles, self.nodes, self.placement)
+        """For each bundle that the job cannot do without and no node can hold: what it needs, and what would fit."""
+        if sum(place is not None for place in self.placement) >= self.min_workers:
+            return []
+        return shortages(self.bundles[: self.min_workers], self.nodes, self.placement[: self.min_workers])
 
     def steps_per_epoch(self, rows: int) -> int:
         """Optimizer steps over all rows once, as transformers counts them: the last one may be smaller."""
@@ -57,8 +60,8 @@ class DatasetPlan:
 
 def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str = "float32") -> DatasetPlan:
     """Resolves a job of any method but grpo. cpu_dtype: what bf16: auto means on nodes without a GPU."""
-    workers = config.ray_num_workers
-    assert isinstance(workers, int)
+    asked = config.ray_num_workers
+    fewest, workers = (asked, asked) if isinstance(asked, int) else asked
     has_gpus = any(node.resources.get("GPU", 0) > 0 for node in nodes)
     resources = trainer_resources(config, has_gpus)
     gpu = "GPU" in resources
@@ -69,6 +72,7 @@ def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str =
         attention = "sdpa"  # its kernels are for GPUs; the result is the same
     return DatasetPlan(
         bundles=bundles,
+        min_workers=fewest,
         nodes=tuple(nodes),
         placement=first_fit(bundles, nodes),
         gpu=gpu,
@@ -89,13 +93,15 @@ def describe(config: JobConfig, plan: DatasetPlan) -> list[str]:
         f"{bundle}: {amount(bundle.resources)} on {plan.nodes[node].name if node is not None else 'no node'}"
         for bundle, node in zip(plan.bundles, plan.placement, strict=True)
     ]
+    most = len(plan.bundles)
+    workers = f"{most}" if plan.min_workers == most else f"{plan.min_workers} to {most}, as many as there is room for,"
     length = f"{config.max_steps} steps" if config.max_steps else f"{config.num_epochs:g} epochs"
     return [
         f"method      {METHOD_NAMES[config.rl]}",
         f"model       {config.base_model}, {plan.dtype}, {plan.attention or 'default'} attention",
         f"adapter     {adapter}",
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
-        f"workers     {len(plan.bundles)} of Ray Train",
+        f"workers     {workers} of Ray Train",
         *(f"            {line}" for line in held),
         f"sharding    {SHARDINGS[sharding.kind(config)]}",
         f"batch       {config.micro_batch_size} micro_batch_size x {config.gradient_accumulation_steps} "

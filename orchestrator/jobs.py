@@ -20,12 +20,6 @@ class RunResult:
     evaluations: tuple[dict[str, Any], ...]  # the first is before training
 
 
-def search_paths(config: JobConfig) -> list[str]:
-    """Folders in which datasets and functions are looked for: the current one, then the configuration's."""
-    folders = [Path.cwd(), Path(config.source.path).resolve().parent]
-    return list(dict.fromkeys(str(folder) for folder in folders))
-
-
 def with_absolute_paths(config: JobConfig) -> JobConfig:
     """Actors run in other folders than the driver, so every path that they get is absolute.
 
@@ -45,7 +39,7 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
 
 def local_folder(config: JobConfig, name: str) -> Path | None:
     """The folder of that name in the current folder, beside the configuration, or among the outputs of Ray jobs."""
-    places = [*(Path(base) / Path(name).expanduser() for base in search_paths(config)), _kept(name)]
+    places = [*(Path(base) / Path(name).expanduser() for base in config.source.folders), _kept(name)]
     return next((place.resolve() for place in places if place.is_dir()), None)
 
 

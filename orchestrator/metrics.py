@@ -154,17 +154,26 @@ class MetricsLog:
         self._run = run
         self._gauges: dict[str, Gauge] = {}
         self._tensorboard: SummaryWriter | None = None
+        self._use_tensorboard = use_tensorboard
         self._wandb = wandb
+        self._open(resumed_from)
+
+    def _open(self, resumed_from: int) -> None:
         _keep_until(self.path, resumed_from)
         self._file = self.path.open("a", encoding="utf-8")
-        if use_tensorboard:
-            from torch.utils.tensorboard import (
-                SummaryWriter,
-            )  # here: it loads torch, which the driver may not need
+        if self._use_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # here: it loads torch, which the driver may not need
 
             # TensorBoard hides what earlier files say about purge_step and later.
             purge_step = resumed_from + 1 if resumed_from else 0
-            self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
+            self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge_step)
+
+    def go_back(self, step: int) -> None:
+        """Drops the records of later steps, which are trained again."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._open(step)
 
     def write(self, kind: Kind, record: Mapping[str, float]) -> None:
         """Log one record, which must hold `step`; it is on disk when this returns.

@@ -16,7 +16,7 @@ from orchestrator.config import dump
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
 from orchestrator.display import Display
 from orchestrator.grpo import Evaluation, Loop
-from orchestrator.jobs import RunResult, lora_spec, metrics_log, search_paths, tell_stop
+from orchestrator.jobs import RunResult, lora_spec, metrics_log, tell_stop
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Node, Plan, describe, ensure_placeable, make_plan
 from orchestrator.policies import Policies
@@ -29,7 +29,7 @@ PROBE_FILLER = range(100, 100 + PROBE_TOKENS)  # token ids that every vocabulary
 
 def plan_job(config: JobConfig, nodes: list[Node]) -> tuple[Plan, PromptSet]:
     """The plan of a job on these nodes; reads the datasets, starts nothing."""
-    prompts = load_prompts(config, search_paths(config))
+    prompts = load_prompts(config, config.source.folders)
     return resolved(config, nodes, prompts), prompts
 
 

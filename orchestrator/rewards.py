@@ -2,7 +2,7 @@
 
 from actors.reward_model import ensure_reward_model
 from actors.specs import ModelSpec, RewardModelSpec, RewardSpec
-from orchestrator.jobs import local_folder, search_paths
+from orchestrator.jobs import local_folder
 from orchestrator.online_keys import FUNCTION
 from orchestrator.plan import Plan
 from orchestrator.schema import JobConfig
@@ -24,7 +24,7 @@ def reward_models(config: JobConfig) -> list[str]:
 
 def reward_specs(config: JobConfig, plan: Plan) -> list[RewardSpec | RewardModelSpec]:
     """What the actors are built from, in the order of trl.reward_funcs."""
-    paths = tuple(search_paths(config))
+    paths = tuple(config.source.folders)
     return [
         _model_spec(config, plan, name) if name in plan.reward_models else RewardSpec(name, paths)
         for name in config.trl.reward_funcs or []

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import ConfigError
-from orchestrator.jobs import search_paths
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
@@ -128,7 +127,7 @@ def _deepspeed(config: JobConfig) -> dict[str, Any]:
 
 
 def _from_file(config: JobConfig, name: str) -> dict[str, Any]:
-    candidates = [Path(folder, name).expanduser() for folder in search_paths(config)]
+    candidates = [Path(folder, name).expanduser() for folder in config.source.folders]
     path = next((path for path in candidates if path.is_file()), None)
     try:
         if path is None:

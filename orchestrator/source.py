@@ -32,6 +32,11 @@ class Source:
     lines: dict[str, int] = field(default_factory=dict)  # dotted key -> line, counted from 1
     overrides: dict[str, str] = field(default_factory=dict)  # dotted key -> the override as typed
 
+    @property
+    def folders(self) -> list[str]:
+        """Where files and functions that it names are looked for: the current folder, then the file's own."""
+        return list(dict.fromkeys(str(folder) for folder in (Path.cwd(), Path(self.path).resolve().parent)))
+
     def describe(self, problem: Problem) -> str:
         """`file:line: key: text`; the override instead of the line, no line if the key was not written."""
         key = problem.key

@@ -149,6 +149,18 @@ def _workers(config: JobConfig) -> Iterator[Problem]:
         yield Problem("ray_num_workers", f"is {workers}; a range is [min, max] with 1 <= min <= max")
     if isinstance(workers, int) and workers < 1:
         yield Problem("ray_num_workers", f"is {workers}; it must be 1 or more")
+    elif isinstance(workers, list) and config.rl != "grpo":
+        step = config.gradient_accumulation_steps * workers[1]
+        if uneven := [count for count in range(workers[0], workers[1] + 1) if step % count]:
+            text = f"{uneven[0]} workers cannot share the {step} micro batches of a step ({workers[1]} workers x "
+            text += f"gradient_accumulation_steps {config.gradient_accumulation_steps}) evenly"
+            all_counts = math.lcm(*range(workers[0], workers[1] + 1))
+            multiple = all_counts // math.gcd(workers[1], all_counts)
+            yield Problem("ray_num_workers", f"{text}; use a gradient_accumulation_steps that {multiple} divides")
+        if config.streaming:
+            yield Problem("ray_num_workers", "a stream cannot be dealt anew while it runs; give one number")
+        if config.deepspeed or config.fsdp_version or config.fsdp_config:
+            yield Problem("ray_num_workers", "a model in shards belongs to one number of workers; give that")
     for name, amount in config.resources_per_worker.items():
         if amount < 0:
             yield Problem(f"resources_per_worker.{name}", f"is {amount:g}; it must be 0 or more")

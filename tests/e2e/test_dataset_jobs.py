@@ -168,6 +168,31 @@ def test_two_workers_learn_what_one_does(dataset_job: Job, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_a_job_with_a_range_of_workers_survives_the_loss_of_one(dataset_job: Job, tmp_path: Path) -> None:
+    """It goes on from the newest checkpoint, to the losses of a job that lost nobody."""
+    changes = {"gradient_accumulation_steps": 2, "max_steps": 20, "save_steps": 4, "eval_steps": 10}
+    code, output = finish(start("run", dataset_job("a.yaml", output_dir=str(tmp_path / "a"), ray_num_workers=2, **changes)))
+    assert code == 0, output
+
+    config = dataset_job("b.yaml", output_dir=str(tmp_path / "b"), ray_num_workers=[1, 2], **changes)
+    process = start("run", config)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "b" / "checkpoint-4" / storage.MANIFEST).exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [one for one in children(process.pid) if "RayTrainWorker" in " ".join(one.cmdline())]
+    assert len(workers) == 2
+    workers[0].kill()
+    code, output = finish(process, 500)
+    assert code == 0, output
+    assert "Ray Train has started the workers again" in output
+    for kind in ("train", "eval"):
+        a, b = ([(r["step"], r.get("loss", r.get("eval/loss"))) for r in records(tmp_path / name, kind)] for name in "ab")
+        assert [step for step, _ in a] == [step for step, _ in b], kind
+        assert [loss for _, loss in a] == pytest.approx([loss for _, loss in b], abs=1e-4), kind
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rl", ["dpo", "orpo"])
 def test_pairs_in_full(dataset_job: Job, tmp_path: Path, rl: str) -> None:
     entry = {"path": str(tmp_path / "pairs.jsonl"), "type": "passthrough"}

@@ -220,7 +220,8 @@ def test_yaml_merge_keys_keep_their_lines(tmp_path: Path) -> None:
         GRPO
         + "  scale_rewards: false\n  generation_kwargs: {stop: ['${x'], frequency_penalty: 1e-1}\nrl_beta: 0.5\n",
         GRPO + "ray: {importance_sampling_cap: null, engine_gpus: 0.25}\nsdp_attention: true\nbf16:\n",
-        SFT + "reward_model: true\nray_num_workers: [1, 4]\nsave_steps: 0.25\ndeepspeed: {a: {b: [1, x]}}\n",
+        SFT + "reward_model: true\nray_num_workers: [1, 2]\nsave_steps: 0.25\n",
+        SFT + "deepspeed: {a: {b: [1, x]}}\n",
         SFT + "lora_target_modules: .*proj\nadapter: lora\nlora_r: 8\nlora_alpha: 8\noutput_dir: 'no'\n",
     ],
 )
@@ -515,6 +516,10 @@ def test_later_methods_load_and_are_named(tmp_path: Path, rl: str) -> None:
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
+        ("ray_num_workers: [1, 2]\nfsdp_version: 2\n", ":4: ray_num_workers: a model in shards belongs to one number"),
+        ("ray_num_workers: [1, 2]\nstreaming: true\nmax_steps: 9\n", ":4: ray_num_workers: a stream cannot be dealt anew"),
+        ("ray_num_workers: [2, 4]\n", ":4: ray_num_workers: 3 workers cannot share the 4 micro batches of a step"),
+        ("ray_num_workers: [2, 4]\n", "use a gradient_accumulation_steps that 3 divides"),
         ("rl: kto\n", "micro_batch_size: is 1; kto compares each answer with those of the other rows of its batch"),
         ("rl: dpo\ndpo_loss_type: [sigmoid, sigmod]\n", "dpo_loss_type: 'sigmod' is not one of sigmoid, hinge"),
         ("early_stopping_patience: 2\n", "early_stopping_patience: there are no rows to evaluate on"),
@@ -537,7 +542,6 @@ def test_dataset_methods_run(tmp_path: Path, rl: str | None) -> None:
     ("extra", "expected"),
     [
         ("context_parallel_size: 2\n", "context_parallel_size: is not implemented yet"),
-        ("ray_num_workers: [1, 2]\n", "ray_num_workers: a range of workers is not implemented yet"),
         ("optimizer: muon\n", "optimizer: muon is not implemented yet; use one of adamw_torch"),
         ("lr_scheduler: rex\n", "lr_scheduler: rex is not implemented yet"),
         ("bnb_config_kwargs: {a: 1}\n", "bnb_config_kwargs: is not implemented yet"),

@@ -1,12 +1,16 @@
 """Dataset jobs before they start: batch arithmetic by hand, bundles, and the arguments that TRL's trainers get."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from trl.experimental.orpo import ORPOConfig
 
+from actors import storage
+from actors.dataset_loop import as_of_now
+from actors.specs import DatasetTrainSpec, ModelSpec
 from orchestrator.arguments import training_arguments
 from orchestrator.dataset_plan import describe, make_dataset_plan
 from orchestrator.plan import Node
@@ -49,7 +53,31 @@ def test_every_worker_gets_its_bundle() -> None:
 def test_a_worker_too_many_is_named_with_what_would_fit() -> None:
     (problem,) = make_dataset_plan(job(ray_num_workers=5), FOUR_GPUS).problems
     assert problem.startswith("worker 4 needs 1 CPU + 1 GPU, but a has 14 CPU left; b has 14 CPU left")
-    assert "ask for ray_num_workers: 4" in problem and "share GPUs with resources_per_worker: {GPU: 0.8}" in problem
+    assert "ask for ray_num_workers: 4" in problem and "share GPUs with resources_per_worker: {GPU: 0.5}" in problem
+
+
+def test_a_range_of_workers_needs_room_for_the_fewest() -> None:
+    few = make_dataset_plan(job(ray_num_workers=[3, 6]), FOUR_GPUS)
+    assert few.problems == [] and (few.min_workers, len(few.bundles), few.rows_per_step) == (3, 6, 4 * 3 * 6)
+    assert "3 to 6, as many as there is room for, of Ray Train" in "\n".join(describe(job(), few))
+    (problem,) = make_dataset_plan(job(ray_num_workers=[5, 6]), FOUR_GPUS).problems
+    assert problem.startswith("worker 4 needs")
+
+
+def test_a_step_has_the_same_rows_with_any_number_of_workers(tmp_path: Path) -> None:
+    spec = DatasetTrainSpec(
+        "sft", ModelSpec("m", "float32"), None, (), (), packed=False, rows_per_step=24, output_dir=str(tmp_path),
+        job={}, arguments={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 99, "eval_on_start": True},
+    )  # fmt: skip
+    found = {count: as_of_now(spec, count) for count in (1, 2, 3)}
+    assert [found[count].arguments["gradient_accumulation_steps"] for count in (1, 2, 3)] == [6, 3, 2]
+    assert found[1].resume_from is None and found[1].arguments["eval_on_start"] is True
+    for step, whole in ((9, True), (10, True), (11, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / storage.MANIFEST).touch()
+    again = as_of_now(spec, 1)
+    assert again.resume_from == str(tmp_path / "checkpoint-10") and again.arguments["eval_on_start"] is False
 
 
 def test_workers_on_one_machine_share_its_cores() -> None:

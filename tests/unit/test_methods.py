@@ -114,7 +114,8 @@ def ours(
     lora: LoraSpec | None = LORA,
 ) -> Any:
     spec = DatasetTrainSpec(
-        method, ModelSpec(folder, "float32"), lora, (), (), packed=packed, output_dir="", job={}, arguments={}
+        method, ModelSpec(folder, "float32"), lora, (), (), packed=packed, rows_per_step=BATCH, output_dir="", job={},
+        arguments={},
     )
     task = "SEQ_CLS" if method == "reward_trainer" else "CAUSAL_LM"
     return METHODS[method](
