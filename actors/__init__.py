@@ -13,7 +13,9 @@
     snapshot.py  LoRA tensors to one flat buffer and back, with digest and validation
     install.py   a snapshot into vLLM: merged into the weights, or as a LoRA slot
     storage.py   files that are whole or absent: safetensors and JSON with digests
-    optimizers.py an optimizer's state as safetensors
+    states.py    nested states of tensors and plain values as safetensors
+    optimizers.py an optimizer's state to a file and back
+    sharding.py  FSDP2 and DeepSpeed, where transformers leaves something to do
     trainer.py   the actor that learns
     engine.py    the actor that samples
     rewards.py   the actor that scores with a function
@@ -21,6 +23,7 @@
     formats/     dataset rows to token ids, a module a family of types
     reading.py   datasets' files to raw rows, whole or in pieces
     preparing.py pieces of files to prepared rows, on Ray Data's workers
+    streaming.py rows that are read while they are trained on
     methods/     SFT, DPO, KTO, ORPO and reward models: TRL's trainer, a file a method
     dataset_loop.py what each Ray Train worker does
 

@@ -11,6 +11,7 @@
     plan.py         configuration and cluster to roles, bundles and batch arithmetic: a pure function
     dataset_plan.py the same for dataset jobs
     prepare.py      datasets to token ids on disk, by Ray Data
+    sharding.py     deepspeed and fsdp_config, checked and as transformers takes them
     arguments.py    configuration to the arguments of TRL's trainers
     environment.py  the environment each actor starts with
     cluster.py      the only module that starts Ray, placement groups and actors
