@@ -124,8 +124,9 @@ def connected() -> Iterator[str]:
             configure_logging=True,
             **({"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}),
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ActorError(f"Ray could not be reached at RAY_ADDRESS={address}: {error}") from error
+    except Exception as error:  # Ray raises a bare one when its processes are not up in time
+        where = "started on this machine" if address == "local" else f"reached at RAY_ADDRESS={address}"
+        raise ActorError(f"Ray could not be {where}: {error}") from error
     if threading.current_thread() is threading.main_thread():
         # Ray puts two of its own in its place: one in Python, which exits, and one in front of it, which prints a stack.
         signal.signal(signal.SIGTERM, on_sigterm)
@@ -237,6 +238,18 @@ def fetch(ref: Any, who: str, timeout_s: float) -> Any:
         else:
             text = f"{who} is lost: {type(error).__name__}: {_last_line(str(error))}"
         raise ActorError(text) from error
+
+
+def fetch_each(refs: Any, who: str, timeout_s: float) -> Iterator[Any]:
+    """The values that a generator in a task yields, as they come; timeout_s is for each. Raises as `fetch` does."""
+    while True:
+        if not wait(refs, timeout_s):
+            raise ActorError(f"{who} did not answer within {timeout_s:g} s; its stack is in the dashboard under Jobs")
+        try:
+            ref = next(refs)
+        except StopIteration:
+            return
+        yield fetch(ref, who, timeout_s)
 
 
 def _own(error: RayError) -> EaglerayError | None:

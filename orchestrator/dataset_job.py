@@ -83,7 +83,7 @@ def prepared_rows(config: JobConfig, output_dir: Path, display: Display) -> Iter
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     try:
         with display.phase("preparing rows"):
-            rows = prepare(config, folder, config.source.folders, display.note)
+            rows = prepare(config, folder, config.source.folders, display.note, display.progress)
         _tell(rows, output_dir, display, config.streaming)
         yield rows
     finally:

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.status import Status
@@ -24,6 +25,7 @@ from rich.text import Text
 Record = Mapping[str, float]
 
 HEADER_EVERY = 20  # rows: the header stays in sight on a terminal of common height
+PROGRESS_EVERY_S = 30.0
 RECENT_STEPS = 10  # the ETA follows the last steps: lengths, and so times, drift while a policy learns
 WIDE = 96  # columns from which the table can afford two spaces between columns
 
@@ -105,6 +107,15 @@ HELD_OUT: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
+@dataclass
+class _Phase:
+    """What a run is waiting for."""
+
+    name: str
+    began: float  # time.monotonic()
+    done: str = ""  # such as: 12,000 of 90,000
+
+
 class Display:
     """The run's voice in the terminal; every method prints and returns, and none raises over a lost stdout.
 
@@ -122,7 +133,8 @@ class Display:
         self._began = time.monotonic()
         self._rows = 0
         self._step_s: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._phases: list[tuple[str, float]] = []  # name, time.monotonic() of its start; the last one shows
+        self._phases: list[_Phase] = []  # the last one shows
+        self._told = 0.0  # time.monotonic() of the last line about progress
         self._announced: set[str] = set()
         self._status: Status | None = None
         self._evaluations: list[tuple[str, str]] = []  # such as: accuracy, 12.5 % (before training)
@@ -139,7 +151,7 @@ class Display:
         A terminal shows a spinner and the seconds so far. Elsewhere each phase gets one line, the first time, and
         only until the first step's row: from then on the rows tell that the run moves.
         """
-        self._phases.append((name, time.monotonic()))
+        self._phases.append(_Phase(name, time.monotonic()))
         if self._live:
             self._guard(self._start_spinner)
         elif self._rows == 0 and name not in self._announced:
@@ -152,6 +164,14 @@ class Display:
             if not self._phases and self._status is not None:
                 self._guard(self._status.stop)
                 self._status = None
+
+    def progress(self, done: int, total: int) -> None:
+        """How far the innermost phase is, beside the spinner; elsewhere a line now and then."""
+        phase = self._phases[-1]
+        phase.done = f"{done:,} of {total:,}"
+        if not self._live and time.monotonic() - max(phase.began, self._told) > PROGRESS_EVERY_S:
+            self._told = time.monotonic()
+            self._print(f"{phase.name}: {phase.done}")
 
     def step(self, record: Record, max_steps: int) -> None:
         """One row of the table; a metric that the record lacks, or that is NaN, shows as `-`. The record must hold `step`."""
@@ -237,11 +257,12 @@ class Display:
 class _Waiting:
     """The spinner's text; rich asks for it at every redraw, and so the seconds run."""
 
-    def __init__(self, phases: list[tuple[str, float]]) -> None:
+    def __init__(self, phases: list[_Phase]) -> None:
         self._phases = phases
 
     def __rich__(self) -> Text:
         # A copy, since rich draws from a thread of its own while the run may leave the last phase.
-        for name, began in self._phases[-1:]:
-            return Text.assemble(name, (f"  {duration(time.monotonic() - began)}", "dim"))
+        for phase in self._phases[-1:]:
+            since = duration(time.monotonic() - phase.began)
+            return Text.assemble(phase.name, (f"  {phase.done}" if phase.done else "", "bold"), (f"  {since}", "dim"))
         return Text("")

@@ -8,7 +8,7 @@ import json
 import logging
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import accumulate
@@ -80,9 +80,16 @@ class Prepared:
         return self.bad_rows / self.raw_rows if self.raw_rows else 0.0
 
 
-def prepare(config: JobConfig, folder: Path, search_paths: Sequence[str], note: Callable[[str], None]) -> Prepared:
+def prepare(
+    config: JobConfig,
+    folder: Path,
+    search_paths: Sequence[str],
+    note: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> Prepared:
     """Reads and encodes `datasets` and `test_datasets` into Arrow files. Needs a connected Ray.
 
+    progress: told how many rows of how many are done.
     They lie in `folder`, or under dataset_prepared_path, where they are found again. Raises ConfigError for a type that
     the method does not have, DataError for a missing file, no rows, or too many bad ones.
     """
@@ -91,13 +98,13 @@ def prepare(config: JobConfig, folder: Path, search_paths: Sequence[str], note: 
     if config.streaming:
         files = [file for file in files if spec.sources[file.source].held_out]
     if config.dataset_prepared_path is None:
-        return _checked(config, _prepared(config, spec, files, folder.absolute()))
+        return _checked(config, _prepared(config, spec, files, folder.absolute(), progress))
     folder = Path(config.dataset_prepared_path).expanduser().absolute() / _digest(config, spec, files)
     ready = _read_manifest(folder)
     if ready is not None:
         note(f"datasets: the rows in {folder} were prepared before, and are used again")
         return _checked(config, ready)
-    prepared = _prepared(config, spec, files, folder)
+    prepared = _prepared(config, spec, files, folder, progress)
     _write_manifest(folder, prepared)
     return _checked(config, prepared)
 
@@ -268,12 +275,22 @@ def _read_manifest(folder: Path) -> Prepared | None:
 # The work.
 
 
-def _prepared(config: JobConfig, spec: PrepareSpec, files: Sequence[SourceFile], folder: Path) -> Prepared:
+def _prepared(
+    config: JobConfig,
+    spec: PrepareSpec,
+    files: Sequence[SourceFile],
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> Prepared:
     tasks = _tasks(files)
     cut_file = partial(_cut, sources=spec.sources, piece_bytes=PIECE_BYTES, piece_rows=PIECE_ROWS)
-    pieces = _on_workers(cut_file, files, tasks)
-    pieces = _with_held_out(config, spec, sorted(pieces, key=lambda piece: (piece.source, piece.file, piece.begin)))
-    parts = _on_workers(partial(prepare_piece, spec=spec, folder=str(folder)), pieces, tasks)
+    found = sorted(_on_workers(cut_file, files, tasks), key=lambda piece: (piece.source, piece.file, piece.begin))
+    pieces = _with_held_out(config, spec, found)
+    total = sum(piece.rows for piece in pieces)
+    parts: list[PartStats] = []
+    for part in _on_workers(partial(prepare_piece, spec=spec, folder=str(folder)), pieces, tasks):
+        parts.append(part)
+        progress(sum(part.raw_rows for part in parts), total)
     return _summed(sorted(parts, key=lambda part: part.key))
 
 
@@ -302,27 +319,27 @@ def _with_held_out(config: JobConfig, spec: PrepareSpec, pieces: Sequence[Piece]
     return dealt
 
 
-def _on_workers(function: Callable[[Any], list[Any]], items: Sequence[Any], tasks: int) -> list[Any]:
+def _on_workers(function: Callable[[Any], list[Any]], items: Sequence[Any], tasks: int) -> Iterator[Any]:
     """What a function makes of all items, in no order, in so many tasks. Raises the first EaglerayError that it raised.
 
     A task of its own conducts Ray Data, so that the driver can be interrupted, and Ray Data's logs stay off the screen.
     """
     if not items:
-        return []
-    ref = ray.remote(num_cpus=0)(_conduct).remote(function, items, min(tasks, len(items)))
-    made = cluster.fetch(ref, "the preparation of the datasets", TIMEOUT_S)
-    for one in made:
+        return
+    conduct = ray.remote(num_cpus=0, num_returns="streaming")(_conduct)
+    for one in cluster.fetch_each(conduct.remote(function, items, min(tasks, len(items))), "the datasets", TIMEOUT_S):
         if isinstance(one, EaglerayError):
             raise one
-    return list(made)
+        yield one
 
 
-def _conduct(function: Callable[[Any], list[Any]], items: Sequence[Any], tasks: int) -> list[Any]:
+def _conduct(function: Callable[[Any], list[Any]], items: Sequence[Any], tasks: int) -> Iterator[Any]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a large file that cannot be cut is one long task
     rows = ray.data.from_items([{"item": item} for item in items], override_num_blocks=tasks)
-    return [row["item"] for row in rows.flat_map(partial(each, function=function)).iter_rows()]
+    for row in rows.flat_map(partial(each, function=function)).iter_rows():
+        yield row["item"]
 
 
 def _summed(parts: Sequence[PartStats]) -> Prepared:

@@ -43,7 +43,7 @@ def job(*entries: DatasetConfig | Path | str, **changes: Any) -> JobConfig:
 
 
 def prepared(config: JobConfig, folder: Path, search_paths: Sequence[str] = ()) -> Prepared:
-    return prepare(config, folder / "prepared", search_paths, note=lambda text: None)
+    return prepare(config, folder / "prepared", search_paths, note=lambda text: None, progress=lambda done, total: None)
 
 
 def jsonl(path: Path, rows: Sequence[Any]) -> Path:
@@ -231,8 +231,8 @@ def test_types_are_checked_before_anything_is_read(tmp_path: Path) -> None:
 
 def test_prepared_rows_are_used_again_while_nothing_changed(tmp_path: Path, tokenizer: Any) -> None:
     file = numbered(tmp_path / "a.jsonl", range(5))
-    config = job(file, dataset_prepared_path=str(tmp_path / "kept"), val_set_size=1)
     notes: list[str] = []
+    seen: list[tuple[int, int]] = []
 
     def again(**changes: Any) -> Prepared:
         return prepare(
@@ -240,10 +240,11 @@ def test_prepared_rows_are_used_again_while_nothing_changed(tmp_path: Path, toke
             tmp_path,
             [],
             notes.append,
+            lambda done, total: seen.append((done, total)),
         )
 
-    first = prepare(config, tmp_path, [], notes.append)
-    assert notes == []
+    first = again()
+    assert notes == [] and seen[-1] == (first.raw_rows, first.raw_rows)
     assert all(Path(name).is_relative_to(tmp_path / "kept") for name in first.train.files)
     assert again() == first
     assert len(notes) == 1 and "used again" in notes[0]

@@ -165,6 +165,16 @@ def test_a_plain_log_names_a_phase_once_and_only_before_the_first_row():
     assert [line for line in out.getvalue().splitlines() if "..." in line] == ["loading engine ..."]
 
 
+def test_progress_is_told_now_and_then(monkeypatch):
+    shown, out = plain()
+    with shown.phase("preparing rows"):
+        shown.progress(1, 5000)
+        assert "of" not in out.getvalue(), "not at once"
+        monkeypatch.setattr(display, "PROGRESS_EVERY_S", -1.0)
+        shown.progress(1234, 5000)
+    assert out.getvalue().splitlines() == ["preparing rows ...", "preparing rows: 1,234 of 5,000"]
+
+
 def test_a_phase_passes_errors_on_and_ends_its_spinner():
     out = io.StringIO()
     shown = Display(Console(file=out, width=80, force_terminal=True, _environ={}))
