@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors import storage
@@ -165,6 +166,20 @@ def test_two_workers_learn_what_one_does(dataset_job: Job, tmp_path: Path) -> No
         assert code == 0, output
     one, two = ([record["loss"] for record in records(tmp_path / name, "train")] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_job_that_gets_worse_stops_and_leaves_its_best(dataset_job: Job, tmp_path: Path) -> None:
+    config = dataset_job(early_stopping_patience=2, eval_steps=2, max_steps=40, learning_rate=3.0, max_grad_norm=100.0)
+    code, output = finish(start("run", config))
+    assert code == 0, output
+    out = tmp_path / "out"
+    held_out = {record["step"]: record["eval/loss"] for record in records(out, "eval")}
+    best = min((step for step in held_out if step > 0), key=lambda step: held_out[step])
+    assert max(held_out) == best + 4 < 40, "two evaluations without a better one"
+    result, checkpoint = (load_file(path / "adapter_model.safetensors") for path in (out, out / f"checkpoint-{best}"))
+    assert all(torch.equal(result[name], checkpoint[name]) for name in result)
+    assert not list(out.glob("optimizer*")) and not (out / "trainer_state.json").exists()
 
 
 @pytest.mark.slow

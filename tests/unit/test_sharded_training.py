@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from actors import hub, sharding, storage
 from actors.methods import METHODS
 from actors.methods.base import Inputs
-from actors.model import peft_config
-from actors.specs import LoraSpec
+from actors.model import peft_config, quantization
+from actors.specs import LoraSpec, ModelSpec
 from tests.tiny import SMOLLM2
 
 STEPS = 4
@@ -78,7 +78,16 @@ def rows_for(method: str) -> Dataset:
 
 
 def train(
-    rank: int, world: int, port: int, folder: str, out: str, method: str, lora: bool, kind: str, resume: str | None
+    rank: int,
+    world: int,
+    port: int,
+    folder: str,
+    out: str,
+    method: str,
+    lora: bool,
+    kind: str,
+    resume: str | None,
+    quantized: bool,
 ) -> None:
     """One rank; rank 0 leaves losses and gradient norms in losses.json."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
@@ -105,6 +114,9 @@ def train(
     arguments |= sharding.start(arguments)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model_init: dict[str, Any] = {"dtype": "float32"} | ({"num_labels": 1} if method == "reward_trainer" else {})
+    if quantized:
+        base = ModelSpec(folder, "float32", quantization="nf4", sharded=kind == "fsdp")
+        model_init["quantization_config"] = quantization(base)
     task = "SEQ_CLS" if method == "reward_trainer" else "CAUSAL_LM"
     adapter = peft_config(LORA, task) if lora else None
     torch.manual_seed(0)
@@ -121,26 +133,35 @@ def train(
     torch.distributed.destroy_process_group()
 
 
-def run(folder: Path, out: Path, method: str, lora: bool, kind: str, world: int, resume: Path | None = None) -> dict[str, Any]:
+def run(
+    folder: Path,
+    out: Path,
+    method: str,
+    lora: bool,
+    kind: str,
+    world: int,
+    resume: Path | None = None,
+    quantized: bool = False,
+) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (world, port, str(folder), str(out), method, lora, kind, str(resume) if resume else None)
+    arguments = (world, port, str(folder), str(out), method, lora, kind, str(resume) if resume else None, quantized)
     torch.multiprocessing.spawn(train, arguments, nprocs=world)
     found: dict[str, Any] = json.loads((out / "losses.json").read_text())
     return found
 
 
-def compare(folder: Path, tmp_path: Path, method: str, lora: bool, kind: str) -> Path:
+def compare(folder: Path, tmp_path: Path, method: str, lora: bool, kind: str, quantized: bool = False) -> Path:
     """One process in whole against two in shards, and two that go on from the first checkpoint. Returns the result's folder."""
-    one = run(folder, tmp_path / "one", method, lora, "none", 1)
-    two = run(folder, tmp_path / "two", method, lora, kind, 2)
+    one = run(folder, tmp_path / "one", method, lora, "none", 1, quantized=quantized)
+    two = run(folder, tmp_path / "two", method, lora, kind, 2, quantized=quantized)
     assert two["sharded"] == (kind.startswith("fsdp") or kind == "zero3")
     torch.testing.assert_close(two["curve"], one["curve"], atol=1e-4, rtol=1e-4)
     assert one["curve"][0][0] != pytest.approx(one["curve"][-1][0], abs=1e-2), "nothing was learned"
     checkpoint = tmp_path / "two" / "checkpoint-2"
     storage.verify(checkpoint)
-    resumed = run(folder, tmp_path / "resumed", method, lora, kind, 2, checkpoint)
+    resumed = run(folder, tmp_path / "resumed", method, lora, kind, 2, checkpoint, quantized)
     torch.testing.assert_close(resumed["curve"], two["curve"], atol=1e-5, rtol=1e-5)
     return tmp_path / "two"
 
@@ -157,6 +178,12 @@ def test_a_whole_model(folder: Path, tmp_path: Path, kind: str) -> None:
     tuned, base = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (out, folder))
     assert not torch.equal(tuned.model.embed_tokens.weight, base.model.embed_tokens.weight)
     assert tuned.num_parameters() == base.num_parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "zero2"])
+def test_a_quantized_base(folder: Path, tmp_path: Path, kind: str) -> None:
+    compare(folder, tmp_path, "sft", True, kind, quantized=True)
 
 
 @pytest.mark.slow
