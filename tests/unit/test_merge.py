@@ -116,6 +116,8 @@ def test_it_answers_as_the_adapter_on_its_base(
     assert model.dtype == torch.float32
     torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
     assert (logits(model) - logits(load(base))).abs().max() > 0.1, "the adapter changes nothing, so this shows nothing"
+    one = torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+    assert model.config.tie_word_embeddings == one, "what loaders go by that do not look for both matrices"
     answers = [m.generate(input_ids=IDS, max_new_tokens=8, do_sample=False) for m in (model, expected)]
     assert torch.equal(*answers)
     assert AutoTokenizer.from_pretrained(out / "merged")("w5 w9")["input_ids"] == [5, 9]

@@ -63,8 +63,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def wide(base: str, tmp_path: Path) -> str:
-    """One whose rows are as long as a block of NF4."""
-    config = LlamaConfig.from_pretrained(base, hidden_size=64, intermediate_size=128)
+    """One whose matrices are made of whole blocks of NF4 and of bitsandbytes' CPU kernel."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
+    config = LlamaConfig.from_pretrained(base, **shape)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "wide")
@@ -215,6 +216,8 @@ def test_dpo_compares_with_the_starting_adapter(
     before = trainer.evaluate()
     assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-5), "the policy is its reference"
     trainer.train()
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert first == pytest.approx(math.log(2), abs=1e-5), "in training too: neither of the two has dropout"
     after = trainer.evaluate()
     trainer.save_model(str(tmp_path / "out"))
     assert moved(start, tmp_path / "out") > 1e-3
