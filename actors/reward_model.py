@@ -95,7 +95,10 @@ def load_tokenizer(spec: RewardModelSpec) -> Any:
 
 
 def load_model(spec: RewardModelSpec) -> Any:
-    """The classifier, its adapter merged, ready to score. Raises ConfigError when its files lack the head."""
+    """The classifier, ready to score. Raises ConfigError when its files lack the head.
+
+    An adapter stays beside its base: merged into bfloat16 weights it would lose its smallest parts, and rewards shift.
+    """
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
@@ -110,7 +113,7 @@ def load_model(spec: RewardModelSpec) -> Any:
         output_loading_info=True,
     )
     if adapted:
-        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        model = PeftModel.from_pretrained(model, str(folder))
     elif loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise ConfigError(f"{KEY}: {spec.path} lacks {missing}, so it is no reward model; {TRAIN_ONE}")

@@ -150,7 +150,8 @@ class Loop:
         rewards = self._combined(scores, headers)
         record = self._rollout_record(headers, scores, rewards, rewards)
         judged = self._judged(scores)
-        shown = {k: v for k, v in record.items() if k.split("/")[0] in ("accuracy", "reward", "completion_length")}
+        names = ("accuracy", "reward", "completion_length") if judged else ("reward", "completion_length")
+        shown = {k: v for k, v in record.items() if k.split("/")[0] in names}
         return Evaluation(
             {"step": self.step, **{f"eval/{name}": value for name, value in shown.items()}},
             solved=sum(reward >= 1.0 for reward in judged),

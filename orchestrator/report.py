@@ -154,6 +154,9 @@ def _reward(axes: Axes, curves: Curves) -> None:
     for index, name in enumerate(functions):
         _line(axes, curves.train(name), name.removeprefix("reward/"), FAMILY[index % len(FAMILY)], 1.2)
     _line(axes, curves.train("reward"), "weighted sum", BLUE, width=2.2)
+    steps, rewards = curves.of("eval", "eval/reward")
+    if steps:
+        axes.plot(steps, rewards, "D-", label="held-out prompts", color=RED, markersize=7, linewidth=1.2)
     axes.set_ylabel("mean reward")
     _legend(axes)
 

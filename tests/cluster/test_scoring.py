@@ -86,8 +86,9 @@ def test_a_reward_model_scores_beside_a_function_and_is_started_again(cluster: N
     prompts = [Row("w13 ", {}, ""), Row([{"role": "user"}], {}, ""), Row("w13 ", {}, "")]
     ref = ray.put(group)
     scores = made.collect(made.submit(prompts, [ref] * 3))
-    assert [of_group[1].rewards for of_group in scores] == [(1.0, 0.0)] * 3
-    assert [of_group[0].rewards for of_group in (scores[0], scores[2])] == [pytest.approx(expected, abs=1e-5)] * 2
+    for by_model, by_function in (scores[0], scores[2]):
+        assert by_model.rewards == pytest.approx(expected, abs=1e-5)
+        assert by_function.rewards == (1.0, 0.0)
     assert scores[1][0].rewards == () and "content" in (scores[1][0].failure or "")
 
     for process in psutil.Process().children(recursive=True):

@@ -119,12 +119,14 @@ def test_a_dataset_job_has_panels_of_its_own(tmp_path, monkeypatch):
     assert curves(axes) == {"pairs right": ([1, 2], [0.5, 0.5]), "pairs right, held out": ([2], [0.75])}
 
 
-def test_the_reward_panel_has_each_function():
-    axes = panel("Reward", [train(1, **STEP), train(2, **{**STEP, "reward": 0.75})])
+def test_the_reward_panel_has_each_function_and_the_held_out_prompts():
+    evaluations = [{"kind": "eval", "step": step, "eval/reward": reward} for step, reward in ((0, 0.25), (2, 1.5))]
+    axes = panel("Reward", [evaluations[0], train(1, **STEP), train(2, **{**STEP, "reward": 0.75}), evaluations[1]])
     assert curves(axes) == {
         "exact": ([1, 2], [0.25, 0.25]),
         "form": ([1, 2], [1.0, 1.0]),
         "weighted sum": ([1, 2], [0.5, 0.75]),
+        "held-out prompts": ([0, 2], [0.25, 1.5]),
     }
 
 
