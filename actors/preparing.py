@@ -4,9 +4,11 @@ A new method is a line in BUILDERS. What a type of row means is in formats/, how
 """
 
 import os
+import pickle
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,7 @@ from actors.formats.kto import build_judged
 from actors.formats.preference import build_pairs
 from actors.formats.reward import build_reward_pairs
 from actors.formats.sft import build_sft
-from actors.model import load_tokenizer
-from actors.reading import BadRow, Piece, SourceSpec, read
+from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut, read
 from actors.specs import ModelSpec
 
 BUILDERS: dict[str, Callable[[FormatSpec, Any], Encode]] = {
@@ -107,14 +108,23 @@ class RowEncoder:
 _encoders: dict[str, list[RowEncoder]] = {}
 
 
-def encoder(spec: PrepareSpec, source: int) -> RowEncoder:
-    """Made once a process: a tokenizer takes longer to load than a piece to encode."""
+def encoder(spec: PrepareSpec, source: int, tokenizer: bytes | None) -> RowEncoder:
+    """Made once a process: a tokenizer takes longer to load than a piece to encode.
+
+    tokenizer: the driver's, pickled. Finding the class of one imports torch, for which half a million tokens can be encoded.
+    """
     key = repr(spec)
     if key not in _encoders:
         _encoders.clear()  # of a job that this process served before
-        tokenizer = load_tokenizer(ModelSpec(spec.tokenizer, "float32", spec.trust_remote_code))
-        _encoders[key] = [RowEncoder(spec, one, tokenizer) for one in spec.sources]
+        loaded = pickle.loads(tokenizer) if tokenizer is not None else _load_tokenizer(spec)
+        _encoders[key] = [RowEncoder(spec, one, loaded) for one in spec.sources]
     return _encoders[key][source]
+
+
+def _load_tokenizer(spec: PrepareSpec) -> Any:
+    from actors.model import load_tokenizer  # here: it imports torch
+
+    return load_tokenizer(ModelSpec(spec.tokenizer, "float32", spec.trust_remote_code))
 
 
 def sequences(row: EncodedRow) -> list[int]:
@@ -183,13 +193,19 @@ def packed(rows: Sequence[EncodedRow], sequence_len: int) -> list[EncodedRow]:
 # Pieces to parts.
 
 
-def prepare_piece(piece: Piece, spec: PrepareSpec, folder: str) -> list[PartStats]:
+def cut_file(file: SourceFile, sources: Sequence[SourceSpec], piece_bytes: int, piece_rows: int) -> list[Piece]:
+    """The pieces of a file of one of the sources."""
+    return list(cut(file, sources[file.source], piece_bytes, piece_rows))
+
+
+def prepare_piece(piece: Piece, spec: PrepareSpec, folder: str, tokenizer: bytes | None = None) -> list[PartStats]:
     """Reads, encodes and writes a piece: an Arrow file of its rows to train, one of those held out, or both.
 
+    tokenizer: the one that the spec names, pickled; None = it is loaded here.
     Raises DataError when the file cannot be read any more, or the part not be written.
     """
     source = spec.sources[piece.source]
-    encode = encoder(spec, piece.source).rows
+    encode = encoder(spec, piece.source, tokenizer).rows
     train = Part(Path(folder, "train"), PartStats(piece.key, held_out=False), spec.packing, spec.sequence_len)
     held_out = Part(Path(folder, "held_out"), PartStats(piece.key, held_out=True), spec.eval_packing, spec.sequence_len)
     try:
@@ -263,6 +279,21 @@ def column(values: Sequence[Any]) -> Any:
         return pa.array(values)
     offsets = np.cumsum([0, *(len(ids) for ids in values)], dtype=np.int32)
     return pa.ListArray.from_arrays(offsets, np.concatenate(values))
+
+
+def conduct(function: Callable[[Any], list[Any]], items: Sequence[Any], tasks: int) -> Iterator[Any]:
+    """What a function makes of all items, in no order, by so many tasks of Ray Data; errors for people are among it.
+
+    Like all that runs on workers it lies here, and not in the driver's modules: those import torch.
+    """
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # a large file that cannot be cut is one long task
+    rows = ray.data.from_items([{"item": item} for item in items], override_num_blocks=tasks)
+    for row in rows.flat_map(partial(each, function=function)).iter_rows():
+        yield row["item"]
 
 
 def each(row: dict[str, Any], function: Callable[[Any], list[Any]]) -> list[dict[str, Any]]:

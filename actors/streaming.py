@@ -48,12 +48,12 @@ def pieces(row: dict[str, Any], spec: PrepareSpec, quarantine: Any) -> Iterator[
         quarantine.fail.remote(error)
 
 
-def rows(batch: dict[str, Any], spec: PrepareSpec, quarantine: Any) -> Iterator[Any]:
-    """The pieces in a batch of Ray Data to Arrow tables of prepared rows."""
+def rows(batch: dict[str, Any], spec: PrepareSpec, tokenizer: bytes | None, quarantine: Any) -> Iterator[Any]:
+    """The pieces in a batch of Ray Data to Arrow tables of prepared rows. tokenizer: as prepare_piece takes it."""
     import pyarrow as pa
 
     for piece in batch["item"]:
-        encode = encoder(spec, piece.source).rows
+        encode = encoder(spec, piece.source, tokenizer).rows
         raw_rows, bad, block, tokens = 0, [], [], 0
         try:
             for place, raw in read(piece, spec.sources[piece.source]):

@@ -6,6 +6,7 @@ changes a row is a field of FormatSpec and a line of format_spec; one that chang
 
 import json
 import logging
+import pickle
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,8 +28,8 @@ from actors.formats.reward import REWARD_FORMATS
 from actors.formats.sft import SFT_FORMATS
 from actors.formats.templates import OWN, template_of
 from actors.model import load_tokenizer
-from actors.preparing import BAD_ROWS_KEPT, BUILDERS, PartStats, PrepareSpec, each, prepare_piece
-from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut
+from actors.preparing import BAD_ROWS_KEPT, BUILDERS, PartStats, PrepareSpec, conduct, cut_file, prepare_piece
+from actors.reading import BadRow, Piece, SourceFile, SourceSpec
 from actors.specs import ModelSpec
 from orchestrator import cluster
 from orchestrator.data import ensure_usable, held_out_count, hub_spec, local_files
@@ -94,17 +95,17 @@ def prepare(
     the method does not have, DataError for a missing file, no rows, or too many bad ones.
     """
     spec, files = _what_to_read(config, search_paths)
-    _ensure_types(spec)
+    tokenizer = _ensure_types(spec)
     if config.streaming:
         files = [file for file in files if spec.sources[file.source].held_out]
     if config.dataset_prepared_path is None:
-        return _checked(config, _prepared(config, spec, files, folder.absolute(), progress))
+        return _checked(config, _prepared(config, spec, files, folder.absolute(), tokenizer, progress))
     folder = Path(config.dataset_prepared_path).expanduser().absolute() / _digest(config, spec, files)
     ready = _read_manifest(folder)
     if ready is not None:
         note(f"datasets: the rows in {folder} were prepared before, and are used again")
         return _checked(config, ready)
-    prepared = _prepared(config, spec, files, folder, progress)
+    prepared = _prepared(config, spec, files, folder, tokenizer, progress)
     _write_manifest(folder, prepared)
     return _checked(config, prepared)
 
@@ -115,6 +116,7 @@ def stream(config: JobConfig, search_paths: Sequence[str], quarantine: Any, read
     quarantine: handle of an actors.streaming.Quarantine.
     """
     spec, files = _what_to_read(config, search_paths)
+    tokenizer = _for_workers(spec, _ensure_types(spec))
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -124,7 +126,7 @@ def stream(config: JobConfig, search_paths: Sequence[str], quarantine: Any, read
     found = ray.data.from_items(items, override_num_blocks=len(items))
     one_task = ray.data.TaskPoolStrategy(1)
     found = found.flat_map(partial(streaming.pieces, spec=spec, quarantine=quarantine), num_cpus=0, compute=one_task)
-    encode = partial(streaming.rows, spec=spec, quarantine=quarantine)
+    encode = partial(streaming.rows, spec=spec, tokenizer=tokenizer, quarantine=quarantine)
     # The workers may have reserved every CPU, and still do not compute all the time.
     return found.map_batches(encode, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(readers))
 
@@ -216,8 +218,8 @@ def _what_to_read(config: JobConfig, search_paths: Sequence[str]) -> tuple[Prepa
     return spec, files
 
 
-def _ensure_types(spec: PrepareSpec) -> None:
-    """Raises ConfigError for a type that the method does not have, before anything is read."""
+def _ensure_types(spec: PrepareSpec) -> Any:
+    """The tokenizer. Raises ConfigError for a type that the method does not have, before anything is read."""
     tokenizer = load_tokenizer(ModelSpec(spec.tokenizer, "float32", spec.trust_remote_code))
     for source in spec.sources:
         name = source.format.type
@@ -227,6 +229,7 @@ def _ensure_types(spec: PrepareSpec) -> None:
                 "would make into a file, or use a mapping of fields and formats as the type"
             )
         BUILDERS[spec.method](source.format, tokenizer)
+    return tokenizer
 
 
 def _digest(config: JobConfig, spec: PrepareSpec, files: Iterable[SourceFile]) -> str:
@@ -280,28 +283,31 @@ def _prepared(
     spec: PrepareSpec,
     files: Sequence[SourceFile],
     folder: Path,
+    tokenizer: Any,
     progress: Callable[[int, int], None],
 ) -> Prepared:
     tasks = _tasks(files)
-    cut_file = partial(_cut, sources=spec.sources, piece_bytes=PIECE_BYTES, piece_rows=PIECE_ROWS)
-    found = sorted(_on_workers(cut_file, files, tasks), key=lambda piece: (piece.source, piece.file, piece.begin))
+    cut_all = partial(cut_file, sources=spec.sources, piece_bytes=PIECE_BYTES, piece_rows=PIECE_ROWS)
+    found = sorted(_on_workers(cut_all, files, tasks), key=lambda piece: (piece.source, piece.file, piece.begin))
     pieces = _with_held_out(config, spec, found)
     total = sum(piece.rows for piece in pieces)
     parts: list[PartStats] = []
-    for part in _on_workers(partial(prepare_piece, spec=spec, folder=str(folder)), pieces, tasks):
+    encode = partial(prepare_piece, spec=spec, folder=str(folder), tokenizer=_for_workers(spec, tokenizer))
+    for part in _on_workers(encode, pieces, tasks):
         parts.append(part)
         progress(sum(part.raw_rows for part in parts), total)
     return _summed(sorted(parts, key=lambda part: part.key))
+
+
+def _for_workers(spec: PrepareSpec, tokenizer: Any) -> bytes | None:
+    """Code of a model's own can only be loaded where it is needed."""
+    return None if spec.trust_remote_code else pickle.dumps(tokenizer)
 
 
 def _tasks(files: Sequence[SourceFile]) -> int:
     if any(file.kind == "hub" for file in files):
         return BLOCKS  # its size is not known here
     return min(BLOCKS, 1 + sum(Path(file.path).stat().st_size for file in files) // BLOCK_BYTES)
-
-
-def _cut(file: SourceFile, sources: Sequence[SourceSpec], piece_bytes: int, piece_rows: int) -> list[Piece]:
-    return list(cut(file, sources[file.source], piece_bytes, piece_rows))
 
 
 def _with_held_out(config: JobConfig, spec: PrepareSpec, pieces: Sequence[Piece]) -> list[Piece]:
@@ -326,20 +332,11 @@ def _on_workers(function: Callable[[Any], list[Any]], items: Sequence[Any], task
     """
     if not items:
         return
-    conduct = ray.remote(num_cpus=0, num_returns="streaming")(_conduct)
-    for one in cluster.fetch_each(conduct.remote(function, items, min(tasks, len(items))), "the datasets", TIMEOUT_S):
+    conducted = ray.remote(num_cpus=0, num_returns="streaming")(conduct).remote(function, items, min(tasks, len(items)))
+    for one in cluster.fetch_each(conducted, "the datasets", TIMEOUT_S):
         if isinstance(one, EaglerayError):
             raise one
         yield one
-
-
-def _conduct(function: Callable[[Any], list[Any]], items: Sequence[Any], tasks: int) -> Iterator[Any]:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = -1  # a large file that cannot be cut is one long task
-    rows = ray.data.from_items([{"item": item} for item in items], override_num_blocks=tasks)
-    for row in rows.flat_map(partial(each, function=function)).iter_rows():
-        yield row["item"]
 
 
 def _summed(parts: Sequence[PartStats]) -> Prepared:

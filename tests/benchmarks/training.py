@@ -30,7 +30,7 @@ from actors.dataset_loop import dataset_of
 from actors.specs import DatasetTrainSpec
 from orchestrator import checkpoints, cluster, dataset_job
 from orchestrator.dataset_plan import make_dataset_plan
-from orchestrator.display import Display
+from orchestrator.display import DATASET_COLUMNS, Display
 from tests.benchmarks import common, conversations
 from tests.benchmarks.common import LORA, MODEL
 from tests.benchmarks.results import Row
@@ -38,8 +38,8 @@ from tests.benchmarks.results import Row
 SIDES = ("bare", "trl", "ours")  # in the order in which they start
 # method: (rows of a step, keys of its job); SFT's rows are documents, of which several share a row of the model
 METHODS: dict[str, tuple[Iterator[dict[str, Any]], dict[str, Any]]] = {
-    "SFT": (conversations.conversations(24), {"sample_packing": True}),
-    "DPO": (conversations.pairs(8), {"rl": "dpo"}),
+    "SFT": (conversations.conversations(12), {"sample_packing": True}),
+    "DPO": (conversations.pairs(6), {"rl": "dpo"}),
 }
 
 
@@ -213,6 +213,7 @@ def run(pairs: int) -> list[Row]:
 
 def _compare(method: str, pairs: int) -> list[Row]:
     display = Display()
+    display.columns = DATASET_COLUMNS[METHODS[method][1].get("rl")]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows, keys = METHODS[method]

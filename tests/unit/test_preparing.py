@@ -1,6 +1,9 @@
 """Files in pieces, rows to ids, packing: what the workers of the data preparation do, without Ray."""
 
 import json
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from transformers import AutoTokenizer
 from actors import hub, preparing
 from actors.errors import ConfigError, DataError
 from actors.formats.base import IGNORED, FormatSpec
-from actors.preparing import PrepareSpec, RowEncoder, cut_document, pack, packed, prepare_piece
+from actors.preparing import PrepareSpec, RowEncoder, cut_document, cut_file, pack, packed, prepare_piece
 from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut, read
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -233,3 +236,22 @@ def test_a_part_is_written_block_by_block_and_counts(tmp_path: Path, tokenizer: 
     assert train.bad == [BadRow(f"{file}:3", "`text` is empty")]
     assert (held_out.raw_rows, held_out.rows, held_out.bad) == (1, 1, [])
     assert sorted(p.name for p in tmp_path.rglob("*part*")) == ["part-07.arrow"] * 2
+
+
+def test_a_worker_prepares_without_importing_torch(tmp_path: Path, tokenizer: Any) -> None:
+    """Which takes several seconds of a processor in each worker, more than most datasets."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    spec = PrepareSpec("sft", (SourceSpec(FormatSpec(type="chat_template")),), SMOLLM2, sequence_len=64)
+    (piece,) = cut_file(SourceFile(0, str(file), "jsonl"), spec.sources, 1000, 1000)
+    script = """
+import pickle, sys
+from actors.preparing import prepare_piece
+prepare_piece(*pickle.load(sys.stdin.buffer))
+assert "torch" not in sys.modules
+"""
+    arguments = (replace(piece, key="0"), spec, str(tmp_path), pickle.dumps(tokenizer))
+    subprocess.run([sys.executable, "-c", script], input=pickle.dumps(arguments), check=True)
+    written = Dataset.from_file(str(tmp_path / "train" / "part-0.arrow"))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert written["input_ids"][0] == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
