@@ -8,22 +8,23 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import torch
 from datasets import Dataset, concatenate_datasets
 
 from actors import adapter, device, hub, model, sharding, storage
-from actors.errors import ConfigError
+from actors.errors import ConfigError, DataError
 from actors.methods import METHODS
 from actors.methods.base import OF_TRAINING, STATE_FILE, Inputs
 from actors.specs import DatasetTrainSpec
-from actors.streaming import Stream, feed
 
+SHUFFLED_ROWS = 1000  # of a stream that a worker holds, of which it draws the next one
 WITH_REFERENCE = ("dpo", "ipo", "kto")  # their losses compare with the policy at the start of training
 
 
@@ -106,6 +107,50 @@ def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
 
         trainer.add_callback(EarlyStoppingCallback(spec.early_stopping_patience))
     return trainer
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """This worker's share of the rows; each time it is read is an epoch, with an order of its own."""
+
+    def __init__(self, shard: Any, seed: int) -> None:
+        """Waits for the first row. Raises DataError if there is none."""
+        self.shard = shard  # of ray.train.get_dataset_shard
+        self.seed = seed
+        self.epoch = 0
+        self.begun = self._rows()
+        first = next(self.begun, None)
+        if first is None:
+            raise DataError("datasets: no row that can be used; quarantine.json has their places and reasons")
+        self.first = first
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.epoch == 0:
+            yield self.first
+        else:
+            self.begun = self._rows()
+        self.epoch += 1
+        yield from self.begun
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        batches = self.shard.iter_batches(
+            batch_size=64,
+            batch_format="pyarrow",
+            local_shuffle_buffer_size=SHUFFLED_ROWS,
+            local_shuffle_seed=self.seed + self.epoch,
+        )
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+def feed(trainer: Any, stream: Stream) -> None:
+    """Lets a trainer that was built on the stream's first row train on all of it.
+
+    Accelerate would cut a stream into shards once more.
+    """
+    trainer.train_dataset = stream
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
+        stream, batch_size=trainer.args.per_device_train_batch_size, collate_fn=trainer.data_collator
+    )
 
 
 def dataset_of(files: Sequence[str]) -> Any:

@@ -1,13 +1,11 @@
 """Rows of a dataset job that are read while they are trained on: `streaming: true`.
 
-Ray Data runs `pieces` and `rows` on its workers, a bounded way ahead of the training; each Ray Train worker reads its own
-share of what they make through a Stream.
+Ray Data runs `pieces` and `rows` on its workers, a bounded way ahead of the training. What reads from them is the Stream of
+dataset_loop.py. Nothing here imports torch, which would take a worker longer than many rows.
 """
 
 from collections.abc import Iterator
 from typing import Any
-
-import torch
 
 from actors.errors import DataError, EaglerayError
 from actors.preparing import BLOCK_SEQUENCES, PrepareSpec, column, encoder, packed, sequences
@@ -15,7 +13,6 @@ from actors.reading import BadRow, Piece, cut, read
 
 PIECE_BYTES = 2**18  # small, so that the first rows come soon
 PIECE_ROWS = 500
-SHUFFLED_ROWS = 1000  # rows that a worker holds, of which it draws the next one
 
 
 class Quarantine:
@@ -77,47 +74,3 @@ def rows(batch: dict[str, Any], spec: PrepareSpec, tokenizer: bytes | None, quar
 def _table(pa: Any, block: list[dict[str, Any]], spec: PrepareSpec) -> Any:
     made = packed(block, spec.sequence_len) if spec.packing else block
     return pa.table({name: column([row[name] for row in made]) for name in made[0]})
-
-
-class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """This worker's share of the rows; each time it is read is an epoch, with an order of its own."""
-
-    def __init__(self, shard: Any, seed: int) -> None:
-        """Waits for the first row. Raises DataError if there is none."""
-        self.shard = shard  # of ray.train.get_dataset_shard
-        self.seed = seed
-        self.epoch = 0
-        self.begun = self._rows()
-        first = next(self.begun, None)
-        if first is None:
-            raise DataError("datasets: no row that can be used; quarantine.json has their places and reasons")
-        self.first = first
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self.epoch == 0:
-            yield self.first
-        else:
-            self.begun = self._rows()
-        self.epoch += 1
-        yield from self.begun
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        batches = self.shard.iter_batches(
-            batch_size=64,
-            batch_format="pyarrow",
-            local_shuffle_buffer_size=SHUFFLED_ROWS,
-            local_shuffle_seed=self.seed + self.epoch,
-        )
-        for batch in batches:
-            yield from batch.to_pylist()
-
-
-def feed(trainer: Any, stream: Stream) -> None:
-    """Lets a trainer that was built on the stream's first row train on all of it.
-
-    Accelerate would cut a stream into shards once more.
-    """
-    trainer.train_dataset = stream
-    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
-        stream, batch_size=trainer.args.per_device_train_batch_size, collate_fn=trainer.data_collator
-    )
