@@ -22,8 +22,8 @@ def merge(base: ModelSpec, folder: Path, target: Path) -> str:
     tokenizer = _tokenizer(base, folder)
     plain = _loaded(base, task)
     tied = _tied(plain)
-    merged = _with_adapter(plain, config, folder).merge_and_unload()  # W + B A is summed in fp32 and rounded once
-    if tied and not _tied(merged):  # the adapter changed one of the two; not every loader looks for both
+    merged = _merged(_with_adapter(plain, config, folder), getattr(torch, base.dtype))
+    if tied and not _tied(merged):  # the adapter changed one of the two
         merged.config.tie_word_embeddings = False
     if task == "SEQ_CLS":
         merged.config.pad_token_id = tokenizer.pad_token_id  # the reward is read off the last token that is none
@@ -79,6 +79,20 @@ def _with_adapter(plain: Any, config: Any, folder: Path) -> Any:
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     set_peft_model_state_dict(policy, tensors)
     return policy
+
+
+def _merged(policy: Any, dtype: torch.dtype) -> Any:
+    """The base model with the adapter in its weights: W + B A is summed in fp32, a layer at a time, and rounded once."""
+    from peft.tuners.lora import LoraLayer
+
+    with torch.no_grad():
+        for layer in policy.modules():
+            if isinstance(layer, LoraLayer):
+                weights = layer.get_base_layer()
+                weights.float()
+                layer.merge()
+                weights.to(dtype)
+    return policy.merge_and_unload()
 
 
 def _tied(plain: Any) -> bool:
