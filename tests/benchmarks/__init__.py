@@ -9,7 +9,6 @@
     decoding.py     sampling after a sync, against the untouched base model
     rollout.py      sampling through the actor, against vLLM alone
     conversations.py generated chat rows, and a dataset job on them
-    training.py     a step of a dataset job, against TRL's trainers and against a bare PyTorch loop
     preparing.py    rows to token ids, against datasets.map
 
 Run with `python -m tests.benchmarks NAME`. A new figure is a module with `run(pairs) -> list[Row]` and a line in

@@ -15,7 +15,6 @@ FIGURES = {
     "sync": "Publish until the last engine has acknowledged",
     "decoding": "Decoding after a sync",
     "rollout": "Sampling through the actor",
-    "training": "Training on a dataset: a step of SFT and of DPO with LoRA",
     "preparing": "Preparing rows: a chat file to token ids",
 }
 

@@ -35,13 +35,6 @@ def conversations(count: int) -> Iterator[dict[str, Any]]:
         yield {"messages": [{"role": "user", "content": text(5, 20)}, {"role": "assistant", "content": text(10, 70)}]}
 
 
-def pairs(count: int) -> Iterator[dict[str, Any]]:
-    """Rows of a question and two answers, the better one first."""
-    for one, other in zip(*[iter(conversations(2 * count))] * 2, strict=True):
-        question, chosen = one["messages"]
-        yield {"messages": [question], "chosen": chosen, "rejected": other["messages"][1]}
-
-
 def write(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
     """A JSONL file."""
     with path.open("w", encoding="utf-8") as file:
@@ -50,7 +43,7 @@ def write(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
 
 
 def job(folder: Path, rows: Path, **changes: Any) -> JobConfig:
-    """A dataset job on a file of these rows: SFT, or DPO with rl="dpo"."""
+    """A dataset job on a file of these rows."""
     content = {
         "base_model": MODEL.name,
         "output_dir": str(folder / "out"),
@@ -58,7 +51,7 @@ def job(folder: Path, rows: Path, **changes: Any) -> JobConfig:
         "lora_r": LORA.r,
         "lora_alpha": LORA.alpha,
         "lora_target_linear": True,
-        "datasets": [{"path": str(rows), "type": "chat_template.default" if "rl" in changes else "chat_template"}],
+        "datasets": [{"path": str(rows), "type": "chat_template"}],
         "sequence_len": 256,
         "learning_rate": 1e-4,
         "lr_scheduler": "constant",

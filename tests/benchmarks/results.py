@@ -35,7 +35,7 @@ class Row:
     peer_s: tuple[float, ...] = ()  # seconds, the i-th taken right after or before the i-th of ours
     ratio: str = "speedup"  # a name in RATIOS
     reach: float | None = None  # the ratio that is aimed at; None = only printed
-    tokens: int | None = None  # sampled or trained per timing, on either side
+    tokens: int | None = None  # sampled per timing, on either side
     rows: int | None = None  # of a dataset, per timing, on either side
     unit: str = "s"  # of the values; MiB for memory
 
