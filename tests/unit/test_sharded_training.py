@@ -32,7 +32,7 @@ SHARDINGS: dict[str, dict[str, Any]] = {
     "fsdp, loaded by rank 0": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
     "zero1": {"deepspeed": {"zero_optimization": {"stage": 1}, **ZERO}},
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}, **ZERO}},
-    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}, **ZERO}},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}, **ZERO}},
 }
 
 
