@@ -44,11 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,  # whole blocks of bitsandbytes' kernels
+        intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         initializer_range=0.2,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -124,6 +124,10 @@ def train(
         Inputs(folder, model_init, tokenizer, adapter, rows_for(method), None, arguments, packed=False)
     )
     trainer.job, trainer.keep = {}, None
+    if quantized:
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # as dataset_loop does: TRL makes them bfloat16
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(out)
     if rank == 0:
