@@ -237,7 +237,9 @@ def test_a_reward_model_loads_with_the_scores_that_it_was_saved_with(
     )
     trainer.train()
     base = ModelSpec(folder, "float32")
-    spec = DatasetTrainSpec("reward_trainer", base, lora, (), (), False, str(tmp_path), job={}, arguments={})
+    spec = DatasetTrainSpec(
+        "reward_trainer", base, lora, (), (), False, str(tmp_path), rows_per_step=BATCH, job={}, arguments={}
+    )
     save_result(trainer, spec)
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": row["input"]}], tokenize=False) for row in rows

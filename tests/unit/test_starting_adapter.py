@@ -137,6 +137,7 @@ def trainer_of(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> Ca
             files,
             files,
             packed=False,
+            rows_per_step=1,
             output_dir=str(tmp_path / "out"),
             job={},
             arguments=arguments,
