@@ -66,9 +66,9 @@ def rows(batch: dict[str, Any], spec: PrepareSpec, tokenizer: bytes | None, quar
                     block, tokens = [], 0
         except (OSError, ValueError) as error:
             quarantine.fail.remote(DataError(f"datasets: {piece.file}: its rows cannot be read: {error}"))
-        quarantine.add.remote(piece, raw_rows, bad)  # now: Ray Data may never ask for what comes after the last rows
         if block:
             yield _table(pa, block, spec)
+        quarantine.add.remote(piece, raw_rows, bad)
 
 
 def _table(pa: Any, block: list[dict[str, Any]], spec: PrepareSpec) -> Any:

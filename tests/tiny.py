@@ -1,4 +1,6 @@
-"""What tests of the worker side share: a tiny Llama on disk, rollout groups of random tokens, adapters that matter."""
+"""What tests of the worker side share: tiny Llamas on disk, arguments of a short training, rollout groups of random tokens,
+adapters that matter.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
+from actors import hub
 from actors.specs import LoraSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from actors.types import RolloutGroup
 
@@ -59,6 +63,41 @@ def save_reward_llama(folder: Path, labels: int = 1) -> str:
     return str(folder)
 
 
+def save_smollm2_llama(folder: Path, **shape: Any) -> str:
+    """A tiny random Llama with SmolLM2's tokenizer; returns the folder's name. shape: fields of LlamaConfig."""
+    tokenizer = AutoTokenizer.from_pretrained(hub.resolve(SMOLLM2.name))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **shape,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def training_arguments(out: Path | str, **changes: Any) -> dict[str, Any]:
+    """Of TRL's trainers: fp32 on the CPU, a record each step, nothing on disk but what `changes` asks for."""
+    return {
+        "output_dir": str(out),
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **changes,
+    }
+
+
 def random_group(prompt: int, completions: Sequence[int], *, seed: int, vocab: int = VOCAB) -> RolloutGroup:
     """A group with a prompt of `prompt` tokens and completions of the given lengths, all random."""
     rng = np.random.default_rng(seed)
@@ -79,6 +118,15 @@ def fill_adapter(policy: Any, *, seed: int, size: float) -> None:
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def move_trainable(policy: Any) -> None:
+    """Adds random values to all that is trained: an adapter's A and B, its magnitudes, the modules saved beside it."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def alone_logprobs(policy: Any, group: RolloutGroup, index: int, temperature: float) -> tuple[Tensor, Tensor]:

@@ -242,10 +242,10 @@ def test_too_many_bad_rows_stop_the_job(dataset_job: Job, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_stream_goes_on_where_it_was(dataset_job: Job, tmp_path: Path) -> None:
     """Several times over its rows, bad ones among them; resumed, it takes the steps that it would have taken."""
-    with (tmp_path / "texts.jsonl").open("a") as rows:
-        rows.write('{"text": \n{"text": ""}\n')
     steps = {"max_steps": 16, "save_steps": 4, "val_set_size": 0, "eval_steps": None}
     config = dataset_job(streaming=True, auto_resume_from_checkpoints=True, ray__max_bad_rows=0.1, **steps)
+    with (tmp_path / "texts.jsonl").open("a") as rows:
+        rows.write('{"text": \n{"text": ""}\n')
     code, output = finish(start("run", config))
     assert code == 0, output
     out = tmp_path / "out"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from actors import storage
 from orchestrator.cli import main
-from tests.tiny import save_llama
+from tests.tiny import move_trainable, save_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.tensor([[5, 9, 3, 17, 8], [22, 4, 4, 31, 6]])
@@ -47,11 +47,7 @@ def run(tmp_path: Path) -> Run:
     def write(base: Path, *, task: str = "CAUSAL_LM", keys: str = "bf16: false\n", **lora: Any) -> Path:
         out = tmp_path / "out"
         policy = get_peft_model(load(base, task), LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": task, **lora}))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        move_trainable(policy)
         policy.save_pretrained(out)
         AutoTokenizer.from_pretrained(base).save_pretrained(out)
         method = "rl: reward_trainer\n" if task == "SEQ_CLS" else ""

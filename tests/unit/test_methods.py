@@ -19,8 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 from transformers.trainer import Trainer as HfTrainer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -38,7 +36,7 @@ from actors.methods.base import Inputs
 from actors.optimizers import load_optimizer, save_optimizer
 from actors.reward_model import ensure_reward_model
 from actors.specs import DatasetTrainSpec, LoraSpec, ModelSpec, RewardModelSpec
-from tests.tiny import SMOLLM2
+from tests.tiny import SMOLLM2, save_smollm2_llama, training_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,25 +53,9 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
-    """A tiny random Llama with SmolLM2's vocabulary."""
-    path = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return save_smollm2_llama(tmp_path_factory.mktemp("llama"), **shape)
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -82,21 +64,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 def arguments(out: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(out),
-        "per_device_train_batch_size": BATCH,
-        "max_steps": STEPS,
-        "learning_rate": 3e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        **changes,
-    }
+    return training_arguments(out, **{"per_device_train_batch_size": BATCH, "max_steps": STEPS} | changes)
 
 
 def losses(trainer: Any) -> list[float]:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors import hub, sharding, storage
+from actors import sharding, storage
 from actors.methods import METHODS
 from actors.methods.base import Inputs
 from actors.model import peft_config, quantization
 from actors.specs import LoraSpec, ModelSpec
-from tests.tiny import SMOLLM2
+from tests.tiny import save_smollm2_llama, training_arguments
 
 STEPS = 4
 LORA = LoraSpec(r=4, alpha=8)
@@ -38,24 +38,10 @@ SHARDINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama, its embeddings tied as SmolLM2's are."""
+    """Its embeddings tied, as SmolLM2's are; its matrices of whole blocks of bitsandbytes' kernels."""
     path = tmp_path_factory.mktemp("llama")
-    tokenizer = AutoTokenizer.from_pretrained(hub.resolve(SMOLLM2.name))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,  # whole blocks of bitsandbytes' kernels
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    save_smollm2_llama(path, tie_word_embeddings=True, **shape)
     return path
 
 
@@ -94,23 +80,10 @@ def train(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    arguments: dict[str, Any] = {
-        "output_dir": out,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2 // world,
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "linear",
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        **SHARDINGS[kind],
-    }
+    steps = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2}
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // world}
+    rate = {"learning_rate": 1e-2, "lr_scheduler_type": "linear"}
+    arguments = training_arguments(out, **steps, **batch, **rate, **SHARDINGS[kind])
     arguments |= sharding.start(arguments)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model_init: dict[str, Any] = {"dtype": "float32"} | ({"num_labels": 1} if method == "reward_trainer" else {})

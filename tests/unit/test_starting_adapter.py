@@ -34,7 +34,7 @@ from orchestrator.dataset_job import identity
 from orchestrator.jobs import with_absolute_paths
 from orchestrator.runnable import ensure_runnable
 from orchestrator.starting_adapter import adopted, ensure_fits
-from tests.tiny import alone_logprobs, random_group, save_llama, trainer_spec
+from tests.tiny import alone_logprobs, move_trainable, random_group, save_llama, trainer_spec, training_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = LoraSpec(r=4, alpha=8)
@@ -80,11 +80,7 @@ def adapter(tmp_path: Path, base: str) -> Callable[..., Path]:
         folder = tmp_path / "start"
         given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": task, **changes}
         policy = get_peft_model(plain(base, task), LoraConfig(**given))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        move_trainable(policy)
         policy.save_pretrained(folder)
         return folder
 
@@ -112,20 +108,10 @@ def trainer_of(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> Ca
     ) -> Any:
         Dataset.from_list(ROWS[method]).save_to_disk(tmp_path / "rows")
         files = tuple(map(str, (tmp_path / "rows").glob("*.arrow")))
-        arguments: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"),
+        arguments = {
+            **training_arguments(tmp_path / "out", max_steps=2, learning_rate=1e-2),
             "per_device_train_batch_size": 2,
             "per_device_eval_batch_size": 2,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
             **({} if method in ("sft", "reward_trainer") else {"beta": BETA}),
             **({"loss_type": "ipo"} if method == "ipo" else {}),
             **changes,
