@@ -4,7 +4,6 @@ Consumes Arrow files of prepared rows; produces records for the driver's display
 output_dir. Ranks meet in the collectives of torch.distributed, which Ray Train has set up before this runs.
 """
 
-import json
 import math
 import shutil
 import time
@@ -21,7 +20,7 @@ from datasets import Dataset, concatenate_datasets
 from actors import adapter, device, hub, model, sharding, storage
 from actors.errors import ConfigError, DataError
 from actors.methods import METHODS
-from actors.methods.base import OF_TRAINING, STATE_FILE, Inputs
+from actors.methods.base import OF_TRAINING, Inputs
 from actors.specs import DatasetTrainSpec
 
 SHUFFLED_ROWS = 1000  # of a stream that a worker holds, of which it draws the next one
@@ -51,8 +50,8 @@ def train_loop(config: dict[str, Any]) -> None:
     storage.ensure_shared(*config["marker"])
     spec = as_of_now(config["spec"], ray.train.get_context().get_world_size())
     if ray.train.get_context().get_world_rank() == 0:
-        state = json.loads(Path(spec.resume_from, STATE_FILE).read_text(encoding="utf-8")) if spec.resume_from else {"step": 0}
-        config["reports"].add.remote("start", {"step": state["step"]})
+        step = storage.read_state(Path(spec.resume_from))["step"] if spec.resume_from else 0
+        config["reports"].add.remote("start", {"step": step})
     device.set_threads(spec.threads)
     try:
         trainer = build_trainer(spec, config["reports"])
@@ -67,7 +66,7 @@ def train_loop(config: dict[str, Any]) -> None:
 def as_of_now(spec: DatasetTrainSpec, workers: int) -> DatasetTrainSpec:
     """The spec for so many workers, who go on from the newest checkpoint. A step has the same rows with any number of them."""
     newest = storage.newest_checkpoint(Path(spec.output_dir))
-    rows_at_once = int(str(spec.arguments["per_device_train_batch_size"])) * workers
+    rows_at_once = spec.arguments["per_device_train_batch_size"] * workers
     arguments = {**spec.arguments, "gradient_accumulation_steps": spec.rows_per_step // rows_at_once}
     resume = str(newest) if newest else spec.resume_from
     if resume:
@@ -77,14 +76,12 @@ def as_of_now(spec: DatasetTrainSpec, workers: int) -> DatasetTrainSpec:
 
 def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
     """The method's trainer on this worker's device."""
-    stream = Stream(ray.train.get_dataset_shard("train"), int(str(spec.arguments["seed"]))) if spec.streamed else None
+    stream = Stream(ray.train.get_dataset_shard("train"), spec.arguments["seed"]) if spec.streamed else None
     inputs = Inputs(
         model=hub.resolve(spec.model.name),
         model_init=model_init_arguments(spec),
         tokenizer=_tokenizer(spec),
-        peft_config=model.peft_config(spec.lora, "SEQ_CLS" if spec.method == "reward_trainer" else "CAUSAL_LM")
-        if spec.lora
-        else None,
+        peft_config=model.peft_config(spec.lora, model.task_of(spec.method)) if spec.lora else None,
         train=Dataset.from_list([stream.first]) if stream else dataset_of(spec.train_files),
         held_out=dataset_of(spec.held_out_files) if spec.held_out_files else None,
         arguments={**spec.arguments, **sharding.start(spec.arguments)},

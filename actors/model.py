@@ -25,6 +25,11 @@ def load_tokenizer(model: ModelSpec) -> Any:
     return AutoTokenizer.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
 
 
+def task_of(method: str | None) -> str:
+    """PEFT's name of what a method trains: a reward model is a sequence classifier."""
+    return "SEQ_CLS" if method == "reward_trainer" else "CAUSAL_LM"
+
+
 def auto_class(task: str) -> Any:
     """transformers' class that loads a base model for one of PEFT's tasks."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

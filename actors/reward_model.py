@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from actors import device, hub
+from actors import adapter, device, hub
 from actors.errors import ConfigError
 from actors.rewards import checked
 from actors.specs import RewardModelSpec
 from actors.types import RolloutGroup, Scores
 
 KEY = "trl.reward_funcs"
-ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # as transformers' classifiers name them
 TRAIN_ONE = "rl: reward_trainer trains one"
 TOKENS_AT_ONCE = 2**14  # of a forward pass, padding included: bounds its memory, and fills a GPU
@@ -128,7 +127,7 @@ def ensure_reward_model(spec: RewardModelSpec, *, conversational: bool) -> None:
     """
     folder = _folder(spec)
     if _is_adapter(folder):
-        task = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("task_type")
+        task = json.loads((folder / adapter.CONFIG_FILE).read_text(encoding="utf-8")).get("task_type")
         if task != "SEQ_CLS":
             raise ConfigError(f"{KEY}: {spec.path} is an adapter for {task}, not a reward model (SEQ_CLS); {TRAIN_ONE}")
         _base(spec, folder)
@@ -146,14 +145,11 @@ def ensure_reward_model(spec: RewardModelSpec, *, conversational: bool) -> None:
 
 def _adapter_labels(spec: RewardModelSpec, folder: Path) -> int:
     """Rows of the head that the adapter holds."""
-    from safetensors import safe_open
-
-    if not (folder / ADAPTER).is_file():
-        raise ConfigError(f"{KEY}: {spec.path} holds no {ADAPTER}; run the job that writes it to its end")
-    with safe_open(folder / ADAPTER, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  (a safe_open is no mapping)
-            if name.endswith(HEADS):
-                return int(tensors.get_slice(name).get_shape()[0])
+    if not (folder / adapter.WEIGHTS_FILE).is_file():
+        raise ConfigError(f"{KEY}: {spec.path} holds no {adapter.WEIGHTS_FILE}; run the job that writes it to its end")
+    for name, shape in adapter.read_shapes(folder).items():
+        if name.endswith(HEADS):
+            return shape[0]
     raise ConfigError(f"{KEY}: the adapter {spec.path} holds no head, so it gives no reward; {TRAIN_ONE}")
 
 
@@ -180,9 +176,9 @@ def _folder(spec: RewardModelSpec) -> Path:
 
 
 def _base(spec: RewardModelSpec, folder: Path) -> str:
-    name = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    name = json.loads((folder / adapter.CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
     return hub.resolve(str(name), f"{KEY}: the base model of {spec.path}")
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / ADAPTER_CONFIG).is_file()
+    return (folder / adapter.CONFIG_FILE).is_file()

@@ -5,6 +5,7 @@ A new actor gets a spec here. Paths are absolute: workers start in other folders
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from actors.errors import ConfigError
 
@@ -158,14 +159,14 @@ class DatasetTrainSpec:
     train_files: tuple[str, ...]  # Arrow files of prepared rows, in order
     held_out_files: tuple[str, ...]
     packed: bool  # rows hold several documents each
-    streamed: bool = field(default=False, kw_only=True)  # rows to train on come from Ray Train's dataset, and not from files
     output_dir: str
-    rows_per_step: int = field(kw_only=True)  # of all workers, however many there are
+    rows_per_step: int  # of all workers, however many there are
     job: Mapping[str, object]  # what a resumed job must have as it was; part of each checkpoint
-    arguments: Mapping[str, object]  # of the method's TRL configuration, beside what the method itself sets
+    arguments: Mapping[str, Any]  # of the method's TRL configuration, beside what the method itself sets
     early_stopping_patience: int | None = None  # evaluations without a better held-out loss
     save_total_limit: int | None = None  # checkpoints that are kept
     chat_template: str | None = None  # that the rows were written with; None = the tokenizer's own
     pad_token: str | None = None  # None = the tokenizer's own, else its end token
     resume_from: str | None = None  # a checkpoint
     threads: int | None = None  # CPU threads of a worker
+    streamed: bool = False  # rows to train on come from Ray Train's dataset, and not from files

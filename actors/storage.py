@@ -11,12 +11,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from actors.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+STATE = "state.json"  # of a checkpoint: its step, and the job that a resumed one must be
 READ_BYTES = 16 * 2**20
 
 
@@ -76,11 +78,26 @@ def digest_of(file: Path) -> str:
     return whole.hexdigest()
 
 
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step}"
+
+
+def steps_saved(output_dir: Path) -> list[int]:
+    """Steps that have a checkpoint, the newest first."""
+    names = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
 def newest_checkpoint(output_dir: Path) -> Path | None:
     """The last checkpoint that was written to its end."""
-    whole = {path.parent.name.removeprefix("checkpoint-"): path.parent for path in output_dir.glob(f"checkpoint-*/{MANIFEST}")}
-    steps = [int(name) for name in whole if name.isdigit()]
-    return whole[str(max(steps))] if steps else None
+    paths = (checkpoint_path(output_dir, step) for step in steps_saved(output_dir))
+    return next((path for path in paths if (path / MANIFEST).is_file()), None)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What the driver has to know of a checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def verify(path: Path) -> None:

@@ -8,7 +8,6 @@ output_dir/
 
 import fcntl
 import itertools
-import json
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from actors import storage
 from actors.errors import CheckpointError, ConfigError
 from orchestrator.schema import JobConfig
 
-STATE = "state.json"
 RESULTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 LOCK = ".lock"
 
@@ -48,16 +46,6 @@ def claimed(output_dir: Path) -> Iterator[str]:
         yield content
 
 
-def checkpoint_path(output_dir: Path, step: int) -> Path:
-    return output_dir / f"checkpoint-{step}"
-
-
-def steps_saved(output_dir: Path) -> list[int]:
-    """Steps that have a checkpoint, the newest first."""
-    names = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*") if path.is_dir()]
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
-
-
 def resume_point(config: JobConfig, output_dir: Path, warn: Any) -> Path | None:
     """The checkpoint to go on from, whole, or None for a new run.
 
@@ -65,7 +53,7 @@ def resume_point(config: JobConfig, output_dir: Path, warn: Any) -> Path | None:
     CheckpointError when the checkpoint that was asked for is damaged. With auto_resume_from_checkpoints a damaged one
     is passed over with a warning.
     """
-    saved = steps_saved(output_dir)
+    saved = storage.steps_saved(output_dir)
     used = bool(saved) or any((output_dir / name).exists() for name in RESULTS)
     if config.resume_from_checkpoint:
         path = Path(config.resume_from_checkpoint).resolve()
@@ -84,7 +72,7 @@ def resume_point(config: JobConfig, output_dir: Path, warn: Any) -> Path | None:
             )
         return None
     for step in saved:
-        path = checkpoint_path(output_dir, step)
+        path = storage.checkpoint_path(output_dir, step)
         try:
             storage.verify(path)
             return path
@@ -104,18 +92,12 @@ def set_newer_aside(resumed: Path, step: int, output_dir: Path) -> list[Path]:
     The run makes checkpoints under their names again. Returns where they lie now.
     """
     moved = []
-    for newer in steps_saved(output_dir) if resumed.parent == output_dir else []:
+    for newer in storage.steps_saved(output_dir) if resumed.parent == output_dir else []:
         if newer > step:
-            path = checkpoint_path(output_dir, newer)
+            path = storage.checkpoint_path(output_dir, newer)
             aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"aside-{n}-{path.name}")).exists())
             moved.append(path.rename(aside))
     return moved
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The driver's part of a checkpoint."""
-    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return state
 
 
 def ensure_same_job(saved: dict[str, Any], job: dict[str, Any], path: Path) -> None:
@@ -131,5 +113,5 @@ def ensure_same_job(saved: dict[str, Any], job: dict[str, Any], path: Path) -> N
 def prune(output_dir: Path, keep: int | None) -> None:
     """Removes all but the newest `keep` checkpoints."""
     if keep is not None:
-        for step in steps_saved(output_dir)[max(keep, 1) :]:
-            shutil.rmtree(checkpoint_path(output_dir, step))
+        for step in storage.steps_saved(output_dir)[max(keep, 1) :]:
+            shutil.rmtree(storage.checkpoint_path(output_dir, step))

@@ -58,7 +58,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
         resume = checkpoints.resume_point(config, output_dir, display.warn)
         step = 0
         if resume is not None:
-            state = checkpoints.read_state(resume)
+            state = storage.read_state(resume)
             step = int(state["step"])
             checkpoints.ensure_same_job(state["job"], identity(config), resume)
             for aside in checkpoints.set_newer_aside(resume, step, output_dir):

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from actors import storage
 from actors.specs import LoraSpec
-from orchestrator import checkpoints, wandb_run
+from orchestrator import wandb_run
 from orchestrator.display import Display
 from orchestrator.metrics import MetricsLog
 from orchestrator.schema import JobConfig
@@ -77,7 +78,7 @@ def metrics_log(config: JobConfig, resumed_from: int, display: Display) -> Metri
 
 def tell_stop(display: Display, output_dir: Path, step: int) -> None:
     """What a person who stopped a job after a step needs to know."""
-    saved = checkpoints.steps_saved(output_dir)
+    saved = storage.steps_saved(output_dir)
     kept = f"the checkpoint of step {saved[0]} is whole" if saved else "there is no checkpoint yet"
     display.note(
         f"stopped after step {step}; {kept}. "

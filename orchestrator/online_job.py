@@ -58,7 +58,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
     with checkpoints.claimed(output_dir) as marker:
         resume = checkpoints.resume_point(config, output_dir, display.warn)
         if resume is not None:
-            state = checkpoints.read_state(resume)
+            state = storage.read_state(resume)
             checkpoints.ensure_same_job(state["job"], identity(config, prompts), resume)
             for aside in checkpoints.set_newer_aside(resume, state["step"], output_dir):
                 display.note(f"a checkpoint of a later step than the one resumed from lies in {aside} now")
@@ -152,7 +152,7 @@ class _Job:
 
     def _save(self, loop: Loop) -> None:
         """A checkpoint, or a warning when the disk does not take it: older checkpoints stay, and training goes on."""
-        path = checkpoints.checkpoint_path(self.output_dir, loop.step)
+        path = storage.checkpoint_path(self.output_dir, loop.step)
         older: list[Any] = []
         for version in loop.versions_needed():
             if version != loop.step:
@@ -163,13 +163,13 @@ class _Job:
                 cluster.fetch(saved, "the trainer, saving a checkpoint", self.config.ray.rollout_timeout_s)
                 job = identity(self.config, self.prompts)
                 state = {"step": loop.step, "evaluations": self.evaluations, "job": job}
-                storage.write_json(folder / checkpoints.STATE, state)
+                storage.write_json(folder / storage.STATE, state)
             checkpoints.prune(self.output_dir, self.config.save_total_limit)
         except (OSError, ActorError) as error:
             self.display.warn(f"saving the checkpoint of step {loop.step}: {error}")
 
     def _restore(self, loop: Loop, path: Path) -> None:
-        state = checkpoints.read_state(path)
+        state = storage.read_state(path)
         ref = loop.actors.trainer.restore.remote(str(path))
         for header, buffer in cluster.fetch(ref, f"the trainer, restoring {path}", cluster.START_TIMEOUT_S):
             loop.policies.add(header, cluster.keep(buffer))

@@ -134,9 +134,8 @@ def stream(config: JobConfig, search_paths: Sequence[str], quarantine: Any, read
 def check(config: JobConfig, search_paths: Sequence[str]) -> None:
     """Raises what `prepare` would for missing files and unknown types; reads no row and starts nothing."""
     spec, _ = _what_to_read(config, search_paths)
-    _ensure_types(spec)
+    tokenizer = _ensure_types(spec)
     pad_token = (config.special_tokens or {}).get("pad_token")
-    tokenizer = load_tokenizer(ModelSpec(config.base_model, "float32", config.trust_remote_code))
     if pad_token is not None and pad_token not in tokenizer.get_vocab():
         text = f"{pad_token} is no token of {config.base_model}, and new tokens are not implemented yet; name one that it has"
         config.source.raise_if_any([Problem("special_tokens.pad_token", text)])

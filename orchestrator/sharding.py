@@ -35,8 +35,8 @@ FSDP_IDLE = (
     "backward_prefetch",
     "backward_prefetch_policy",
     "sharding_strategy",
-    "activation_checkpointing",  # is gradient_checkpointing: see checkpoints_activations
 )
+CHECKPOINTING = "activation_checkpointing"  # the same as gradient_checkpointing
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
@@ -64,15 +64,15 @@ def sharding_arguments(config: JobConfig, gpu: bool) -> dict[str, Any]:
 
 def checkpoints_activations(config: JobConfig) -> bool:
     """fsdp_config may ask for it too; transformers does the same for both."""
-    return bool(config.gradient_checkpointing) or bool(_fsdp_options(config).get("activation_checkpointing"))
+    return bool(config.gradient_checkpointing) or bool(_fsdp_options(config).get(CHECKPOINTING))
 
 
 def problems(config: JobConfig) -> Iterator[Problem]:
     """What cannot be sharded, or is not an option."""
     sharding = kind(config)
     for name in config.fsdp_config or {}:
-        if name.removeprefix("fsdp_") not in (*FSDP_OPTIONS, *FSDP_IDLE):
-            known = ", ".join(sorted(FSDP_OPTIONS))
+        if name.removeprefix("fsdp_") not in (*FSDP_OPTIONS, *FSDP_IDLE, CHECKPOINTING):
+            known = ", ".join(sorted([*FSDP_OPTIONS, CHECKPOINTING]))
             yield Problem(f"fsdp_config.{name}", f"is not an option that Eagleray knows; use one of {known}")
     if sharding == "fsdp" and config.optimizer not in SHARDED_OPTIMIZERS:
         text = f"{config.optimizer} cannot work on shards; use one of {', '.join(SHARDED_OPTIMIZERS)}"
@@ -89,7 +89,7 @@ def notes(config: JobConfig) -> Iterator[Problem]:
     if (config.fsdp_config and config.fsdp_version is None) or config.fsdp_version == 1:
         yield Problem("fsdp_version", "FSDP2 shards the model, whatever version is written; the result is the same")
     for name in config.fsdp_config or {}:
-        if name.removeprefix("fsdp_") in FSDP_IDLE[:-1]:
+        if name.removeprefix("fsdp_") in FSDP_IDLE:
             yield Problem(f"fsdp_config.{name}", "not used: FSDP2 has no such option, and results are always saved whole")
 
 

@@ -67,7 +67,7 @@ def ensure_fits(config: JobConfig) -> None:
         return
     folder = Path(config.lora_model_dir)
     theirs = adapter.read_shapes(folder)
-    task = "SEQ_CLS" if config.rl == "reward_trainer" else "CAUSAL_LM"
+    task = model.task_of(config.rl)
     spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)
     mine = model.expected_lora_shapes(spec, lora_spec(config), task)
     if adapter.read_config(folder).task_type != task:  # the head of a reward model is new

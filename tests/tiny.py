@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from actors import hub
+from actors.model import auto_class
 from actors.specs import LoraSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from actors.types import RolloutGroup
 
@@ -120,13 +122,22 @@ def fill_adapter(policy: Any, *, seed: int, size: float) -> None:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def move_trainable(policy: Any) -> None:
-    """Adds random values to all that is trained: an adapter's A and B, its magnitudes, the modules saved beside it."""
+def load_plain(folder: Path | str, task: str = "CAUSAL_LM") -> Any:
+    """The model in a folder, in fp32; for SEQ_CLS with a new head of one number, the same each time."""
+    torch.manual_seed(3)
+    kwargs = {"num_labels": 1} if task == "SEQ_CLS" else {}
+    return auto_class(task).from_pretrained(folder, dtype=torch.float32, **kwargs)
+
+
+def save_adapter(base: Path | str, folder: Path, task: str = "CAUSAL_LM", **lora: Any) -> None:
+    """An adapter that matters, made by PEFT alone: all that is trained is moved at random. lora: fields of LoraConfig."""
+    policy = get_peft_model(load_plain(base, task), LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": task, **lora}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    policy.save_pretrained(folder)
 
 
 def alone_logprobs(policy: Any, group: RolloutGroup, index: int, temperature: float) -> tuple[Tensor, Tensor]:

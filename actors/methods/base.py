@@ -19,11 +19,10 @@ from actors.optimizers import load_optimizer, save_optimizer
 OPTIMIZER_FILE = "optimizer.safetensors"
 SHARD_FILE = "optimizer-{rank}.safetensors"  # of each rank under FSDP2; DeepSpeed has names of its own
 SCHEDULER_FILE = "scheduler.json"
-STATE_FILE = "state.json"
 RNG_FILE = "rng-{rank}"
 # What a checkpoint holds beside the result that it would be.
 OF_TRAINING = (
-    "optimizer*", SCHEDULER_FILE, STATE_FILE, "rng-*", "trainer_state.json", storage.MANIFEST, "global_step*", "latest"
+    "optimizer*", SCHEDULER_FILE, storage.STATE, "rng-*", "trainer_state.json", storage.MANIFEST, "global_step*", "latest"
 )  # fmt: skip
 
 
@@ -65,17 +64,16 @@ class SafeCheckpoints:
     """
 
     args: Any
+    model: Any
+    model_wrapped: Any
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
+    is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
     state: Any
     job: Mapping[str, object]
     keep: int | None  # checkpoints; None = all
-
-    is_deepspeed_enabled: bool
-    is_fsdp_enabled: bool
-    model: Any
-    model_wrapped: Any
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
@@ -124,8 +122,8 @@ class SafeCheckpoints:
         if self.args.should_save:
             from transformers.trainer_utils import rotate_checkpoints
 
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            storage.write_json(folder / STATE_FILE, {"step": self.state.global_step, "job": dict(self.job)})
+            folder = storage.checkpoint_path(Path(self.args.output_dir), self.state.global_step)
+            storage.write_json(folder / storage.STATE, {"step": self.state.global_step, "job": dict(self.job)})
             storage.seal(folder)
             # Only now, since transformers would rotate before the new one is whole.
             rotate_checkpoints(

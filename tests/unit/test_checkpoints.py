@@ -6,7 +6,7 @@ import pytest
 
 from actors import storage
 from actors.errors import CheckpointError, ConfigError
-from orchestrator.checkpoints import RESULTS, claimed, prune, resume_point, set_newer_aside, steps_saved
+from orchestrator.checkpoints import RESULTS, claimed, prune, resume_point, set_newer_aside
 from orchestrator.schema import JobConfig
 
 
@@ -35,7 +35,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_step_can_be_saved_again(tmp
     assert (moved[0] / "weights").read_text() == "something else"  # nothing is lost
     saved(tmp_path, 6)
     prune(tmp_path, 2)
-    assert steps_saved(tmp_path) == [6, 4]  # the damaged one took no whole one's place
+    assert storage.steps_saved(tmp_path) == [6, 4]  # the damaged one took no whole one's place
     damage(tmp_path, 6)
     assert [path.name for path in set_newer_aside(tmp_path / "checkpoint-4", 4, tmp_path)] == ["aside-2-checkpoint-6"]
 

@@ -1,43 +1,20 @@
 """Job files: what loads, what it means, and what each mistake is answered with."""
 
 import logging
-import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from actors.errors import ConfigError
-from actors.specs import RewardModelSpec, RewardSpec
-from orchestrator import dataset_keys, online_keys
 from orchestrator.axolotl_keys import HINTS, REFUSED
 from orchestrator.config import dump, load
-from orchestrator.plan import Node, make_plan
-from orchestrator.rewards import reward_models, reward_specs
 from orchestrator.runnable import ensure_runnable, keys
-from orchestrator.schema import JobConfig
 from orchestrator.values import CHOICES, RANGES
+from tests.job_files import GRPO, SFT, grpo, messages, write
 
 ROOT = Path(__file__).parents[2]
-
-GRPO = """\
-base_model: org/model
-rl: grpo
-adapter: lora
-lora_r: 16
-lora_alpha: 32
-lora_target_linear: true
-learning_rate: 2e-4
-gradient_accumulation_steps: 8
-datasets:
-  - path: sums.jsonl
-    type: sums.prompts
-trl:
-  reward_funcs: [sums.exact]
-"""  # 13 lines: what a test appends begins at line 14
-SFT = "base_model: org/model\nlearning_rate: 1e-5\ndatasets: [{path: d.jsonl, type: alpaca}]\n"
 
 # The contract: every key of the dialect, with a value that people write.
 DIALECT = """
@@ -83,16 +60,6 @@ datasets: [{path: p, roles_to_train: [assistant], train_on_eos: turn, drop_syste
 saves_per_epoch: 2 | evals_per_epoch: 2 | warmup_ratio: 0.1 | fsdp_version: 2 | fsdp_config: {offload_params: true}
 pretraining_dataset: [{path: p, name: n}] | deepspeed: deepspeed_configs/zero3.json | dpo_loss_type: ipo
 """
-
-
-def write(folder: Path, text: str) -> Path:
-    path = folder / "job.yaml"
-    path.write_text(text)
-    return path
-
-
-def grpo(folder: Path, extra: str = "", *overrides: str) -> JobConfig:
-    return load(write(folder, GRPO + extra), overrides)
 
 
 def error_of(path: Path, *overrides: str) -> str:
@@ -446,10 +413,6 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 # What is dropped
 
 
-def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "eagleray"]
-
-
 def test_hints_are_dropped_with_a_line_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "eagleray"):
         config = grpo(
@@ -482,178 +445,3 @@ def test_tables_do_not_overlap() -> None:
     assert not set(HINTS) & set(REFUSED)
     assert not (set(HINTS) | set(REFUSED)) & known
     assert set(CHOICES) <= known and set(RANGES) <= known
-
-
-# What this version can run
-
-
-@pytest.mark.parametrize("tables", [online_keys, dataset_keys], ids=lambda tables: tables.__name__)
-def test_every_key_is_acted_on_or_named(tables: ModuleType) -> None:
-    acts_on, idle, not_yet = set(tables.ACTS_ON), set(tables.IDLE), set(tables.NOT_YET)
-    assert acts_on | idle | not_yet == set(keys())
-    assert not acts_on & idle and not acts_on & not_yet and not idle & not_yet
-    assert {key for key, _, _ in tables.LIMITS} <= acts_on | idle
-
-
-def test_grpo_runs(tmp_path: Path) -> None:
-    ensure_runnable(
-        grpo(
-            tmp_path,
-            "sdp_attention: true\nmodel_type: AutoModelForCausalLM\ntokenizer_type: AutoTokenizer\nsave_steps: 5\n"
-            "val_set_size: 0.1\neval_steps: 5\nchat_template: tokenizer_default\nlr_scheduler: constant\n",
-        )
-    )
-
-
-@pytest.mark.parametrize("rl", ["simpo"])
-def test_later_methods_load_and_are_named(tmp_path: Path, rl: str) -> None:
-    config = load(write(tmp_path, SFT + f"rl: {rl}\n"))
-    assert config.rl == rl
-    with pytest.raises(ConfigError, match=f":4: rl: {rl} is not implemented yet: this version of Eagleray runs grpo, dpo"):
-        ensure_runnable(config)
-
-
-@pytest.mark.parametrize(
-    ("extra", "expected"),
-    [
-        ("ray_num_workers: [1, 2]\nfsdp_version: 2\n", ":4: ray_num_workers: a model in shards belongs to one number"),
-        ("ray_num_workers: [1, 2]\nstreaming: true\nmax_steps: 9\n", ":4: ray_num_workers: a stream cannot be dealt anew"),
-        ("ray_num_workers: [2, 4]\n", ":4: ray_num_workers: 3 workers cannot share the 4 micro batches of a step"),
-        ("ray_num_workers: [2, 4]\n", "use a gradient_accumulation_steps that 3 divides"),
-        ("rl: kto\n", "micro_batch_size: is 1; kto compares each answer with those of the other rows of its batch"),
-        ("rl: dpo\ndpo_loss_type: [sigmoid, sigmod]\n", "dpo_loss_type: 'sigmod' is not one of sigmoid, hinge"),
-        ("early_stopping_patience: 2\n", "early_stopping_patience: there are no rows to evaluate on"),
-        ("lr_scheduler: linear\ncosine_min_lr_ratio: 0.1\n", "cosine_min_lr_ratio: lr_scheduler: linear has no such floor"),
-        ("lr_scheduler: cosine_with_min_lr\n", "lr_scheduler: cosine_with_min_lr needs its floor"),
-        ("saves_per_epoch: 2\nsave_strategy: epoch\n", "save_strategy: epoch contradicts saves_per_epoch"),
-    ],
-)
-def test_contradictions_of_dataset_jobs(tmp_path: Path, extra: str, expected: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(expected)):
-        load(write(tmp_path, SFT + extra))
-
-
-@pytest.mark.parametrize("rl", [None, "dpo", "ipo", "kto", "orpo", "reward_trainer"])
-def test_dataset_methods_run(tmp_path: Path, rl: str | None) -> None:
-    ensure_runnable(load(write(tmp_path, SFT + "micro_batch_size: 2\n" + (f"rl: {rl}\n" if rl else ""))))
-
-
-@pytest.mark.parametrize(
-    ("extra", "expected"),
-    [
-        ("context_parallel_size: 2\n", "context_parallel_size: is not implemented yet"),
-        ("optimizer: muon\n", "optimizer: muon is not implemented yet; use one of adamw_torch"),
-        ("lr_scheduler: rex\n", "lr_scheduler: rex is not implemented yet"),
-        ("bnb_config_kwargs: {a: 1}\n", "bnb_config_kwargs: is not implemented yet"),
-    ],
-)
-def test_what_dataset_methods_do_not_do_is_named(tmp_path: Path, extra: str, expected: str) -> None:
-    config = load(write(tmp_path, SFT + extra))
-    with pytest.raises(ConfigError, match=re.escape(expected)):
-        ensure_runnable(config)
-
-
-@pytest.mark.parametrize(
-    ("extra", "expected"),
-    [
-        ("load_in_8bit: true\n", "load_in_8bit: a quantized base model is not implemented"),
-        ("deepspeed: z.json\n", "deepspeed: training over several GPUs"),
-        ("fsdp_version: 2\n", "fsdp_version: training over several GPUs"),
-        ("fsdp_config: {a: 1}\n", "fsdp_config: training over several GPUs"),
-        ("ray_num_workers: 2\n", "ray_num_workers: more than one trainer rank"),
-        ("ray_num_workers: [1, 2]\n", "ray_num_workers: more than one trainer rank"),
-        ("vllm: {tensor_parallel_size: 2}\n", "vllm.tensor_parallel_size: engines over several GPUs"),
-        ("vllm: {data_parallel_size: 2}\n", "vllm.data_parallel_size: use ray.engines"),
-        ("tensor_parallel_size: 2\n", "tensor_parallel_size: training over several GPUs"),
-        ("context_parallel_size: 2\n", "context_parallel_size: training over several GPUs"),
-        ("wandb_watch: all\n", "wandb_watch: gradients are not watched; remove it"),
-        ("wandb_log_model: checkpoint\n", "wandb_log_model: checkpoint is not implemented yet; end uploads the result"),
-        ("hub_model_id: a/b\n", "hub_model_id: pushing to the hub"),
-        ("torch_compile: true\n", "torch_compile: is not implemented yet"),
-        ("streaming: true\nmax_steps: 3\n", "streaming: is not implemented yet"),
-        ("plugins: [mine.Plugin]\n", "plugins: ['mine.Plugin'] cannot be loaded"),
-        ("special_tokens: {eos_token: x}\n", "special_tokens: {'eos_token': 'x'} is not implemented yet"),
-        ("optimizer: lomo\n", "optimizer: lomo is not implemented yet; use adamw_torch_fused or adamw_torch"),
-        ("lr_scheduler: rex\n", "lr_scheduler: rex is not implemented yet"),
-        ("model_type: LlamaForCausalLM\n", "model_type: only AutoModelForCausalLM is loaded"),
-        ("tokenizer_type: LlamaTokenizer\n", "tokenizer_type: only AutoTokenizer is loaded"),
-        ("gradient_checkpointing: offload\n", "gradient_checkpointing: offloading is not implemented"),
-        ("attn_implementation: xformers\n", "attn_implementation: xformers is not implemented yet"),
-        ("lora_modules_to_save: [lm_head]\n", "lora_modules_to_save: only LoRA weights are synchronized"),
-        ("  vllm_mode: colocate\n", "trl.vllm_mode: colocate is not implemented"),
-        ("  generation_kwargs: {n: 3}\n", "trl.generation_kwargs: takes stop, "),
-        ("test_datasets: [{path: x, type: alpaca}]\n", "test_datasets[0].type: alpaca: rl: grpo does not read it"),
-        ("lora_target_modules: [embed_tokens]\n", "lora_target_modules: embeddings cannot be synchronized"),
-        (
-            "test_datasets: [{path: x, roles: {user: [u]}}]\n",
-            "test_datasets[0].roles: rl: grpo does not read it",
-        ),
-    ],
-)
-def test_what_grpo_does_not_do_yet(tmp_path: Path, extra: str, expected: str) -> None:
-    config = grpo(tmp_path, extra)
-    with pytest.raises(ConfigError) as caught:
-        ensure_runnable(config)
-    assert f"job.yaml:14: {expected}" in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_slash_or_a_folder_is_a_reward_model_and_a_dotted_name_is_a_function(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "beside").mkdir()
-    for folder in ("beside/judge", "here", "here.v2", "beside/both", "both"):
-        (tmp_path / folder).mkdir()
-    monkeypatch.chdir(tmp_path)
-    names = ["sums.exact", "here", "here.v2", "judge", "./here", "both", "org/judge", "outputs/not/yet", str(tmp_path / "here")]
-    config = grpo(tmp_path / "beside", "", f"trl.reward_funcs={names}")
-    assert reward_models(config) == names[1:]
-    plan = make_plan(config, [Node("a", {"CPU": 2.0})], 8, "float32", reward_models(config))
-    function, *models = reward_specs(config, plan)
-    assert isinstance(function, RewardSpec) and function.path == "sums.exact"
-    assert [(model.path, model.model.name) for model in models if isinstance(model, RewardModelSpec)] == [
-        ("here", str(tmp_path / "here")),
-        ("here.v2", str(tmp_path / "here.v2")),
-        ("judge", str(tmp_path / "beside" / "judge")),
-        ("./here", str(tmp_path / "here")),
-        ("both", str(tmp_path / "both")),  # the current folder comes first
-        ("org/judge", "org/judge"),
-        ("outputs/not/yet", "outputs/not/yet"),
-        (str(tmp_path / "here"), str(tmp_path / "here")),
-    ]
-
-
-@pytest.mark.parametrize("name", ["exact", "a.b c"])
-def test_what_names_no_function_and_no_folder_is_refused(tmp_path: Path, name: str) -> None:
-    config = grpo(tmp_path, "", f"trl.reward_funcs=['{name}']")
-    with pytest.raises(ConfigError, match=f"trl.reward_funcs: {name} is no folder, and no function's name; name functions"):
-        reward_models(config)
-
-
-def test_full_and_qlora_are_named(tmp_path: Path) -> None:
-    full = load(write(tmp_path, GRPO.replace("adapter: lora\n", "")))
-    with pytest.raises(ConfigError, match="adapter: full fine-tuning is not implemented yet"):
-        ensure_runnable(full)
-    qlora = grpo(tmp_path, "load_in_4bit: true\n", "adapter=qlora")
-    with pytest.raises(ConfigError, match="override 'adapter=qlora': adapter: qlora is not implemented yet"):
-        ensure_runnable(qlora)
-
-
-def test_idle_keys_get_a_line_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = grpo(
-        tmp_path,
-        "  vllm_enable_sleep_mode: true\nsample_packing: true\ntf32: true\nstrict: false\n"
-        "plugins: [axolotl.integrations.liger.LigerPlugin]\nspecial_tokens: {pad_token: x}\n",
-    )
-    ensure_runnable(config)
-    lines = sorted(messages(caplog))
-    named = (
-        (14, "trl.vllm_enable_sleep_mode"),
-        (15, "sample_packing"),
-        (16, "tf32"),
-        (18, "plugins"),
-        (19, "special_tokens"),
-    )
-    for number, key in named:
-        assert sum(f":{number}: {key}: not " in text for text in lines) == 1
-    assert len(lines) == len(named)  # strict: false is the default and asks for nothing

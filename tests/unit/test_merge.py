@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from actors import storage
 from orchestrator.cli import main
-from tests.tiny import move_trainable, save_llama
+from tests.tiny import save_adapter, save_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.tensor([[5, 9, 3, 17, 8], [22, 4, 4, 31, 6]])
@@ -42,13 +42,11 @@ def tied(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Writes what a job leaves: an adapter that matters, made by PEFT alone, the tokenizer, and the configuration."""
+    """Writes what a job leaves: an adapter, the tokenizer, and the configuration."""
 
     def write(base: Path, *, task: str = "CAUSAL_LM", keys: str = "bf16: false\n", **lora: Any) -> Path:
         out = tmp_path / "out"
-        policy = get_peft_model(load(base, task), LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": task, **lora}))
-        move_trainable(policy)
-        policy.save_pretrained(out)
+        save_adapter(base, out, task, **lora)
         AutoTokenizer.from_pretrained(base).save_pretrained(out)
         method = "rl: reward_trainer\n" if task == "SEQ_CLS" else ""
         adapter = "adapter: lora\nlora_r: 4\nlora_alpha: 8\nlora_target_linear: true\n" if "adapter:" not in keys else ""
