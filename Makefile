@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(KIND)
 
+# Images for containers often set it, and then every process of a job compiles all of torch and vLLM anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-slow test-gpu check bench setup clean
 
 demo: $(INSTALLED)

@@ -1,6 +1,7 @@
 """The only module that knows which accelerator there is. A new kind of device is taught to this file alone."""
 
 import functools
+import math
 from pathlib import Path
 
 import torch
@@ -22,6 +23,17 @@ def gpu_count() -> int:
 def device() -> torch.device:
     """Where this process computes: the GPU that Ray gave it, or the CPU."""
     return torch.device("cuda", 0) if has_gpu() else torch.device("cpu")
+
+
+def free_gib() -> float:
+    """GPU memory that no process holds, GiB; NaN without a GPU."""
+    return torch.cuda.mem_get_info()[0] / 2**30 if has_gpu() else math.nan
+
+
+def release_cache() -> None:
+    """Gives the GPU memory that this process keeps for reuse to whoever else computes there."""
+    if has_gpu():
+        torch.cuda.empty_cache()
 
 
 def collectives() -> str:

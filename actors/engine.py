@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from actors import device, hub, model, snapshot
 from actors.errors import SyncError
+from actors.install import BaseWeights
 from actors.specs import EngineSpec, SamplingSpec
-from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader
+from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader, TensorEntry
 
 CPU_BLOCK_TOKENS = 32  # vLLM takes 128 on a CPU: most prompts fill no such block, and only full ones are cached
 
@@ -40,7 +40,8 @@ class RolloutEngine:
         device.seed_everything(spec.seed)
         self.spec = spec
         self.probe = list(probe)
-        self.folder = hub.resolve(spec.model.name)
+        folder = hub.resolve(spec.model.name)
+        self.base = BaseWeights(folder, model.quantized_weights(spec.model), spec.model.quantization)
         self.expected = model.expected_lora_shapes(spec.model, spec.lora)
         self.scaling = model.scaling(spec.lora)
         self.installed: dict[int, Installed] = {}  # by version, latest install last; that one is served
@@ -53,7 +54,7 @@ class RolloutEngine:
             lora = {"enable_lora": True, "max_lora_rank": max(spec.lora.r, 8), "max_loras": slots}
             lora["max_cpu_loras"] = slots
         self.llm = LLM(
-            self.folder,
+            folder,
             dtype=spec.model.dtype,
             trust_remote_code=spec.model.trust_remote_code,
             max_model_len=spec.max_model_len,
@@ -64,14 +65,36 @@ class RolloutEngine:
             block_size=None if device.has_gpu() else CPU_BLOCK_TOKENS,
             logprobs_mode="processed_logprobs",
             worker_extension_cls="actors.install.PolicyInstaller",
+            tensor_parallel_size=spec.tensor_parallel,
+            # vLLM would take Ray's own executor, whose bundles this actor has already.
+            distributed_executor_backend="mp" if spec.tensor_parallel > 1 else None,
+            enable_sleep_mode=spec.sleeps and device.has_gpu(),
             seed=spec.seed,
             disable_log_stats=True,
             **lora,
         )
         self.tokenizer = self.llm.get_tokenizer()
+        self.asleep = False
 
     def ready(self) -> None:
         """Returns once the engine can take calls."""
+
+    def sleep(self) -> float:
+        """Leaves the GPU to the trainer until `wake`; the weights wait in host memory. Returns the GPU's free GiB.
+
+        On a CPU there is nothing to leave.
+        """
+        if device.has_gpu() and not self.asleep:
+            self.llm.sleep(level=1)  # level 2 would drop the weights
+        self.asleep = True
+        return device.free_gib()
+
+    def wake(self) -> float:
+        """Takes the GPU again. Returns its free GiB."""
+        if device.has_gpu() and self.asleep:
+            self.llm.wake_up()
+        self.asleep = False
+        return device.free_gib()
 
     def install(self, header: SnapshotHeader, buffer: NDArray[np.uint8]) -> InstallReceipt:
         """Serves a published policy from now on, and says what its probe gives.
@@ -121,13 +144,12 @@ class RolloutEngine:
         return next(reversed(self.installed), None)
 
     def _place(self, policy: Installed) -> None:
-        tensors = snapshot.unpack(policy.header.entries, policy.buffer)
         if self.spec.sync == "fused":
-            self._fuse(tensors, policy.header.scaling)
+            self._fuse(policy.header.entries, policy.buffer, policy.header.scaling)
         else:
             config = model.peft_config(self.spec.lora).to_dict()
             config["target_modules"] = sorted({n.split(".")[-3] for n in self.expected})
-            self._worker("eagleray_add_adapter", policy.slot, tensors, config)
+            self._worker("eagleray_add_adapter", policy.slot, policy.header.entries, policy.buffer, config)
 
     def _put_back(self, failed_slot: int) -> None:
         if self.spec.sync == "adapter":
@@ -135,10 +157,10 @@ class RolloutEngine:
         elif self.version is not None:
             self._place(self.installed[self.version])
         else:
-            self._fuse({}, 0.0)
+            self._fuse((), np.empty(0, dtype=np.uint8), 0.0)
 
-    def _fuse(self, tensors: Mapping[str, torch.Tensor], scaling: float) -> None:
-        self._worker("eagleray_fuse", self.folder, tensors, scaling)
+    def _fuse(self, entries: tuple[TensorEntry, ...], buffer: NDArray[np.uint8], scaling: float) -> None:
+        self._worker("eagleray_fuse", self.base, entries, buffer, scaling)
         self.llm.reset_prefix_cache()  # its blocks hold the old policy's keys and values
 
     def _worker(self, method: str, *args: Any) -> None:
@@ -176,7 +198,7 @@ class RolloutEngine:
 
         started = time.perf_counter()
         version = self.version if self.version is not None else 0
-        torch.manual_seed(seed)
+        self._worker("eagleray_seed", seed)
         params = SamplingParams(
             n=sampling.num_generations,
             max_tokens=sampling.max_tokens,
@@ -196,6 +218,7 @@ class RolloutEngine:
         groups = [_group(output, version) for output in outputs]
         header = RolloutHeader(
             policy_version=version,
+            prompt_tokens=tuple(len(g.prompt_ids) for g in groups),
             completion_tokens=tuple(tuple(len(ids) for ids in g.completion_ids) for g in groups),
             truncated=tuple(g.truncated for g in groups),
             seconds=time.perf_counter() - started,

@@ -10,15 +10,30 @@ name in the engine.
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from actors import snapshot
+from actors.types import TensorEntry
 
 logger = logging.getLogger("eagleray")
 
 PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """The checkpoint that policies are built on."""
+
+    folder: str
+    quantized: frozenset[str] = frozenset()  # names of the weights that the trainer's base has in fewer bits
+    quantization: str | None = None  # nf4 | int8; None = none are
 
 
 class PolicyInstaller:
@@ -26,14 +41,21 @@ class PolicyInstaller:
 
     model_runner: Any
 
-    def eagleray_fuse(self, folder: str, tensors: Mapping[str, Tensor], scaling: float) -> None:
-        """Reloads the base weights of `folder` with the LoRA tensors merged in; {} is the base itself.
+    def eagleray_seed(self, seed: int) -> None:
+        """Decides the draws from here on; workers of one engine draw alike."""
+        torch.manual_seed(seed)
+
+    def eagleray_fuse(
+        self, base: BaseWeights, entries: tuple[TensorEntry, ...], buffer: NDArray[np.uint8], scaling: float
+    ) -> None:
+        """Reloads the base weights with the LoRA tensors of a snapshot merged in; no entries are the base itself.
 
         When the reload fails half way, the layers are put back into a loadable state before the error goes on; the
         caller then installs what was served before.
         """
         runner = self.model_runner
-        weights = merged_weights(Path(folder), tensors, scaling, runner.model_config.dtype, runner.device)
+        tensors = snapshot.unpack(entries, buffer)
+        weights = merged_weights(base, tensors, scaling, runner.model_config.dtype, runner.device)
         try:
             with torch.no_grad():
                 runner.reload_weights(weights_iterator=weights)
@@ -43,7 +65,9 @@ class PolicyInstaller:
             finalize_layerwise_reload(runner.get_model(), runner.model_config)
             raise
 
-    def eagleray_add_adapter(self, slot: int, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    def eagleray_add_adapter(
+        self, slot: int, entries: tuple[TensorEntry, ...], buffer: NDArray[np.uint8], config: Mapping[str, Any]
+    ) -> None:
         """Loads LoRA tensors into a slot id that is not in use, without touching the others."""
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.peft_helper import PEFTHelper
@@ -57,7 +81,7 @@ class PolicyInstaller:
         lora = LoRAModel.from_lora_tensors(
             slot,
             # vLLM scales B in place: a view of the object store would change what every reader sees.
-            {name: tensor.clone() for name, tensor in tensors.items()},
+            {name: tensor.clone() for name, tensor in snapshot.unpack(entries, buffer).items()},
             helper,
             device="cpu",
             dtype=lora_config.lora_dtype,
@@ -71,21 +95,25 @@ class PolicyInstaller:
 
 
 def merged_weights(
-    folder: Path, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype, device: torch.device
+    base: BaseWeights, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the checkpoint in `folder`, those with LoRA tensors merged: W0 + scaling * B A.
+    """Every weight of the base's checkpoint, those with LoRA tensors merged: W0 + scaling * B A.
+
+    Where the trainer's base is quantized, W0 is what that comes to: quantized and back, in `dtype`.
 
     The product and the sum are fp32, rounded once to `dtype`, on `device`, one weight at a time. The checkpoint
-    is memory-mapped, so W0 costs no memory beyond the page cache. Raises KeyError for a LoRA module whose weight is
-    not in the checkpoint.
+    is memory-mapped, so W0 costs no memory beyond the page cache. Raises KeyError for a LoRA module whose weight is not
+    in the checkpoint.
     """
     from safetensors import safe_open
 
     pending = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(Path(base.folder).glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
                 weight = weights.get_tensor(name)
+                if name in base.quantized:
+                    weight = _quantized_and_back(weight.to(device, dtype), base.quantization)
                 module = PEFT_PREFIX + name.removesuffix(".weight")
                 if module in pending:
                     pending.discard(module)
@@ -94,4 +122,16 @@ def merged_weights(
                     weight = torch.addmm(weight.to(device, torch.float32), b, a, alpha=scaling)
                 yield name, weight.to(device, dtype)
     if pending:
-        raise KeyError(f"no weight in {folder} for {len(pending)} LoRA modules, first {sorted(pending)[0]}")
+        raise KeyError(f"no weight in {base.folder} for {len(pending)} LoRA modules, first {sorted(pending)[0]}")
+
+
+def _quantized_and_back(weight: Tensor, quantization: str | None) -> Tensor:
+    """What bitsandbytes multiplies with, as model.quantization configures it."""
+    from bitsandbytes import functional
+
+    if quantization == "int8":
+        int8, scales, _ = functional.int8_vectorwise_quant(weight.half())
+        return torch.mul(int8, scales[:, None] / 127)
+    packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    whole: Tensor = functional.dequantize_4bit(packed, state)
+    return whole

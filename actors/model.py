@@ -70,6 +70,21 @@ def quantization(model: ModelSpec) -> Any:
     )
 
 
+def quantized_weights(model: ModelSpec) -> frozenset[str]:
+    """Names of the weights that bitsandbytes quantizes, from the model's config.json alone; none without `quantization`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    if model.quantization is None:
+        return frozenset()
+    config = AutoConfig.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    left = set(get_keys_to_not_convert(base))
+    linear = (name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear))
+    return frozenset(f"{name}.weight" for name in linear if name not in left)
+
+
 def scaling(lora: LoraSpec) -> float:
     """Factor of B A: alpha / r (arXiv:2106.09685), or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
     return float(lora.alpha / lora.r**0.5 if lora.use_rslora else lora.alpha / lora.r)
@@ -83,13 +98,19 @@ def load_policy(model: ModelSpec, lora: LoraSpec, *, gradient_checkpointing: boo
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    kwargs = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    kwargs: dict[str, Any] = {}
+    if model.attn_implementation:
+        kwargs["attn_implementation"] = model.attn_implementation
+    if model.quantization:
+        kwargs |= {"quantization_config": quantization(model), "device_map": {"": device.device()}}
     base = AutoModelForCausalLM.from_pretrained(
         hub.resolve(model.name),
         dtype=getattr(torch, model.dtype),
         trust_remote_code=model.trust_remote_code,
         **kwargs,
-    ).to(device.device())
+    )
+    if not model.quantization and not model.sharded:  # a whole model of shards may not fit on one device
+        base.to(device.device())
     base.config.use_cache = False
     if gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

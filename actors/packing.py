@@ -6,7 +6,7 @@ it would have alone. The prompt's forward and backward pass is paid once a group
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -125,6 +125,15 @@ def pack_row(groups: Sequence[RolloutGroup], samples: Sequence[Sample]) -> Packe
         rollout_logprobs_BT=_padded(logprobs, width).float(),
         advantages_B=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
     )
+
+
+def idle_row() -> PackedRow:
+    """A row that trains nothing: for a rank that has no row left while others have, where forward passes are collectives."""
+    token = np.zeros(1, dtype=np.int32)
+    logprob = np.zeros(1, dtype=np.float32)
+    group = RolloutGroup(0, token, (token,), (logprob,), (False,), ("",))
+    row = pack_row([group], [Sample(0, 0, 0.0)])
+    return replace(row, mask_BT=torch.zeros_like(row.mask_BT))
 
 
 def _padded(rows: Sequence[NDArray[np.generic]], width: int) -> Tensor:

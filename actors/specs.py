@@ -97,8 +97,19 @@ class TrainerSpec:
     num_iterations: int = 1  # optimizer steps on one batch
     mask_truncated_completions: bool = False
     gradient_checkpointing: bool = False
+    shares_gpu: bool = False  # whether an engine computes on the same GPU in turn
+    sharding: Mapping[str, Any] = field(default_factory=dict)  # of transformers' TrainingArguments; {} = no shards
     seed: int = 42
     threads: int | None = None  # CPU threads; None = torch's default
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """One rank of a trainer's group."""
+
+    rank: int = 0
+    world: int = 1  # ranks
+    address: str = ""  # host:port at rank 0, where ranks meet; unused by a rank alone that shards nothing
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,8 @@ class EngineSpec:
     sync: str  # fused | adapter
     max_model_len: int  # tokens of prompt and completion
     max_num_seqs: int  # completions decoded side by side
+    tensor_parallel: int = 1  # GPUs that hold the model together
+    sleeps: bool = False  # whether the engine leaves its GPU to a trainer in turn
     policies: int = 1  # policy versions held at once; LoRA slots when sync is adapter
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False

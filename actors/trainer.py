@@ -8,7 +8,7 @@ was not interrupted.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
@@ -20,35 +20,40 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from actors import adapter, device, model, snapshot, storage
+from actors import adapter, device, model, ranks, snapshot, storage
 from actors.loss import grpo_loss, token_weights
-from actors.optimizers import load_optimizer, save_optimizer
-from actors.packing import PackedRow, Sample, pack_row, plan_rows
-from actors.specs import OptimizerSpec, TrainerSpec
+from actors.packing import PackedRow, Sample, idle_row, pack_row, plan_rows
+from actors.specs import OptimizerSpec, RankSpec, TrainerSpec
 from actors.types import RolloutGroup, SnapshotHeader, TensorEntry, TrainStats
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-RNG_FILE = "rng.safetensors"
+RNG_FILE = "rng-{rank}.safetensors"
 TRAINER_FILE = "trainer.json"
 STEP_SUMS = ("kl_sum", "clipped_sum", "importance_sum", "mismatch_sum")
 
 
 class Trainer:
-    """One trainer rank. Made into a Ray actor by the driver; usable as it is in a test."""
+    """One trainer rank. Made into a Ray actor by the driver; usable as it is in a test.
 
-    def __init__(self, spec: TrainerSpec) -> None:
+    Every rank of a group gets every call, in the same order, since most of them are collectives.
+    """
+
+    def __init__(self, spec: TrainerSpec, rank: RankSpec | None = None) -> None:
         device.set_threads(spec.threads)
-        device.seed_everything(spec.seed)
         self.spec = spec
+        self.rank = rank or RankSpec()
         self.version = 0
-        self.policy = model.load_policy(
+        sharding = ranks.join(self.rank, spec)
+        device.seed_everything(spec.seed)  # a new adapter starts alike on all ranks
+        policy = model.load_policy(
             spec.model,
             spec.lora,
             gradient_checkpointing=spec.gradient_checkpointing,
             reference=spec.loss.beta != 0.0,
         )
-        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizer, self.scheduler = _optimizer(self.parameters, spec.optimizer)
+        self.shared = ranks.share(sharding, policy, lambda trained: _optimizer(trained, spec.optimizer), self.rank.world)
+        self.policy = self.shared.policy
+        self.scheduler = _schedule(self.shared.optimizer, spec.optimizer)
+        device.seed_everything(spec.seed + self.rank.rank)  # and dropout differs
         self.probe: tuple[int, ...] = ()
         self.buffer: NDArray[np.uint8] | None = None  # of the last publish
 
@@ -60,7 +65,7 @@ class Trainer:
         """The probe's log-probabilities under the base model: what an engine answers whose installs do nothing."""
         self.policy.eval()
         with self.policy.disable_adapter():
-            return tuple(model.sequence_logprobs(self.policy, self.probe))
+            return tuple(model.sequence_logprobs(self.shared.model, self.probe))
 
     def ensure_shared(self, marker: str, content: str) -> None:
         """Raises CheckpointError unless the driver's file is seen here."""
@@ -69,21 +74,33 @@ class Trainer:
     def train(self, advantages: Sequence[Sequence[float | None]], *groups: RolloutGroup) -> TrainStats:
         """One batch: `num_iterations` optimizer steps over the completions that have an advantage.
 
-        advantages: [groups][G]; None = the sample was dropped and counts nowhere. Ends in the next policy version.
+        advantages: [groups][G], of this rank's share; None = the sample was dropped or is another rank's, and counts
+        nowhere here. Ends in the next policy version. The answer is the same on every rank.
         """
         started = time.perf_counter()
         samples, lengths = self._samples(advantages, groups)
         rows = [pack_row(groups, r) for r in plan_rows(groups, samples, self.spec.micro_batch_size)]
+        counts = self.shared.total({
+            "sequences": len(lengths),
+            "tokens": sum(lengths),
+            "trained_completions": len(samples),
+            "trained_tokens": sum(int(row.mask_BT.sum()) for row in rows),
+            "computed_tokens": sum(row.input_ids.numel() for row in rows),
+        })  # fmt: skip
+        if self.shared.lockstep:
+            rows += [idle_row()] * (self.shared.most(len(rows)) - len(rows))
         self.policy.train()
         several = self.spec.num_iterations > 1
         old = [self._old_logprobs(row) if several else None for row in rows]
         totals: dict[str, float] = {}
         left_out = 0
         for _ in range(self.spec.num_iterations):
-            totals = self._iteration(rows, old, sequences=len(lengths), tokens=sum(lengths))
+            totals = self._iteration(rows, old, counts)
             left_out += bool(totals["left_out"])
+        if self.spec.shares_gpu:
+            device.release_cache()
         self.version += 1
-        trained_tokens = int(sum(int(row.mask_BT.sum()) for row in rows))
+        trained_tokens = int(counts["trained_tokens"])
         share = 1.0 / trained_tokens if trained_tokens else math.nan  # nothing was trained, so nothing was measured
         return TrainStats(
             version=self.version,
@@ -95,9 +112,9 @@ class Trainer:
             clip_fraction=totals["clipped_sum"] * share,
             importance_ratio=totals["importance_sum"] * share,
             engine_gap=totals["mismatch_sum"] * share,
-            trained_completions=len(samples),
+            trained_completions=int(counts["trained_completions"]),
             trained_tokens=trained_tokens,
-            computed_tokens=sum(row.input_ids.numel() for row in rows),
+            computed_tokens=int(counts["computed_tokens"]),
             seconds=time.perf_counter() - started,
             left_out=left_out,
         )
@@ -125,7 +142,7 @@ class Trainer:
     @torch.no_grad()
     def _old_logprobs(self, row: PackedRow) -> Tensor:
         row = row.to(device.device())
-        logprobs_BT, _ = model.completion_logprobs(model.row_logits(self.policy, row), row, self.spec.temperature)
+        logprobs_BT, _ = model.completion_logprobs(self._logits(row), row, self.spec.temperature)
         return logprobs_BT
 
     @torch.no_grad()
@@ -133,17 +150,20 @@ class Trainer:
         with adapter.as_reference(self.policy):
             return self._old_logprobs(row)
 
-    def _iteration(
-        self, rows: list[PackedRow], old: list[Tensor | None], *, sequences: int, tokens: int
-    ) -> dict[str, float]:
-        """Accumulates the gradient of the whole batch row by row, then steps once."""
+    def _logits(self, row: PackedRow) -> Tensor:
+        return model.row_logits(self.shared.model, row)
+
+    def _iteration(self, rows: list[PackedRow], old: list[Tensor | None], counts: Mapping[str, float]) -> dict[str, float]:
+        """Accumulates the gradient of the whole batch row by row, then steps once. counts: of all ranks."""
         sums = dict.fromkeys(("loss", "entropy_sum", *STEP_SUMS), 0.0)
         learning_rate = float(self.scheduler.get_last_lr()[0])
-        for row, old_BT in zip(rows, old, strict=True):
+        for number, (row, old_BT) in enumerate(zip(rows, old, strict=True), start=1):
             row = row.to(device.device())
             ref_BT = self._reference_logprobs(row) if self.spec.loss.beta != 0.0 else None
-            logits_KV = model.row_logits(self.policy, row)
-            logprobs_BT, entropy_BT = model.completion_logprobs(logits_KV, row, self.spec.temperature)
+            logprobs_BT, entropy_BT = model.completion_logprobs(self._logits(row), row, self.spec.temperature)
+            weights_B = token_weights(
+                row.mask_BT.sum(-1), sequences=int(counts["sequences"]), tokens=int(counts["tokens"]), spec=self.spec.loss
+            )
             out = grpo_loss(
                 logprobs_BT,
                 logprobs_BT.detach() if old_BT is None else old_BT,
@@ -151,30 +171,31 @@ class Trainer:
                 ref_BT,
                 row.advantages_B,
                 row.mask_BT,
-                token_weights(row.mask_BT.sum(-1), sequences=sequences, tokens=tokens, spec=self.spec.loss),
+                weights_B,
                 self.spec.loss,
             )
-            out.loss.backward()
+            self.shared.backward(out.loss, last=number == len(rows))
             sums["loss"] += float(out.loss.detach())
             sums["entropy_sum"] += float((entropy_BT * row.mask_BT).sum())
             for name in STEP_SUMS:
                 sums[name] += float(getattr(out, name))
-        limit = self.spec.optimizer.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        sums = self.shared.total(sums)
+        grad_norm = 0.0
+        if counts["trained_completions"]:
+            grad_norm = self.shared.step(self.spec.optimizer.max_grad_norm, sums["loss"])
         finite = math.isfinite(grad_norm) and math.isfinite(sums["loss"])
-        if rows and finite:
-            self.optimizer.step()
         self.scheduler.step()  # the schedule counts steps of the job, also those that had nothing to learn
-        self.optimizer.zero_grad(set_to_none=True)
         return {**sums, "grad_norm": grad_norm, "learning_rate": learning_rate, "left_out": not finite}
 
     def publish(self) -> tuple[SnapshotHeader, NDArray[np.uint8]]:
         """The current policy as header and buffer, two objects of the store: the driver fetches only the first.
 
-        The buffer is returned rather than put, since what an actor puts dies with it. The next call writes over it:
-        the store has a copy, and whoever calls without Ray takes one.
+        Rank 0 alone has the whole adapter; what other ranks return is empty. The buffer is returned rather than put,
+        since what an actor puts dies with it. The next call writes over it: the store has a copy, and whoever calls
+        without Ray takes one.
         """
-        entries, buffer, digest = snapshot.pack(model.lora_tensors(self.policy), self.buffer)
+        tensors = self.shared.adapter()
+        entries, buffer, digest = snapshot.pack(tensors if self.rank.rank == 0 else {}, self.buffer)
         self.buffer = buffer
         self.policy.eval()
         header = SnapshotHeader(
@@ -185,27 +206,33 @@ class Trainer:
             entries=entries,
             nbytes=buffer.nbytes,
             digest=digest,
-            probe_logprobs=tuple(model.sequence_logprobs(self.policy, self.probe)),
+            probe_logprobs=tuple(model.sequence_logprobs(self.shared.model, self.probe)),
         )
         return header, buffer
 
     def save_adapter(self, folder: str) -> None:
         """The adapter as PEFT writes it, loadable by PeftModel.from_pretrained."""
+        tensors = self.shared.adapter()
+        if self.rank.rank != 0:
+            return
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         config = copy(self.policy.peft_config["default"])  # as PEFT resolved it: the modules by name
         config.base_model_name_or_path = self.spec.model.name
         config.inference_mode = True
-        tensors = {name: t.detach().cpu().contiguous() for name, t in model.lora_tensors(self.policy).items()}
-        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, path / adapter.WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(folder)
 
     def save(self, folder: str, *older: Any) -> None:
         """Writes all that a resumed trainer needs; `older` are headers and buffers of policies still sampling."""
         path = Path(folder)
         self.save_adapter(folder)
-        save_optimizer(self.optimizer, path / OPTIMIZER_FILE)
-        save_file(device.rng_state(), path / RNG_FILE)
+        path.mkdir(parents=True, exist_ok=True)  # another rank may be here first
+        self.shared.save_state(path, self.rank.rank)
+        save_file(device.rng_state(), path / RNG_FILE.format(rank=self.rank.rank))
+        if self.rank.rank != 0:
+            return
         state = {"version": self.version, "scheduler": self.scheduler.state_dict(), "older": []}
         for header, buffer in zip(older[::2], older[1::2], strict=True):
             state["older"].append(asdict(header))
@@ -213,19 +240,19 @@ class Trainer:
         (path / TRAINER_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def restore(self, folder: str) -> list[tuple[SnapshotHeader, NDArray[np.uint8]]]:
-        """Goes back to a saved state; returns the older policies that were sampling then, oldest first."""
-        from peft import set_peft_model_state_dict
-
+        """Goes back to a saved state; rank 0 returns the older policies that were sampling then, oldest first."""
         path = Path(folder)
-        set_peft_model_state_dict(self.policy, load_file(path / "adapter_model.safetensors"))
+        self.shared.load_adapter(path / adapter.WEIGHTS_FILE)
         state = json.loads((path / TRAINER_FILE).read_text(encoding="utf-8"))
-        load_optimizer(self.optimizer, path / OPTIMIZER_FILE)
-        device.set_rng_state(load_file(path / RNG_FILE))
+        self.shared.load_state(path, self.rank.rank)
+        device.set_rng_state(load_file(path / RNG_FILE.format(rank=self.rank.rank)))
         self.scheduler.load_state_dict(state["scheduler"])
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+        for group, rate in zip(self.shared.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         self.version = state["version"]
-        older = []
+        older: list[tuple[SnapshotHeader, NDArray[np.uint8]]] = []
+        if self.rank.rank != 0:
+            return older
         for saved_header in state["older"]:
             entries = tuple(TensorEntry(**{**e, "shape": tuple(e["shape"])}) for e in saved_header["entries"])
             probe = tuple(saved_header["probe_logprobs"])
@@ -235,10 +262,8 @@ class Trainer:
         return older
 
 
-def _optimizer(parameters: list[Any], spec: OptimizerSpec) -> tuple[torch.optim.Optimizer, Any]:
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.AdamW(
+def _optimizer(parameters: list[Any], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
         parameters,
         lr=spec.learning_rate,
         betas=(spec.beta1, spec.beta2),
@@ -246,4 +271,9 @@ def _optimizer(parameters: list[Any], spec: OptimizerSpec) -> tuple[torch.optim.
         weight_decay=spec.weight_decay,
         fused=spec.fused,
     )
-    return optimizer, get_scheduler(spec.scheduler, optimizer, spec.warmup_steps, spec.total_steps)
+
+
+def _schedule(optimizer: Any, spec: OptimizerSpec) -> Any:
+    from transformers import get_scheduler
+
+    return get_scheduler(spec.scheduler, optimizer, spec.warmup_steps, spec.total_steps)

@@ -27,6 +27,7 @@ class RolloutHeader:
     """What the driver sees of the groups of one engine's call."""
 
     policy_version: int
+    prompt_tokens: tuple[int, ...]  # [groups]
     completion_tokens: tuple[tuple[int, ...], ...]  # [groups][G]: tokens of each completion
     truncated: tuple[tuple[bool, ...], ...]  # [groups][G]
     seconds: float  # inside the engine

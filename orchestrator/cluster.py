@@ -22,12 +22,12 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors import device, errors
+from actors import device, errors, ranks
 from actors.engine import RolloutEngine
 from actors.errors import ActorError, EaglerayError
 from actors.reward_model import RewardModelWorker
 from actors.rewards import RewardWorker
-from actors.specs import EngineSpec, RewardModelSpec, RewardSpec, TrainerSpec
+from actors.specs import EngineSpec, RankSpec, RewardModelSpec, RewardSpec, TrainerSpec
 from actors.trainer import Trainer
 from orchestrator.environment import actor_environment
 from orchestrator.plan import Node, Plan
@@ -36,6 +36,8 @@ PLACEMENT_TIMEOUT_S = 120  # an autoscaler may have to start a node
 START_TIMEOUT_S = 1800  # an engine downloads, loads and compiles its model
 
 
+TRAINER, ENGINE, BOTH = "trainer", "engine", "trainer and engine"  # roles of bundles that start_actors fills
+AFTER_FAILURE_S = 5  # in which the other ranks of a trainer may say what happened
 POLL_S = 0.5  # how often a wait looks for Ctrl-C
 
 
@@ -91,7 +93,7 @@ def wait(ref: Any, timeout_s: float) -> bool:
 class Actors:
     """Handles of everything that a plan placed."""
 
-    trainer: Any
+    trainers: tuple[Any, ...]  # by rank
     engines: tuple[Any, ...]
 
 
@@ -155,19 +157,33 @@ def placed(plan: Plan) -> Iterator[Any]:
 def start_actors(
     plan: Plan, group: Any, trainer: TrainerSpec, engine: EngineSpec, probe: Sequence[int], kv_cache_gib: int | None
 ) -> Actors:
-    """Starts trainer and engines, each in its bundle, all at once. They may not be ready yet."""
-    handles = []
+    """Starts trainer ranks and engines, each in its bundle, all at once. They may not be ready yet."""
+    trainers, engines = [], []
+    world = sum(bundle.role in (TRAINER, BOTH) for bundle in plan.bundles)
+    address = _meeting_place(plan, group) if world > 1 or trainer.sharding else ""
     for index, bundle in enumerate(plan.bundles):
-        if bundle.role == "reward":
-            continue  # start_reward starts it, again and again if need be
-        cls: Any = {"trainer": Trainer, "engine": RolloutEngine}[bundle.role]
-        options = {
-            "runtime_env": {"env_vars": actor_environment(bundle.role, plan, kv_cache_gib)},
-            **_in_bundle(plan, group, index),
-        }
-        arguments = (trainer,) if bundle.role == "trainer" else (engine, probe)
-        handles.append(ray.remote(cls).options(**options).remote(*arguments))
-    return Actors(handles[0], tuple(handles[1:]))
+        options = _in_bundle(plan, group, index)
+        if bundle.role == BOTH:
+            options |= {"num_cpus": options["num_cpus"] / 2, "num_gpus": options["num_gpus"] / 2}
+        if bundle.role in (TRAINER, BOTH):
+            rank = RankSpec(bundle.index, world, address)
+            environment = {"env_vars": actor_environment("trainer", plan, None)}
+            trainers.append(ray.remote(Trainer).options(runtime_env=environment, **options).remote(trainer, rank))
+        if bundle.role in (ENGINE, BOTH):
+            environment = {"env_vars": actor_environment("engine", plan, kv_cache_gib)}
+            if bundle.role == BOTH and plan.gpu:
+                # vLLM measures what is free: a model that loads beside it would be taken for its own.
+                fetch(trainers[-1].__ray_ready__.remote(), f"trainer {bundle.index}, loading its model", START_TIMEOUT_S)
+            engines.append(ray.remote(RolloutEngine).options(runtime_env=environment, **options).remote(engine, probe))
+    return Actors(tuple(trainers), tuple(engines))
+
+
+def _meeting_place(plan: Plan, group: Any) -> str:
+    """Where the trainer's ranks meet: at the first one's node."""
+    options = {**_in_bundle(plan, group, 0), "num_cpus": 0, "num_gpus": 0}
+    ref = ray.remote(ranks.meeting_place).options(**options).remote()
+    address: str = fetch(ref, "the node of trainer 0", PLACEMENT_TIMEOUT_S)
+    return address
 
 
 def start_reward(plan: Plan, group: Any, spec: RewardSpec | RewardModelSpec) -> Any:
@@ -238,6 +254,37 @@ def fetch(ref: Any, who: str, timeout_s: float) -> Any:
         else:
             text = f"{who} is lost: {type(error).__name__}: {_last_line(str(error))}"
         raise ActorError(text) from error
+
+
+def ask_ranks(trainers: Sequence[Any], method: str, *args: Any, doing: str, timeout_s: float) -> Any:
+    """Calls a method of every rank, each with the same arguments; returns rank 0's answer. Raises as `fetch` does."""
+    return fetch_ranks([getattr(trainer, method).remote(*args) for trainer in trainers], doing, timeout_s)
+
+
+def fetch_ranks(refs: Sequence[Any], doing: str, timeout_s: float) -> Any:
+    """Rank 0's answer, when every rank has one. Raises as `fetch` does.
+
+    One rank's end makes the others fail in their collectives, so after the first failure the others get a moment,
+    and a rank that died is told of rather than one that lost its peer.
+    """
+    deadline = time.monotonic() + timeout_s
+    waiting = {ref: f"trainer {rank}" if len(refs) > 1 else "the trainer" for rank, ref in enumerate(refs)}
+    failures: list[EaglerayError] = []
+    while waiting:
+        _, pending = ray.wait(list(waiting), num_returns=1, timeout=POLL_S, fetch_local=False)
+        if _signals:
+            raise Interrupted(_signals.pop())
+        done = [ref for ref in waiting if ref not in pending]
+        late = time.monotonic() > deadline
+        for ref in list(waiting) if late else done:
+            try:
+                fetch(ref, f"{waiting.pop(ref)}, {doing}", 0.0 if late else timeout_s)
+            except EaglerayError as error:
+                failures.append(error)
+                deadline = min(deadline, time.monotonic() + AFTER_FAILURE_S)
+    if failures:
+        raise next((error for error in failures if " died: " in str(error)), failures[0])
+    return ray.get(refs[0])
 
 
 def fetch_each(refs: Any, who: str, timeout_s: float) -> Iterator[Any]:

@@ -27,7 +27,7 @@ from orchestrator.data import ensure_usable
 from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
 from orchestrator.display import DATASET_COLUMNS, Display
 from orchestrator.environment import worker_environment
-from orchestrator.jobs import RunResult, lora_spec, metrics_log, tell_stop
+from orchestrator.jobs import RunResult, lora_spec, metrics_log, quantization, tell_stop
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
 from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare, stream
@@ -283,11 +283,10 @@ def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Pat
     )
     arguments["eval_on_start"] = bool(rows.held_out.rows) and resume is None  # what training has to better
     sharded = kind(config)
-    quantization = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
     return DatasetTrainSpec(
         method=config.rl or "sft",
         model=ModelSpec(
-            config.base_model, plan.dtype, config.trust_remote_code, plan.attention, quantization, sharded == "fsdp"
+            config.base_model, plan.dtype, config.trust_remote_code, plan.attention, quantization(config), sharded == "fsdp"
         ),
         lora=lora_spec(config) if config.adapter else None,
         train_files=rows.train.files,

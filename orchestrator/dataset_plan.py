@@ -18,16 +18,6 @@ METHOD_NAMES = {
 }
 
 
-SHARDINGS = {
-    None: "none: every worker holds the model",
-    "fsdp": "FSDP2: weights, gradients and optimizer",
-    "zero0": "none: every worker holds the model, in DeepSpeed",
-    "zero1": "DeepSpeed ZeRO-1: optimizer",
-    "zero2": "DeepSpeed ZeRO-2: gradients and optimizer",
-    "zero3": "DeepSpeed ZeRO-3: weights, gradients and optimizer",
-}
-
-
 @dataclass(frozen=True)
 class DatasetPlan:
     """A resolved dataset job. What hangs on the number of rows is known once they are prepared."""
@@ -103,7 +93,7 @@ def describe(config: JobConfig, plan: DatasetPlan) -> list[str]:
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"workers     {workers} of Ray Train",
         *(f"            {line}" for line in held),
-        f"sharding    {SHARDINGS[sharding.kind(config)]}",
+        f"sharding    {sharding.described(config)}",
         f"batch       {config.micro_batch_size} micro_batch_size x {config.gradient_accumulation_steps} "
         f"gradient_accumulation_steps x {len(plan.bundles)} ray_num_workers = {plan.rows_per_step} rows a step",
         f"rows        up to sequence_len {config.sequence_len} tokens{', packed' if packs(config) else ''}",

@@ -28,6 +28,7 @@ from orchestrator.policies import Policies
 from orchestrator.rollouts import Batch, send
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
+from orchestrator.shares import Share, shares
 
 Record = dict[str, float]
 MAX_SEED = 2**31
@@ -55,6 +56,7 @@ class Loop:
     warn: Callable[[str], None]
     step: int = 0  # optimizer steps done
     in_flight: deque[Batch] = field(default_factory=deque)
+    memory: Record = field(default_factory=dict)  # of the GPUs, at the last hand-over between trainer and engines
 
     def start(self) -> None:
         """Publishes what the trainer holds. A resumed job has set `step` and added older policies before."""
@@ -76,8 +78,14 @@ class Loop:
         score_s = time.perf_counter() - scoring
 
         training = time.perf_counter()
-        ref = self.actors.trainer.train.remote(advantages, *batch.group_refs)
-        stats: TrainStats = cluster.fetch(ref, "the trainer, training", self.config.ray.rollout_timeout_s)
+        stats: TrainStats = cluster.fetch_ranks(
+            [
+                trainer.train.remote(share.advantages, *(batch.group_refs[g] for g in share.groups))
+                for trainer, share in zip(self.actors.trainers, self._shares(advantages, headers), strict=True)
+            ],
+            "training",
+            self.config.ray.rollout_timeout_s,
+        )
         train_s = time.perf_counter() - training
         if stats.left_out:
             self.warn(f"step {self.step + 1}: loss or gradient was not finite; {stats.left_out} optimizer step(s) left out")
@@ -114,7 +122,17 @@ class Loop:
             "tokens_per_s": tokens / step_s,
             "probe_gap": probe_gap,
             "snapshot_bytes": snapshot_bytes,
+            **self.memory,
         }
+
+    def _shares(self, advantages: Sequence[Sequence[float | None]], headers: Sequence[RolloutHeader]) -> list[Share]:
+        return shares(
+            advantages,
+            [count for header in headers for count in header.prompt_tokens],
+            [lengths for header in headers for lengths in header.completion_tokens],
+            len(self.actors.trainers),
+            every_sample=bool(self.config.trl.beta),
+        )
 
     def version_for(self, number: int) -> int:
         """The policy version that samples batch `number`: the newest published when the batch is sent."""
@@ -129,6 +147,7 @@ class Loop:
     def _fill(self) -> None:
         """Sends batches until `max_staleness` are in flight beyond the one that comes next."""
         last = min(self.step + self.config.ray.max_staleness + 1, self.plan.total_steps)
+        self._wake()
         for number in range(self.step + len(self.in_flight), last):
             version = self.version_for(number)
             self.policies.install(version)
@@ -140,6 +159,7 @@ class Loop:
         if self.step not in self.policies.published:  # with vllm_sync_interval above 1
             self.policies.publish()
         version = self.step
+        self._wake()
         self.policies.install(version)
         trl = self.config.trl
         greedy = SamplingSpec(1, trl.max_completion_length, temperature=0.0, extra=trl.generation_kwargs or {})
@@ -178,7 +198,20 @@ class Loop:
                     f"engine {index} sampled batch {batch.number} with policy version {header.policy_version}, "
                     f"not with {batch.policy_version}"
                 )
+        if self.plan.sleeps:
+            asleep = [engine.sleep.remote() for engine in self.actors.engines]
+            self.memory["gpu_free_training"] = min(self._answers(asleep, "falling asleep"))
         return headers
+
+    def _wake(self) -> None:
+        """Before anything is asked of the engines; where they keep their GPU, they are awake always."""
+        if self.plan.sleeps:
+            awake = [engine.wake.remote() for engine in self.actors.engines]
+            self.memory["gpu_free_sampling"] = min(self._answers(awake, "waking up"))
+
+    def _answers(self, refs: Sequence[Any], doing: str) -> list[float]:
+        timeout_s = self.config.ray.rollout_timeout_s
+        return [cluster.fetch(ref, f"engine {index}, {doing}", timeout_s) for index, ref in enumerate(refs)]
 
     def _sampling(self) -> SamplingSpec:
         trl = self.config.trl
@@ -207,9 +240,7 @@ class Loop:
         summary = f"every reward of step {self.step + 1} is None"
         if failures:
             first = failures[0]
-            summary = (
-                f"reward {first.function} failed on {len(failures)} calls of step {self.step + 1}: {first.failure}"
-            )
+            summary = f"reward {first.function} failed on {len(failures)} calls of step {self.step + 1}: {first.failure}"
         if all(reward is None for group in rewards for reward in group):
             raise RewardError(f"{summary}. No completion has a reward, so there is nothing to learn from")
         if failures:

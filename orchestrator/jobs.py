@@ -68,6 +68,11 @@ def lora_spec(config: JobConfig) -> LoraSpec:
     )
 
 
+def quantization(config: JobConfig) -> str | None:
+    """nf4 | int8: of the frozen base; None = none."""
+    return "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
+
+
 def metrics_log(config: JobConfig, resumed_from: int, display: Display) -> MetricsLog:
     """The log of a run that goes on after step `resumed_from`; 0 is a new one."""
     output_dir = Path(config.output_dir)

@@ -64,6 +64,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "sync_s": ("s", "seconds from publishing the policy until every engine has proved it"),
     "step_s": ("s", "seconds of the whole step"),
     "tokens_per_s": ("tokens/s", "completion tokens per second of the whole step"),
+    "gpu_free_training": ("GiB", "free GPU memory when the engines sleep, on the GPU that has least of it"),
+    "gpu_free_sampling": ("GiB", "free GPU memory when the engines have woken up, on the GPU that has least of it"),
     "probe_gap": ("nats/token", "|trainer logprob - engine logprob| on the fixed probe after the sync"),
     "snapshot_bytes": ("bytes", "size of the published snapshot"),
     "token_accuracy": ("share", "share of trained tokens that the model finds the likeliest"),

@@ -11,14 +11,15 @@ from actors import device, hub, model, storage
 from actors.engine import prompt_token_ids
 from actors.errors import ActorError
 from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
-from orchestrator import checkpoints, cluster, starting_adapter
+from orchestrator import checkpoints, cluster, sharding, starting_adapter
+from orchestrator.cluster import Actors
 from orchestrator.config import dump
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
 from orchestrator.display import Display
 from orchestrator.grpo import Evaluation, Loop
-from orchestrator.jobs import RunResult, lora_spec, metrics_log, tell_stop
+from orchestrator.jobs import RunResult, lora_spec, metrics_log, quantization, tell_stop
 from orchestrator.metrics import MetricsLog
-from orchestrator.plan import Node, Plan, describe, ensure_placeable, make_plan
+from orchestrator.plan import Node, Plan, completions_per_step, describe, engines, ensure_placeable, make_plan
 from orchestrator.policies import Policies
 from orchestrator.rewards import ensure_reward_models, reward_models, reward_specs
 from orchestrator.schema import JobConfig
@@ -98,27 +99,33 @@ class _Job:
             scorer = Scorer(self.plan, group, specs, self.config.ray.reward_timeout_s)
             with self.display.phase("loading rewards, trainer and engines"):
                 scorer.wait_ready()
-                set_probe = actors.trainer.set_probe.remote(probe)
-                cluster.fetch(set_probe, "the trainer, loading its model", cluster.START_TIMEOUT_S)
-                shared = actors.trainer.ensure_shared.remote(str(self.output_dir / checkpoints.LOCK), marker)
-                cluster.fetch(shared, "the trainer", self.config.ray.rollout_timeout_s)
+                cluster.ask_ranks(
+                    actors.trainers, "set_probe", probe, doing="loading its model", timeout_s=cluster.START_TIMEOUT_S
+                )
+                place = str(self.output_dir / checkpoints.LOCK)
+                self._ask(actors, "ensure_shared", place, marker, doing="looking at output_dir")
                 for index, engine in enumerate(actors.engines):
                     cluster.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
-            policies = Policies(actors, self.plan.dtype, self.config.ray.rollout_timeout_s)
+            # bitsandbytes multiplies in bfloat16 on some processors, whatever the dtype.
+            precision = "bfloat16" if quantization(self.config) else self.plan.dtype
+            policies = Policies(actors, precision, self.config.ray.rollout_timeout_s)
             loop = Loop(self.config, self.plan, self.prompts, actors, policies, scorer, self.display.warn)
             if resume is not None:
                 self._restore(loop, resume)
             loop.start()
             with metrics_log(self.config, loop.step, self.display) as log:
                 self._loop(loop, log)
-                adapter = actors.trainer.save_adapter.remote(str(self.output_dir))
-                cluster.fetch(adapter, "the trainer, saving the adapter", self.config.ray.rollout_timeout_s)
+                self._ask(actors, "save_adapter", str(self.output_dir), doing="saving the adapter")
                 log.keep_result()
         self.display.summary(
             f"done: {loop.step} steps",
             [f"adapter  {self.output_dir}", f"metrics  {log.path}", f"curves   eagleray report {self.output_dir}"],
         )
         return RunResult(self.output_dir, loop.step, tuple(self.evaluations))
+
+    def _ask(self, actors: Actors, method: str, *args: Any, doing: str) -> Any:
+        timeout_s = self.config.ray.rollout_timeout_s
+        return cluster.ask_ranks(actors.trainers, method, *args, doing=doing, timeout_s=timeout_s)
 
     def _loop(self, loop: Loop, log: MetricsLog) -> None:
         total = self.plan.total_steps
@@ -144,9 +151,7 @@ class _Job:
             return
         with self.display.phase(f"held-out prompts, {label}"):
             result: Evaluation = loop.evaluate()
-        self.evaluations.append(
-            {"label": label, "solved": result.solved, "total": result.total, "record": result.record}
-        )
+        self.evaluations.append({"label": label, "solved": result.solved, "total": result.total, "record": result.record})
         log.write("eval", result.record)
         self.display.evaluation(label, result.record, result.solved, result.total)
 
@@ -159,8 +164,7 @@ class _Job:
                 older.extend(loop.policies.published[version])
         try:
             with storage.new_folder(path) as folder:
-                saved = loop.actors.trainer.save.remote(str(folder), *older)
-                cluster.fetch(saved, "the trainer, saving a checkpoint", self.config.ray.rollout_timeout_s)
+                self._ask(loop.actors, "save", str(folder), *older, doing="saving a checkpoint")
                 job = identity(self.config, self.prompts)
                 state = {"step": loop.step, "evaluations": self.evaluations, "job": job}
                 storage.write_json(folder / storage.STATE, state)
@@ -170,8 +174,10 @@ class _Job:
 
     def _restore(self, loop: Loop, path: Path) -> None:
         state = storage.read_state(path)
-        ref = loop.actors.trainer.restore.remote(str(path))
-        for header, buffer in cluster.fetch(ref, f"the trainer, restoring {path}", cluster.START_TIMEOUT_S):
+        older = cluster.ask_ranks(
+            loop.actors.trainers, "restore", str(path), doing=f"restoring {path}", timeout_s=cluster.START_TIMEOUT_S
+        )
+        for header, buffer in older:
             loop.policies.add(header, cluster.keep(buffer))
         loop.step = state["step"]
         self.evaluations = list(state["evaluations"])
@@ -194,14 +200,23 @@ def identity(config: JobConfig, prompts: PromptSet) -> dict[str, Any]:
         "trl.num_generations": config.trl.num_generations,
         "trl.vllm_sync_interval": config.trl.vllm_sync_interval,
         "ray.max_staleness": config.ray.max_staleness,
-        "ray.engines": config.ray.engines,
-        "completions a step": config.micro_batch_size * config.gradient_accumulation_steps,
+        "engines": engines(config),
+        "ray_num_workers": config.ray_num_workers,
+        "shards": sharding.kind(config),
+        "completions a step": completions_per_step(config),
         "datasets (digest of their prompts)": prompts.fingerprint,
     }
 
 
 def model_spec(config: JobConfig, plan: Plan) -> ModelSpec:
-    return ModelSpec(config.base_model, plan.dtype, config.trust_remote_code, plan.attention)
+    return ModelSpec(
+        config.base_model,
+        plan.dtype,
+        config.trust_remote_code,
+        plan.attention,
+        quantization=quantization(config),
+        sharded=sharding.kind(config) == "fsdp",
+    )
 
 
 def trainer_spec(config: JobConfig, plan: Plan) -> TrainerSpec:
@@ -234,7 +249,9 @@ def trainer_spec(config: JobConfig, plan: Plan) -> TrainerSpec:
         temperature=trl.temperature,
         num_iterations=trl.num_iterations,
         mask_truncated_completions=trl.mask_truncated_completions,
-        gradient_checkpointing=bool(config.gradient_checkpointing),
+        gradient_checkpointing=sharding.checkpoints_activations(config),
+        shares_gpu=plan.colocate,
+        sharding=sharding.sharding_arguments(config, plan.gpu),
         seed=config.seed,
         threads=plan.trainer_threads,
     )
@@ -246,6 +263,8 @@ def engine_spec(config: JobConfig, plan: Plan) -> EngineSpec:
         model=model_spec(config, plan),
         lora=lora_spec(config),
         sync=plan.sync,
+        tensor_parallel=plan.tensor_parallel,
+        sleeps=plan.sleeps,
         max_model_len=plan.max_model_len,
         max_num_seqs=plan.max_num_seqs,
         gpu_memory_utilization=plan.gpu_memory_utilization,

@@ -26,8 +26,10 @@ ACTS_ON = frozenset({
     "adam_epsilon", "bf16", "gradient_checkpointing", "seed", "attn_implementation",
     "sdp_attention", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "saves_per_epoch", "evals_per_epoch",
     "resume_from_checkpoint", "auto_resume_from_checkpoints", "use_tensorboard", *WANDB,
-    "ray_num_workers", "resources_per_worker", "ray_run_name", "rl_beta", "trl.beta", "trl.use_vllm",
-    "trl.vllm_mode", "trl.vllm_sync_interval", "trl.num_generations", "trl.max_completion_length",
+    "deepspeed", "fsdp_version", "fsdp_config", "ray_num_workers", "resources_per_worker",
+    "ray_run_name", "rl_beta", "trl.beta", "trl.use_vllm",
+    "load_in_4bit", "load_in_8bit", "trl.vllm_mode", "trl.vllm_enable_sleep_mode", "trl.vllm_sync_interval",
+    "trl.num_generations", "trl.max_completion_length",
     "trl.reward_funcs", "trl.reward_weights", "trl.temperature", "trl.top_p", "trl.top_k", "trl.min_p",
     "trl.num_iterations", "trl.epsilon", "trl.epsilon_high", "trl.loss_type", "trl.scale_rewards",
     "trl.importance_sampling_level", "trl.mask_truncated_completions", "trl.generation_kwargs",
@@ -73,7 +75,6 @@ WANDB_LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 # (key, is the value one that rl: grpo does not do?, sentence)
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("adapter", lambda v: v is None, "full fine-tuning is not implemented yet; add adapter: lora"),
-    ("adapter", absent_or("lora"), "qlora is not implemented yet; use adapter: lora without load_in_4bit"),
     (
         "model_type",
         absent_or("AutoModelForCausalLM"),
@@ -98,7 +99,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "the tokenizer's own template is used; remove the key",
     ),
     ("save_strategy", absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
-    ("ray_num_workers", lambda v: v != 1, "more than one trainer rank is not implemented yet; use 1"),
+    ("ray_num_workers", lambda v: isinstance(v, list), "a trainer's ranks cannot change while it runs; give one number"),
     (
         "plugins",
         lambda v: any(name.rpartition(".")[2] not in SPEED_PLUGINS for name in v or []),
@@ -109,7 +110,6 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: bool(set(v or {}) - {"pad_token"}),
         "is not implemented yet; keep pad_token only",
     ),
-    ("trl.vllm_mode", absent_or("server"), "colocate is not implemented yet; use server"),
     (
         "trl.generation_kwargs",
         lambda v: bool(set(v or {}) - set(GENERATION_KWARGS)),
@@ -119,11 +119,6 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "lora_target_modules",
         lambda v: bool({"embed_tokens", "lm_head"} & set([v] if isinstance(v, str) else v or [])),
         "embeddings cannot be synchronized to the engines; name linear layers",
-    ),
-    (
-        "vllm.tensor_parallel_size",
-        lambda v: v != 1,
-        "engines over several GPUs are not implemented yet; use 1",
     ),
     ("vllm.data_parallel_size", lambda v: v != 1, "use ray.engines for more engines"),
     ("vllm.dtype", lambda v: v in ("half", "float16"), "is not implemented yet; use bfloat16 or float32"),
@@ -145,7 +140,7 @@ LIGER = dict.fromkeys(
     ),
     "not used: a faster kernel, same result",
 )
-_DDP = "not used: one trainer rank has nobody to exchange gradients with"
+_DDP = "not used: ranks add up their gradients once a step"
 IDLE: dict[str, str] = {
     "use_ray": "not used: every job runs on Ray",
     "logging_steps": "not used: every step is recorded",
@@ -174,7 +169,6 @@ IDLE: dict[str, str] = {
     "kto_undesirable_weight": "not used: it concerns rl: kto",
     "center_rewards_coefficient": "not used: it concerns rl: reward_trainer",
     "trl.vllm_lora_sync": "not used: only LoRA weights travel to the engines, whatever it says",
-    "trl.vllm_enable_sleep_mode": "not used: engines have a placement of their own, so they need not sleep",
 }
 
 _SHARDED = "training over several GPUs is not implemented yet; remove it"
@@ -185,9 +179,7 @@ NOT_YET: dict[str, str] = {
     "tokens": _ADDED_TOKENS,
     "gptq": "a GPTQ base model is not implemented yet; use one that is not quantized",
     "unfrozen_parameters": "is not implemented yet; choose layers with lora_target_modules",
-    "load_in_4bit": "a quantized base model is not implemented yet; remove it",
-    "load_in_8bit": "a quantized base model is not implemented yet; remove it",
-    "bnb_config_kwargs": "a quantized base model is not implemented yet; remove it",
+    "bnb_config_kwargs": "is not implemented yet; NF4 with double quantization, or int8, is what load_in_4bit and _8bit give",
     "lora_modules_to_save": "only LoRA weights are synchronized to the engines; remove it",
     "lora_fan_in_fan_out": "is not implemented yet; remove it",
     "peft_use_dora": "vLLM cannot sample from a DoRA adapter; remove it",
@@ -204,18 +196,13 @@ NOT_YET: dict[str, str] = {
     "early_stopping_patience": "is not implemented yet; use max_steps",
     "loss_watchdog_threshold": "is not implemented yet; remove it",
     "loss_watchdog_patience": "is not implemented yet; remove it",
-    "deepspeed": _SHARDED,
-    "fsdp_version": _SHARDED,
-    "fsdp_config": _SHARDED,
     "tensor_parallel_size": _SHARDED,
     "context_parallel_size": _SHARDED,
     "dp_shard_size": _SHARDED,
     "dp_replicate_size": _SHARDED,
 }
 
-_DATASET_NOT_YET = (
-    "rl: grpo does not read it; shape the rows with type: module.fn, a function that returns a transform"
-)
+_DATASET_NOT_YET = "rl: grpo does not read it; shape the rows with type: module.fn, a function that returns a transform"
 
 
 def entry_problems(key: str, entry: DatasetConfig) -> Iterator[Problem]:
@@ -229,5 +216,8 @@ def entry_problems(key: str, entry: DatasetConfig) -> Iterator[Problem]:
 
 def notes(config: JobConfig) -> Iterator[Problem]:
     """Settings that are taken in another way than they are written."""
+    if config.trl.vllm_enable_sleep_mode and config.trl.vllm_mode == "server":
+        text = "not used: with vllm_mode: server engines have a placement of their own, so they need not sleep"
+        yield Problem("trl.vllm_enable_sleep_mode", text)
     if config.attn_implementation not in (None, "eager", "sdpa") and not config.flash_attention:
         yield Problem("attn_implementation", IDLE["flash_attention"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from actors.errors import ConfigError
+from orchestrator import sharding
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
@@ -28,7 +29,7 @@ class Node:
 class Bundle:
     """What one actor reserves."""
 
-    role: str  # trainer | engine | reward | worker
+    role: str  # trainer | engine | trainer and engine | reward | worker
     index: int
     resources: Resources
 
@@ -45,6 +46,9 @@ class Plan:
     placement: tuple[int | None, ...]  # per bundle, the node that can hold it; None = none can
     strategy: str  # of Ray's placement group
     gpu: bool
+    colocate: bool  # whether rank i and engine i share a bundle
+    sleeps: bool  # whether engines leave their GPU while the trainer computes
+    tensor_parallel: int  # GPUs of an engine
     dtype: str
     attention: str  # the trainer's, of transformers
     sync: str  # fused | adapter
@@ -93,14 +97,14 @@ def make_plan(
         text = "is 0, but the cluster has GPUs and vLLM needs one; give a number or a share, or remove it"
         config.source.raise_if_any([Problem("ray.engine_gpus", text)])
     bundles = _bundles(config, gpu, len(reward_models))
-    completions = config.micro_batch_size * config.gradient_accumulation_steps
+    completions = completions_per_step(config)
     prompts = completions // config.trl.num_generations
     steps_per_epoch = rows / prompts
     total_steps = config.max_steps or max(1, ceil(config.num_epochs * steps_per_epoch))
     warmup = config.warmup_steps or 0
     if config.warmup_ratio:
         warmup = ceil(config.warmup_ratio * total_steps)
-    per_engine = ceil(prompts / config.ray.engines)
+    per_engine = ceil(prompts / engines(config))
     engine_share = min(1.0, _engine_gpus(config, gpu))
     trainer_threads, engine_threads, reward_threads = _threads(config, nodes, len(reward_models))
     return Plan(
@@ -109,6 +113,9 @@ def make_plan(
         placement=first_fit(bundles, nodes),
         strategy={"pack": "PACK", "spread": "SPREAD"}[config.ray.placement],
         gpu=gpu,
+        colocate=colocated(config),
+        sleeps=colocated(config) and config.trl.vllm_enable_sleep_mode,
+        tensor_parallel=config.vllm.tensor_parallel_size,
         dtype=policy_dtype(config, gpu, cpu_dtype),
         # Packed rows need a mask of their own, which flash attention's kernels do not take. The result is the same.
         attention="eager" if config.attn_implementation == "eager" else "sdpa",
@@ -134,6 +141,26 @@ def make_plan(
     )
 
 
+def completions_per_step(config: JobConfig) -> int:
+    """Of all trainer ranks."""
+    return config.micro_batch_size * config.gradient_accumulation_steps * ranks(config)
+
+
+def ranks(config: JobConfig) -> int:
+    """Of the trainer. Only a dataset job has a range of workers."""
+    assert isinstance(config.ray_num_workers, int), "rl: grpo takes one number"
+    return config.ray_num_workers
+
+
+def colocated(config: JobConfig) -> bool:
+    """Whether each trainer rank shares its bundle with an engine."""
+    return config.trl.vllm_mode == "colocate"
+
+
+def engines(config: JobConfig) -> int:
+    return ranks(config) if colocated(config) else config.ray.engines
+
+
 def adapter_shape(config: JobConfig) -> str:
     """The adapter's size for a person, and where it starts."""
     start = f", from {config.lora_model_dir}" if config.lora_model_dir else ""
@@ -154,7 +181,6 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
         for bundle, node in zip(plan.bundles, plan.placement, strict=True)
     ]
     rewards = [_described_reward(plan, name) for name in trl.reward_funcs or []]
-    engines = config.ray.engines
     unused = plan.gpu and config.ray.kv_cache_gib is not None
     return [
         f"model       {config.base_model}, {plan.dtype}, {plan.attention} attention",
@@ -163,17 +189,26 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
         f"placement   one placement group, {plan.strategy}",
         *(f"            {line}" for line in [*held, *rewards]),
         f"batch       {config.micro_batch_size} micro_batch_size x {config.gradient_accumulation_steps} "
-        f"gradient_accumulation_steps = {plan.completions_per_step} completions a step",
+        f"gradient_accumulation_steps x {ranks(config)} ray_num_workers = {plan.completions_per_step} completions a step",
         f"            = {plan.prompts_per_step} prompts x {trl.num_generations} num_generations, "
-        f"up to {plan.prompts_per_engine} prompts per engine ({engines} engine(s))",
+        f"up to {plan.prompts_per_engine} prompts per engine ({engines(config)} engine(s))",
         f"tokens      sequence_len {config.sequence_len}, completions up to {trl.max_completion_length}, "
         f"at most {plan.completions_per_step * trl.max_completion_length} completion tokens a step",
         f"steps       {plan.total_steps} ({plan.rows} prompts, {plan.steps_per_epoch:.1f} steps an epoch), "
         f"checkpoint every {plan.save_steps}",
+        f"sharding    {sharding.described(config)}",
+        *([f"colocate    {_colocation(plan)}"] if plan.colocate else []),
         f"sync        {plan.sync}, max_staleness {config.ray.max_staleness}",
         *(["kv cache    vllm.gpu_memory_utilization decides; ray.kv_cache_gib is for engines on CPUs"] if unused else []),
         f"loss        {trl.loss_type}, beta {trl.beta}, importance sampling cap {config.ray.importance_sampling_cap}",
     ]
+
+
+def _colocation(plan: Plan) -> str:
+    if not plan.gpu:
+        return "trainer and engine share their CPUs"
+    turns = "engines sleep while the trainer computes" if plan.sleeps else "engines keep their memory while it computes"
+    return f"trainer and engine share a GPU; {turns}"
 
 
 def _described_reward(plan: Plan, name: str) -> str:
@@ -192,10 +227,14 @@ def _bundles(config: JobConfig, gpu: bool, reward_models: int) -> tuple[Bundle, 
     trainer = trainer_resources(config, gpu)
     # A reward model takes as much of a GPU as a trainer rank. Without GPUs it reserves nothing, and has no bundle.
     reward = {"GPU": min(1.0, trainer["GPU"])} if "GPU" in trainer else None
+    rewards = (Bundle("reward", i, reward) for i in range(reward_models) if reward)
+    if colocated(config):
+        both = {**trainer, "CPU": trainer["CPU"] + engine["CPU"]}
+        return (*(Bundle("trainer and engine", i, both) for i in range(ranks(config))), *rewards)
     return (
-        Bundle("trainer", 0, trainer),
+        *(Bundle("trainer", i, trainer) for i in range(ranks(config))),
         *(Bundle("engine", i, engine) for i in range(config.ray.engines)),
-        *(Bundle("reward", i, reward) for i in range(reward_models) if reward),
+        *rewards,
     )
 
 
@@ -213,17 +252,17 @@ def _every(steps: float | None, per_epoch: int | None, steps_per_epoch: float, t
 
 
 def _threads(config: JobConfig, nodes: Sequence[Node], reward_models: int) -> tuple[int, int, int]:
-    """CPU threads of the trainer, of each engine, and of each reward model.
+    """CPU threads of each trainer rank, of each engine, and of each reward model.
 
-    On-policy, engines, reward models and trainer take turns, so the trainer may use every core of its machine, and the
+    On-policy, engines, reward models and trainer take turns, so the trainer may use every core of its machines, and the
     engines, which all sample at once, share them, and so do reward models. Otherwise each has the cores that it
     reserves, and a reward model, which reserves none, has one.
     """
     if config.ray.max_staleness > 0:
         return config.ray.trainer_cpus, config.ray.engine_cpus, 1
     cpus = int(max((node.resources.get("CPU", 1) for node in nodes), default=1))
-    engines_per_node = ceil(config.ray.engines / max(1, len(nodes)))
-    return cpus, max(1, cpus // engines_per_node), max(1, cpus // max(1, reward_models))
+    ranks_per_node, engines_per_node = (ceil(count / max(1, len(nodes))) for count in (ranks(config), engines(config)))
+    return max(1, cpus // ranks_per_node), max(1, cpus // engines_per_node), max(1, cpus // max(1, reward_models))
 
 
 def _engine_gpus(config: JobConfig, gpu: bool) -> float:
@@ -269,7 +308,7 @@ def _remedies(bundle: Bundle, short: Sequence[str], share: float) -> list[str]:
     """share: of a GPU, if all bundles had the same."""
     remedies = []
     if "GPU" in short and 0 < share < 1:
-        engines = f" and ray.engine_gpus: {share:g}" if bundle.role != "worker" else ""
+        engines = f" and ray.engine_gpus: {share:g}" if bundle.role not in ("worker", "trainer and engine") else ""
         remedies.append(f"share GPUs with resources_per_worker: {{GPU: {share:g}}}{engines}")
     if "CPU" in short:
         remedies.append(f"lower {'ray.engine_cpus' if bundle.role == 'engine' else 'ray.trainer_cpus'}")

@@ -33,15 +33,16 @@ class Policies:
 
     def learn_base(self) -> None:
         """Asks the trainer what the base model says of the probe; before the first install."""
-        ref = self.actors.trainer.base_logprobs.remote()
-        self.base_logprobs = cluster.fetch(ref, "the trainer, computing the probe", self.timeout_s)
+        self.base_logprobs = cluster.ask_ranks(
+            self.actors.trainers, "base_logprobs", doing="computing the probe", timeout_s=self.timeout_s
+        )
 
     def publish(self) -> tuple[SnapshotHeader, float]:
         """The trainer's current policy becomes a version; returns its header and the seconds it took."""
         started = time.perf_counter()
-        header_ref, buffer_ref = self.actors.trainer.publish.options(num_returns=2).remote()
-        header = cluster.fetch(header_ref, "the trainer, publishing its policy", self.timeout_s)
-        self.add(header, buffer_ref)
+        pairs = [trainer.publish.options(num_returns=2).remote() for trainer in self.actors.trainers]
+        header = cluster.fetch_ranks([pair[0] for pair in pairs], "publishing the policy", self.timeout_s)
+        self.add(header, pairs[0][1])
         return header, time.perf_counter() - started
 
     def add(self, header: SnapshotHeader, buffer_ref: Any) -> None:

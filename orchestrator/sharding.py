@@ -37,6 +37,14 @@ FSDP_IDLE = (
     "sharding_strategy",
 )
 CHECKPOINTING = "activation_checkpointing"  # the same as gradient_checkpointing
+DESCRIBED = {
+    None: "none: every worker holds the model",
+    "fsdp": "FSDP2: weights, gradients and optimizer",
+    "zero0": "none: every worker holds the model, in DeepSpeed",
+    "zero1": "DeepSpeed ZeRO-1: optimizer",
+    "zero2": "DeepSpeed ZeRO-2: gradients and optimizer",
+    "zero3": "DeepSpeed ZeRO-3: weights, gradients and optimizer",
+}
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
@@ -48,6 +56,11 @@ def kind(config: JobConfig) -> str | None:
     if config.deepspeed:
         return f"zero{_deepspeed(config)['zero_optimization']['stage']}"
     return "fsdp" if config.fsdp_version or config.fsdp_config else None
+
+
+def described(config: JobConfig) -> str:
+    """What is cut, for a person. Raises ConfigError as `kind` does."""
+    return DESCRIBED[kind(config)]
 
 
 def sharding_arguments(config: JobConfig, gpu: bool) -> dict[str, Any]:

@@ -202,7 +202,31 @@ def _grpo(config: JobConfig) -> Iterator[Problem]:
         yield Problem(
             "peft_use_dora", "vLLM cannot sample from a DoRA adapter; remove it, or use peft_use_rslora"
         )
+    if config.ray.sync == "adapter" and (config.load_in_4bit or config.load_in_8bit):
+        text = "a slot adds to the engines' own base, which must be rounded as the trainer's quantized one; use fused"
+        yield Problem("ray.sync", text)
+    yield from _engines(config)
     yield from _whole_groups(config)
+
+
+def _engines(config: JobConfig) -> Iterator[Problem]:
+    """Where they compute, and with whom they share it."""
+    parallel, share = config.vllm.tensor_parallel_size, config.ray.engine_gpus
+    if share is not None and parallel > 1 and share != parallel:
+        yield Problem("ray.engine_gpus", f"is {share:g}, but vllm.tensor_parallel_size is {parallel}; remove it")
+    if config.trl.vllm_mode != "colocate":
+        return
+    if parallel > 1:
+        text = "an engine on the GPU of one trainer rank has that GPU alone; use vllm_mode: server"
+        yield Problem("vllm.tensor_parallel_size", text)
+    if share is not None:
+        yield Problem("ray.engine_gpus", "with vllm_mode: colocate an engine shares the GPU of a trainer rank; remove it")
+    if config.ray.engines not in (1, config.ray_num_workers):
+        text = f"is {config.ray.engines}; with vllm_mode: colocate each of {config.ray_num_workers} ranks has one; remove it"
+        yield Problem("ray.engines", text)
+    if config.trl.vllm_enable_sleep_mode and config.ray.max_staleness > 0:
+        text = "engines that sleep while the trainer computes cannot sample ahead; use 0, or remove vllm_enable_sleep_mode"
+        yield Problem("ray.max_staleness", text)
 
 
 def _whole_groups(config: JobConfig) -> Iterator[Problem]:

@@ -39,9 +39,9 @@ class BareTrainer(Trainer):
             logits_KV = model.row_logits(self.policy, row)
             predicted = logits_KV[row.predicts_BT[row.mask_BT]]
             torch.nn.functional.cross_entropy(predicted, row.completion_ids_BT[row.mask_BT]).backward()
-        float(self.parameters[0].grad.sum())  # waits for the device
+        float(self.shared.parameters[0].grad.sum())  # waits for the device
         seconds = time.perf_counter() - started
-        self.optimizer.zero_grad(set_to_none=True)
+        self.shared.optimizer.zero_grad(set_to_none=True)
         return seconds
 
 

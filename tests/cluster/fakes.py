@@ -46,7 +46,8 @@ class FakeEngine:
             )
         lengths = tuple(tuple(len(ids) for ids in group.completion_ids) for group in groups)
         said = -1 if self.lie == "version" else version
-        return (RolloutHeader(said, lengths, tuple(g.truncated for g in groups), 0.0), *groups)
+        prompt_lengths = tuple(len(group.prompt_ids) for group in groups)
+        return (RolloutHeader(said, prompt_lengths, lengths, tuple(g.truncated for g in groups), 0.0), *groups)
 
 
 def parity(completions: list[str], **_: Any) -> list[float]:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import ray
 
-from actors.errors import SyncError
-from actors.specs import RewardSpec
+from actors.errors import ActorError, SyncError
+from actors.ranks import meeting_place
+from actors.specs import RankSpec, RewardSpec
 from actors.trainer import Trainer
 from orchestrator.cluster import Actors
 from orchestrator.data import PromptSet, Row
@@ -27,8 +28,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
-def loop(folder: str, *, staleness: int = 0, interval: int = 1, lies: tuple[str, ...] = ("",)) -> Loop:
-    config = JobConfig(rl="grpo", base_model=folder, learning_rate=1e-2, micro_batch_size=8, bf16=False, max_steps=STEPS)
+def loop(folder: str, *, staleness: int = 0, interval: int = 1, lies: tuple[str, ...] = ("",), ranks: int = 1) -> Loop:
+    config = JobConfig(rl="grpo", base_model=folder, learning_rate=1e-2, bf16=False, max_steps=STEPS)
+    config.micro_batch_size = 8 // ranks
+    config.ray_num_workers = ranks
     config.trl.num_generations = 4
     config.trl.vllm_sync_interval = interval
     config.trl.reward_funcs = ["tests.cluster.fakes.parity"]
@@ -36,10 +39,14 @@ def loop(folder: str, *, staleness: int = 0, interval: int = 1, lies: tuple[str,
     config.ray.engines = len(lies)
     rows = tuple(Row(f"w{i} w{i + 1}", {}, "") for i in range(3, 13))
     plan = make_plan(config, [Node("a", {"CPU": 8.0})], len(rows))
-    trainer = ray.remote(Trainer).remote(trainer_spec(folder))
-    ray.get(trainer.set_probe.remote([5, 9, 12, 30, 7]))
+    address = meeting_place()
+    trainers = tuple(
+        ray.remote(Trainer).options(num_cpus=0).remote(trainer_spec(folder), RankSpec(rank, ranks, address))
+        for rank in range(ranks)
+    )
+    ray.get([trainer.set_probe.remote([5, 9, 12, 30, 7]) for trainer in trainers])
     engines = tuple(ray.remote(FakeEngine).remote(lie) for lie in lies)
-    actors = Actors(trainer, engines)
+    actors = Actors(trainers, engines)
     scorer = Scorer(plan, None, [RewardSpec("tests.cluster.fakes.parity", ())], 30.0)
     scorer.wait_ready()
     made = Loop(config, plan, PromptSet(rows, rows[:2], ()), actors, Policies(actors, "float32", 60.0), scorer, print)
@@ -101,6 +108,17 @@ def test_evaluation_asks_the_newest_policy_and_training_goes_on_with_its_own(clu
     assert ray.get(made.actors.engines[0].versions.remote()) == [0, 1, 0]
 
 
+def test_two_ranks_learn_as_one_does_and_the_death_of_one_ends_the_job(cluster: None, llama: str) -> None:
+    keys = ("reward", "loss", "grad_norm", "completion_tokens", "engine_gap")
+    one, two = loop(llama), loop(llama, ranks=2)
+    for _ in range(2):
+        alone, shared = one.advance(), two.advance()
+        assert [shared[key] for key in keys] == pytest.approx([alone[key] for key in keys], rel=1e-4, abs=1e-5)
+    ray.kill(two.actors.trainers[1])
+    with pytest.raises(ActorError, match="trainer 1, .* died"):
+        two.advance()
+
+
 def run_to(made: Loop, step: int) -> list[dict[str, Any]]:
     return [made.advance() for _ in range(step - made.step)]
 
@@ -111,11 +129,11 @@ def test_a_resumed_loop_repeats_the_uninterrupted_one(cluster: None, llama: str,
     stopped = loop(llama, staleness=staleness)
     run_to(stopped, 3)
     older = [part for v in stopped.versions_needed() if v != 3 for part in stopped.policies.published[v]]
-    ray.get(stopped.actors.trainer.save.remote(str(tmp_path), *older))
+    ray.get(stopped.actors.trainers[0].save.remote(str(tmp_path), *older))
 
     resumed = loop(llama, staleness=staleness)
     resumed.policies.published.clear()
-    for header, buffer in ray.get(resumed.actors.trainer.restore.remote(str(tmp_path))):
+    for header, buffer in ray.get(resumed.actors.trainers[0].restore.remote(str(tmp_path))):
         resumed.policies.add(header, ray.put(buffer))
     resumed.step = 3
     resumed.start()

@@ -273,6 +273,23 @@ def test_loading_needs_no_framework() -> None:
         ("learning_rate2: 0\n", [":14: learning_rate2: unknown key", "did you mean learning_rate?"]),
         ("warmup_ratio: 2\n", [":14: warmup_ratio: is 2; it must be between 0 and 1"]),
         ("ray_num_workers: 0\n", [":14: ray_num_workers: is 0; it must be 1 or more"]),
+        ("load_in_4bit: true\nray: {sync: adapter}\n", [":15: ray.sync: a slot adds to the engines' own base", "use fused"]),
+        (
+            "  vllm_mode: colocate\nvllm: {tensor_parallel_size: 2}\nray: {engines: 3, engine_gpus: 0.5}\n",
+            [
+                ":15: vllm.tensor_parallel_size: an engine on the GPU of one trainer rank has that GPU alone",
+                ":16: ray.engines: is 3; with vllm_mode: colocate each of 1 ranks has one",
+                ":16: ray.engine_gpus: with vllm_mode: colocate an engine shares the GPU",
+            ],
+        ),
+        (
+            "  vllm_mode: colocate\n  vllm_enable_sleep_mode: true\nray: {max_staleness: 1}\n",
+            [":16: ray.max_staleness: engines that sleep while the trainer computes cannot sample ahead"],
+        ),
+        (
+            "vllm: {tensor_parallel_size: 2}\nray: {engine_gpus: 1}\n",
+            [":15: ray.engine_gpus: is 1, but vllm.tensor_parallel_size is 2"],
+        ),
         ("ray_num_workers: [4, 2]\n", [":14: ray_num_workers: is [4, 2]", "[min, max]"]),
         ("resources_per_worker: {GPU: -1}\n", [":14: resources_per_worker.GPU: is -1; it must be 0 or more"]),
         ("vllm: {max_model_len: 100}\n", [":14: vllm.max_model_len: 100 is below sequence_len: 512"]),

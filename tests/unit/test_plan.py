@@ -125,6 +125,40 @@ def test_cpus_that_are_missing() -> None:
         ensure_placeable(make_plan(job(ray__engine_cpus=2), LAPTOP, 100).problems)
 
 
+def test_ranks_have_bundles_and_share_the_batch() -> None:
+    plan = make_plan(job(ray_num_workers=3, ray__engines=2), [Node("a", {"CPU": 12.0})], 100)
+    assert [str(bundle) for bundle in plan.bundles] == ["trainer 0", "trainer 1", "trainer 2", "engine 0", "engine 1"]
+    assert (plan.completions_per_step, plan.prompts_per_step) == (72, 9)
+    assert (plan.trainer_threads, plan.engine_threads) == (4, 6)
+    assert "4 micro_batch_size x 6 gradient_accumulation_steps x 3 ray_num_workers = 72 completions a step" in " ".join(
+        " ".join(describe(job(ray_num_workers=3), plan)).split()
+    )
+
+
+def test_colocated_engines_share_the_bundles_of_the_ranks() -> None:
+    config = job(ray_num_workers=2, trl__vllm_mode="colocate", trl__vllm_enable_sleep_mode=True)
+    plan = make_plan(config, TWO_GPUS, 100)
+    ensure_placeable(plan.problems)
+    bundles = [(str(bundle), dict(bundle.resources)) for bundle in plan.bundles]
+    assert bundles == [(f"trainer and engine {i}", {"CPU": 2, "GPU": 1}) for i in range(2)]
+    assert plan.prompts_per_engine == 3
+    assert "trainer and engine share a GPU; engines sleep while the trainer computes" in " ".join(describe(config, plan))
+    with pytest.raises(ConfigError, match="trainer and engine 2 needs .*ask for ray_num_workers: 2"):
+        config.ray_num_workers = 3
+        ensure_placeable(make_plan(config, TWO_GPUS, 100).problems)
+
+
+def test_a_tensor_parallel_engine_is_one_bundle() -> None:
+    # Each of its GPUs talks to the others at every layer, so no two of them may lie on different nodes.
+    nodes = [Node("a", {"CPU": 16.0, "GPU": 2.0}), Node("b", {"CPU": 16.0, "GPU": 4.0})]
+    plan = make_plan(job(vllm__tensor_parallel_size=4, ray_num_workers=2), nodes, 100)
+    assert [bundle.resources["GPU"] for bundle in plan.bundles] == [1, 1, 4]
+    assert plan.placement == (0, 0, 1)
+    short = make_plan(job(vllm__tensor_parallel_size=4), [nodes[0], nodes[0]], 100)
+    with pytest.raises(ConfigError, match="engine 0 needs 1 CPU . 4 GPU"):
+        ensure_placeable(short.problems)
+
+
 def test_sixty_four_gpus_on_eight_nodes() -> None:
     nodes = [Node(f"n{i}", {"CPU": 64.0, "GPU": 8.0}) for i in range(8)]
     plan = make_plan(job(ray__engines=63), nodes, 1000)

@@ -85,13 +85,10 @@ def test_what_dataset_methods_do_not_do_is_named(tmp_path: Path, extra: str, exp
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        ("load_in_8bit: true\n", "load_in_8bit: a quantized base model is not implemented"),
-        ("deepspeed: z.json\n", "deepspeed: training over several GPUs"),
-        ("fsdp_version: 2\n", "fsdp_version: training over several GPUs"),
-        ("fsdp_config: {a: 1}\n", "fsdp_config: training over several GPUs"),
-        ("ray_num_workers: 2\n", "ray_num_workers: more than one trainer rank"),
-        ("ray_num_workers: [1, 2]\n", "ray_num_workers: more than one trainer rank"),
-        ("vllm: {tensor_parallel_size: 2}\n", "vllm.tensor_parallel_size: engines over several GPUs"),
+        ("bnb_config_kwargs: {a: 1}\n", "bnb_config_kwargs: is not implemented yet; NF4"),
+        ("fsdp_config: {a: 1}\n", "fsdp_config.a: is not an option that Eagleray knows"),
+        ("deepspeed: z.json\n", "deepspeed: there is no file z.json"),
+        ("ray_num_workers: [1, 2]\n", "ray_num_workers: a trainer's ranks cannot change while it runs"),
         ("vllm: {data_parallel_size: 2}\n", "vllm.data_parallel_size: use ray.engines"),
         ("tensor_parallel_size: 2\n", "tensor_parallel_size: training over several GPUs"),
         ("context_parallel_size: 2\n", "context_parallel_size: training over several GPUs"),
@@ -109,7 +106,6 @@ def test_what_dataset_methods_do_not_do_is_named(tmp_path: Path, extra: str, exp
         ("gradient_checkpointing: offload\n", "gradient_checkpointing: offloading is not implemented"),
         ("attn_implementation: xformers\n", "attn_implementation: xformers is not implemented yet"),
         ("lora_modules_to_save: [lm_head]\n", "lora_modules_to_save: only LoRA weights are synchronized"),
-        ("  vllm_mode: colocate\n", "trl.vllm_mode: colocate is not implemented"),
         ("  generation_kwargs: {n: 3}\n", "trl.generation_kwargs: takes stop, "),
         ("test_datasets: [{path: x, type: alpaca}]\n", "test_datasets[0].type: alpaca: rl: grpo does not read it"),
         ("lora_target_modules: [embed_tokens]\n", "lora_target_modules: embeddings cannot be synchronized"),
@@ -159,13 +155,26 @@ def test_what_names_no_function_and_no_folder_is_refused(tmp_path: Path, name: s
         reward_models(config)
 
 
-def test_full_and_qlora_are_named(tmp_path: Path) -> None:
+def test_full_fine_tuning_is_named(tmp_path: Path) -> None:
     full = load(write(tmp_path, GRPO.replace("adapter: lora\n", "")))
     with pytest.raises(ConfigError, match="adapter: full fine-tuning is not implemented yet"):
         ensure_runnable(full)
-    qlora = grpo(tmp_path, "load_in_4bit: true\n", "adapter=qlora")
-    with pytest.raises(ConfigError, match="override 'adapter=qlora': adapter: qlora is not implemented yet"):
-        ensure_runnable(qlora)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "  vllm_mode: colocate\n  vllm_enable_sleep_mode: true\n",
+        "load_in_4bit: true\n",
+        "load_in_8bit: true\n",
+        "ray_num_workers: 4\nfsdp_version: 2\n",
+        "ray_num_workers: 2\ndeepspeed: {zero_optimization: {stage: 3}}\n",
+        "vllm: {tensor_parallel_size: 4}\n",
+    ],
+)
+def test_what_grpo_does(tmp_path: Path, extra: str, caplog: pytest.LogCaptureFixture) -> None:
+    ensure_runnable(grpo(tmp_path, extra))
+    assert messages(caplog) == []
 
 
 def test_idle_keys_get_a_line_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,7 +43,7 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 def gradients(trainer: Trainer) -> list[Tensor]:
     """Of the first step, from Adam's first moment, which is (1 - beta1) times the gradient after one step."""
-    return [trainer.optimizer.state[p]["exp_avg"] / (1 - BETA1) for p in trainer.parameters]
+    return [trainer.shared.optimizer.state[p]["exp_avg"] / (1 - BETA1) for p in trainer.shared.parameters]
 
 
 def losses(stats: TrainStats) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_a_loop_over_completions(folder: str, beta: floa
     loss = LossSpec(importance_sampling_cap=CAP, beta=beta)
     trainer = make(trainer_spec(folder, loss=loss, temperature=0.7))
     expected_loss = plain_loss(trainer.policy.eval(), {}, 0.7, beta)
-    expected = torch.autograd.grad(expected_loss, trainer.parameters)
+    expected = torch.autograd.grad(expected_loss, trainer.shared.parameters)
     stats = trainer.train(ADVANTAGES, *GROUPS)
     assert stats.loss == pytest.approx(float(expected_loss), abs=1e-5)
     norm = float(torch.stack([g.square().sum() for g in expected]).sum().sqrt())
@@ -93,13 +93,13 @@ def test_two_iterations_are_two_clipped_steps_of_adam(folder: str) -> None:
     spec = trainer_spec(folder, optimizer=optimizer, loss=LossSpec(importance_sampling_cap=CAP), num_iterations=2)
     trainer, plain = make(spec), make(spec)
     stats = trainer.train(ADVANTAGES, *GROUPS)
-    adam = torch.optim.AdamW(plain.parameters, lr=0.03, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.1)
+    adam = torch.optim.AdamW(plain.shared.parameters, lr=0.03, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.1)
     old: dict[tuple[int, int], Tensor] = {}
     for rate in (0.03, 0.03 * 0.9):  # linear to 0 in ten steps
         adam.param_groups[0]["lr"] = rate
         adam.zero_grad()
         plain_loss(plain.policy, old, 1.0).backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters, 0.5)
+        torch.nn.utils.clip_grad_norm_(plain.shared.parameters, 0.5)
         adam.step()
     assert stats.version == 1 and stats.clip_fraction > 0.05  # else the second step's ratios were not put to the test
     assert stats.learning_rate == pytest.approx(0.027)
@@ -172,7 +172,7 @@ def test_groups_without_advantage_change_no_weight(folder: str) -> None:
 def test_a_gradient_that_is_not_finite_skips_the_step_and_leaves_no_trace(folder: str) -> None:
     trainer, plain = make(trainer_spec(folder)), make(trainer_spec(folder))
     before = weights(trainer)
-    hook = trainer.parameters[3].register_hook(lambda gradient: gradient * float("nan"))
+    hook = trainer.shared.parameters[3].register_hook(lambda gradient: gradient * float("nan"))
     stats = trainer.train(ADVANTAGES, *GROUPS)
     hook.remove()
     assert stats.left_out == 1 and np.isfinite(stats.loss) and not np.isfinite(stats.grad_norm)

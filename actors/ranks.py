@@ -1,0 +1,251 @@
+"""How the ranks of an online job's trainer share the model and its gradients: whole copies, FSDP2, or DeepSpeed.
+
+One class a way, all with the same methods; `share` chooses. The step's loss is the sum over ranks of what each computes, so
+gradients are summed over ranks and never averaged. A new way is a class here and a line in `share`.
+"""
+
+import math
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from actors import device, model, sharding
+from actors.adapter import POLICY
+from actors.errors import ActorError
+from actors.optimizers import load_optimizer, save_optimizer
+from actors.specs import RankSpec, TrainerSpec
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+SHARD_FILE = "optimizer-{rank}.safetensors"  # of each rank under FSDP2; DeepSpeed has names of its own
+
+
+def meeting_place() -> str:
+    """host:port on this node, free when asked, for the ranks to meet at."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+
+def join(rank: RankSpec, spec: TrainerSpec) -> Any:
+    """Meets the other ranks, before the model is loaded. Returns transformers' arguments of the sharding; None = no shards."""
+    if rank.world == 1 and not spec.sharding:
+        return None
+    host, port = rank.address.rsplit(":", 1)
+    # Each rank sees its own device alone, so it is the first of its machine, whatever else runs there.
+    os.environ |= {"RANK": str(rank.rank), "WORLD_SIZE": str(rank.world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
+    dist.init_process_group(device.collectives(), rank=rank.rank, world_size=rank.world)
+    if not spec.sharding:
+        return None
+    from transformers import TrainingArguments
+
+    arguments = dict(spec.sharding)
+    if "deepspeed" in arguments:
+        # Micro-batches are counted by the trainer, whose rows hold as many completions as fit, and not by DeepSpeed.
+        arguments["deepspeed"] = {**arguments["deepspeed"], "gradient_accumulation_steps": 1, "train_batch_size": "auto"}
+    return TrainingArguments(
+        output_dir=os.devnull,  # nothing is written there
+        use_cpu=not device.has_gpu(),
+        bf16="deepspeed" in arguments and spec.model.dtype == "bfloat16",
+        per_device_train_batch_size=spec.micro_batch_size,
+        max_grad_norm=spec.optimizer.max_grad_norm,
+        report_to="none",
+        **arguments,
+        **sharding.start(arguments),
+    )
+
+
+def share(arguments: Any, policy: Any, make_optimizer: Callable[[list[Any]], Any], world: int) -> "WholeCopies":
+    """Cuts a policy into shards as `join` answered, and makes its optimizer."""
+    if arguments is None:
+        return WholeCopies(policy, make_optimizer(trained(policy)), world)
+    kind = DeepSpeed if arguments.deepspeed else Fsdp
+    return kind(arguments, policy, make_optimizer(trained(policy)), world)
+
+
+def trained(policy: Any) -> list[Any]:
+    return [p for p in policy.parameters() if p.requires_grad]
+
+
+class WholeCopies:
+    """Every rank holds the whole model, and ranks sum their gradients once a step. Also one rank alone."""
+
+    lockstep = False  # whether ranks must make the same number of forward passes
+
+    def __init__(self, policy: Any, optimizer: Any, world: int) -> None:
+        self.policy = policy  # the PeftModel
+        self.model = policy  # what is called
+        self.optimizer = optimizer  # torch's, with the groups that a schedule sets rates in
+        self.world = world
+
+    @property
+    def parameters(self) -> list[Any]:
+        """What is trained, as this rank holds it."""
+        return trained(self.policy)
+
+    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value summed over ranks, in fp64."""
+        if self.world == 1:
+            return dict(values)
+        sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device.device())
+        dist.all_reduce(sums)
+        return dict(zip(values, sums.tolist(), strict=True))
+
+    def most(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        if self.world == 1:
+            return value
+        largest = torch.tensor(value, device=device.device())
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds to the gradients. last: whether no other row of this step comes."""
+        loss.backward()
+
+    def step(self, max_norm: float, loss: float) -> float:
+        """Clips and applies the gradients of all ranks; returns their norm before clipping.
+
+        max_norm: 0 = no clipping. When `loss`, of the whole step, or the norm is not finite, nothing is applied.
+        """
+        self._sum_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
+        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if math.isfinite(grad_norm) and math.isfinite(loss):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def _sum_gradients(self) -> None:
+        if self.world == 1:
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:  # this rank had no row
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self.parameters]
+        flat = torch._utils._flatten_dense_tensors(gradients)
+        dist.all_reduce(flat)
+        for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+            gradient.copy_(summed)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapter's tensors under PEFT's names: whole on rank 0; all ranks call it."""
+        return model.lora_tensors(self.policy)
+
+    def load_adapter(self, file: Path) -> None:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.policy, load_file(file))
+
+    def save_state(self, folder: Path, rank: int) -> None:
+        """The optimizer's; all ranks call it."""
+        if rank == 0:
+            save_optimizer(self.optimizer, folder / OPTIMIZER_FILE)
+
+    def load_state(self, folder: Path, rank: int) -> None:
+        load_optimizer(self.optimizer, folder / OPTIMIZER_FILE)
+
+
+class Fsdp(WholeCopies):
+    """FSDP2: every rank holds a share of each weight, and gathers a layer when it needs it."""
+
+    lockstep = True
+
+    def __init__(self, arguments: Any, policy: Any, optimizer: Any, world: int) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        accelerator = Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args))
+        policy, wrapped = accelerator.prepare(policy, optimizer)
+        super().__init__(policy, wrapped.optimizer, world)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss * self.world).backward()  # FSDP takes the mean over ranks
+
+    def _sum_gradients(self) -> None:
+        """The backward pass has."""
+
+    def adapter(self) -> dict[str, Tensor]:
+        return named_by_peft(self.policy, sharding.trainable_weights(self.policy))
+
+    def load_adapter(self, file: Path) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(self.policy, named_by_model(self.policy, load_file(file)), options=options)
+
+    def save_state(self, folder: Path, rank: int) -> None:
+        save_optimizer(self.optimizer, folder / SHARD_FILE.format(rank=rank))
+
+    def load_state(self, folder: Path, rank: int) -> None:
+        load_optimizer(self.optimizer, folder / SHARD_FILE.format(rank=rank))
+
+
+class DeepSpeed(WholeCopies):
+    """DeepSpeed's ZeRO: optimizer states, gradients and weights are cut, as many of them as its stage says."""
+
+    def __init__(self, arguments: Any, policy: Any, optimizer: Any, world: int) -> None:
+        from accelerate import Accelerator
+
+        arguments.hf_deepspeed_config.trainer_config_finalize(arguments, policy, 0)
+        accelerator = Accelerator(deepspeed_plugin=arguments.deepspeed_plugin)
+        self.engine, _ = accelerator.prepare(policy, optimizer)
+        super().__init__(policy, getattr(self.engine.optimizer, "optimizer", self.engine.optimizer), world)
+        self.model = self.engine
+        self.engine.checkpoint_engine = sharding.state_files(getattr(self.engine.optimizer, "loss_scaler", None))
+        self.lockstep = self.engine.zero_optimization_stage() > 1
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss * self.world)  # DeepSpeed takes the mean over ranks
+
+    def step(self, max_norm: float, loss: float) -> float:
+        """DeepSpeed clips at its own gradient_clipping. Raises ActorError for a loss that is not finite."""
+        if not math.isfinite(loss):
+            raise ActorError("the loss is not finite, and DeepSpeed cannot leave a step out; lower learning_rate")
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    def adapter(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        whole = {}
+        for name, parameter in self._named():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole[name] = parameter.detach().cpu().clone()
+        return named_by_peft(self.policy, whole)
+
+    def _named(self) -> Iterable[tuple[str, Any]]:
+        return ((name, p) for name, p in self.policy.named_parameters() if p.requires_grad)
+
+    def load_adapter(self, file: Path) -> None:
+        """DeepSpeed's own state, which load_state reads, holds the weights too."""
+
+    def save_state(self, folder: Path, rank: int) -> None:
+        self.engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
+        if rank == 0:
+            (folder / "zero_to_fp32.py").unlink(missing_ok=True)  # reads pickles, which these files are not
+
+    def load_state(self, folder: Path, rank: int) -> None:
+        self.engine.load_checkpoint(str(folder), load_module_strict=False)
+
+
+def named_by_peft(policy: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's own names to those in PEFT's files."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(policy, state_dict=dict(weights))) if weights else {}
+
+
+def named_by_model(policy: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Names in PEFT's files to a model's own."""
+    names = [name for name, p in policy.named_parameters() if p.requires_grad]
+    return {name: tensors[name.replace(f".{POLICY}.", ".")] for name in names}

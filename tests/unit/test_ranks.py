@@ -1,0 +1,99 @@
+"""A group of trainer ranks on gloo: whole copies and shards learn what one rank learns, and go on from a checkpoint."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors import adapter, storage
+from actors.ranks import meeting_place
+from actors.specs import LossSpec, OptimizerSpec, RankSpec
+from actors.trainer import Trainer
+from tests.tiny import random_group, save_llama, trainer_spec
+
+ZERO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+SHARDINGS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "fsdp": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "fsdp, loaded by rank 0": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
+    "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}, **ZERO}},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}, **ZERO}},
+}
+GROUPS = [random_group(p, c, seed=i) for i, (p, c) in enumerate(((5, [4, 1, 7]), (9, [2, 2]), (3, [6, 5, 1, 1])))]
+WHOLE = ([[1.0, -0.5, 0.25], [None, 0.8], [0.0, -1.2, 0.3, 0.9]], (0, 1, 2))
+# The last group is cut in two, and the first rank has two rows more than the second.
+SHARES = (
+    ([[1.0, -0.5, 0.25], [None, 0.8], [0.0, -1.2, 0.3, None]], (0, 1, 2)),
+    ([[None, None, None, 0.9]], (2,)),
+)
+NOT_COMPARED = ("seconds", "computed_tokens")  # a prompt that two ranks share is computed by both
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def train(rank: int, world: int, address: str, folder: str, kind: str, out: str, resume: str | None) -> None:
+    """Two steps, a checkpoint after the first; rank 0 leaves the statistics in stats.json."""
+    torch.set_num_threads(1)
+    optimizer = OptimizerSpec(1e-2, "linear", 0, 4, max_grad_norm=0.05)
+    spec = trainer_spec(folder, micro_batch_size=2, loss=LossSpec(beta=0.1, max_completion_length=8), optimizer=optimizer)
+    trainer = Trainer(replace(spec, sharding=SHARDINGS[kind]), RankSpec(rank, world, address))
+    trainer.set_probe([5, 6, 7, 8, 9])
+    advantages, groups = WHOLE if world == 1 else SHARES[rank]
+    stats = []
+    if resume:
+        trainer.restore(resume)
+    else:
+        stats.append(trainer.train(advantages, *(GROUPS[g] for g in groups)))
+        trainer.save(out + "/checkpoint")
+    stats.append(trainer.train(advantages, *(GROUPS[g] for g in groups)))
+    base = trainer.base_logprobs()
+    header, _ = trainer.publish()
+    trainer.save_adapter(out)
+    if rank == 0:
+        found = {"stats": [asdict(one) for one in stats], "probe": header.probe_logprobs, "base": base}
+        Path(out, "stats.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run(folder: str, out: Path, kind: str, world: int, resume: Path | None = None) -> dict[str, Any]:
+    out.mkdir(exist_ok=True)
+    arguments = (world, meeting_place(), folder, kind, str(out), str(resume) if resume else None)
+    torch.multiprocessing.spawn(train, arguments, nprocs=world)
+    found: dict[str, Any] = json.loads((out / "stats.json").read_text())
+    for one in found["stats"]:
+        for name in NOT_COMPARED:
+            del one[name]
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["whole", "fsdp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp, loaded by rank 0", "zero2", "zero3"))],
+)
+def test_two_ranks_learn_what_one_does(folder: str, tmp_path: Path, kind: str) -> None:
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    one = run(folder, tmp_path / "one", "whole", 1)
+    two = run(folder, tmp_path / "two", kind, 2)
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
+    assert one["stats"][0]["grad_norm"] > 0.05, "the gradient was clipped"
+    assert max(abs(a - b) for a, b in zip(one["probe"], one["base"], strict=True)) > 1e-3, "nothing was learned"
+    ours, theirs = (load_file(tmp_path / name / adapter.WEIGHTS_FILE) for name in ("two", "one"))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    storage.seal(tmp_path / "two" / "checkpoint")
+    resumed = run(folder, tmp_path / "resumed", kind, 2, tmp_path / "two" / "checkpoint")
+    torch.testing.assert_close(resumed["stats"], two["stats"][1:], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(resumed["probe"], two["probe"], atol=1e-6, rtol=1e-6)
+
+
+def test_a_group_of_one_rank_may_be_in_shards(folder: str, tmp_path: Path) -> None:
+    whole = run(folder, tmp_path / "whole", "whole", 1)
+    torch.testing.assert_close(run(folder, tmp_path / "fsdp", "fsdp", 1), whole, atol=1e-5, rtol=1e-5)
