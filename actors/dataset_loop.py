@@ -93,6 +93,7 @@ def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
     trainer.job = spec.job
     trainer.keep = spec.save_total_limit
     if spec.model.quantization:
+        model.keep_gradients(trainer.model)
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # TRL makes them bfloat16, which loses small updates

@@ -70,6 +70,19 @@ def quantization(model: ModelSpec) -> Any:
     )
 
 
+def keep_gradients(base: Any) -> None:
+    """Keeps gradients flowing through 4-bit layers on CPUs, also after a forward pass without any.
+
+    On a processor with AVX512-BF16 bitsandbytes 0.50 packs the weights anew at the first pass in evaluation mode, for a
+    kernel that has no backward pass, and never unpacks them: what is trained then is silently cut off from the loss.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def quantized_weights(model: ModelSpec) -> frozenset[str]:
     """Names of the weights that bitsandbytes quantizes, from the model's config.json alone; none without `quantization`."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -109,7 +122,9 @@ def load_policy(model: ModelSpec, lora: LoraSpec, *, gradient_checkpointing: boo
         trust_remote_code=model.trust_remote_code,
         **kwargs,
     )
-    if not model.quantization and not model.sharded:  # a whole model of shards may not fit on one device
+    if model.quantization:
+        keep_gradients(base)
+    elif not model.sharded:  # a whole model of shards may not fit on one device
         base.to(device.device())
     base.config.use_cache = False
     if gradient_checkpointing:

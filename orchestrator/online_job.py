@@ -106,9 +106,7 @@ class _Job:
                 self._ask(actors, "ensure_shared", place, marker, doing="looking at output_dir")
                 for index, engine in enumerate(actors.engines):
                     cluster.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
-            # bitsandbytes multiplies in bfloat16 on some processors, whatever the dtype.
-            precision = "bfloat16" if quantization(self.config) else self.plan.dtype
-            policies = Policies(actors, precision, self.config.ray.rollout_timeout_s)
+            policies = Policies(actors, self.plan.dtype, self.config.ray.rollout_timeout_s)
             loop = Loop(self.config, self.plan, self.prompts, actors, policies, scorer, self.display.warn)
             if resume is not None:
                 self._restore(loop, resume)

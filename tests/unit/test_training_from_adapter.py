@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -146,6 +147,7 @@ def test_on_a_quantized_base(wide: str, adapter: Callable[..., Path], trainer_of
         )
     )
     quantized = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, quantization_config=config)
+    model.keep_gradients(quantized)  # else it would multiply in bfloat16
     policy = PeftModel.from_pretrained(quantized, start).eval()
     trainer = trainer_of("sft", start, quantization=quantization, base=wide)
     tensors = model.lora_tensors(trainer.model)
@@ -154,6 +156,26 @@ def test_on_a_quantized_base(wide: str, adapter: Callable[..., Path], trainer_of
     expected = total / sum(len(row["input_ids"]) - 1 for row in TEXTS)
     # int8 scales by a batch's largest activations, so rows beside others are not quite what they are alone
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-3 if quantization == "nf4" else 0.05)
+
+
+def test_an_evaluation_leaves_the_gradients_of_a_quantized_base(
+    wide: str, adapter: Callable[..., Path], trainer_of: Any
+) -> None:
+    start = adapter(base=wide)
+    trainer = trainer_of("sft", start, quantization="nf4", base=wide)
+    trainer.evaluate()
+    plain = load_plain(wide)
+    for name, module in plain.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            packed, state = quantize_4bit(module.weight.data, compress_statistics=True, quant_type="nf4")
+            module.weight.data = dequantize_4bit(packed, state)
+    ids = torch.tensor([TEXTS[0]["input_ids"]])
+    gradients = []
+    for policy in (trainer.model.train(), PeftModel.from_pretrained(plain, start, is_trainable=True).train()):
+        policy(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in policy.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-3)
+    assert min(float(gradient.abs().max()) for gradient in gradients[0].values()) > 1e-4
 
 
 @pytest.mark.parametrize("shape", [{}, {"lora_dropout": 0.5}, {"use_dora": True}])
