@@ -25,6 +25,14 @@ def load_tokenizer(model: ModelSpec) -> Any:
     return AutoTokenizer.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
 
 
+def attention_heads(model: ModelSpec) -> int:
+    """Of the model's config.json."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
+    return int(config.get_text_config().num_attention_heads)
+
+
 def task_of(method: str | None) -> str:
     """PEFT's name of what a method trains: a reward model is a sequence classifier."""
     return "SEQ_CLS" if method == "reward_trainer" else "CAUSAL_LM"

@@ -158,23 +158,26 @@ def start_actors(
     plan: Plan, group: Any, trainer: TrainerSpec, engine: EngineSpec, probe: Sequence[int], kv_cache_gib: int | None
 ) -> Actors:
     """Starts trainer ranks and engines, each in its bundle, all at once. They may not be ready yet."""
-    trainers, engines = [], []
-    world = sum(bundle.role in (TRAINER, BOTH) for bundle in plan.bundles)
-    address = _meeting_place(plan, group) if world > 1 or trainer.sharding else ""
-    for index, bundle in enumerate(plan.bundles):
-        options = _in_bundle(plan, group, index)
-        if bundle.role == BOTH:
-            options |= {"num_cpus": options["num_cpus"] / 2, "num_gpus": options["num_gpus"] / 2}
-        if bundle.role in (TRAINER, BOTH):
-            rank = RankSpec(bundle.index, world, address)
-            environment = {"env_vars": actor_environment("trainer", plan, None)}
-            trainers.append(ray.remote(Trainer).options(runtime_env=environment, **options).remote(trainer, rank))
-        if bundle.role in (ENGINE, BOTH):
-            environment = {"env_vars": actor_environment("engine", plan, kv_cache_gib)}
-            if bundle.role == BOTH and plan.gpu:
-                # vLLM measures what is free: a model that loads beside it would be taken for its own.
-                fetch(trainers[-1].__ray_ready__.remote(), f"trainer {bundle.index}, loading its model", START_TIMEOUT_S)
-            engines.append(ray.remote(RolloutEngine).options(runtime_env=environment, **options).remote(engine, probe))
+    ranks_at = [index for index, bundle in enumerate(plan.bundles) if bundle.role in (TRAINER, BOTH)]
+    address = _meeting_place(plan, group) if len(ranks_at) > 1 or trainer.sharding else ""
+    environment = {"env_vars": actor_environment("trainer", plan, None)}
+    trainers = [
+        ray.remote(Trainer)
+        .options(runtime_env=environment, **_in_bundle(plan, group, index))
+        .remote(trainer, RankSpec(rank, len(ranks_at), address))
+        for rank, index in enumerate(ranks_at)
+    ]
+    if plan.colocate and plan.gpu:
+        # vLLM measures what is free: a model that loads beside it would be taken for its own.
+        ask_ranks(trainers, "__ray_ready__", doing="loading its model", timeout_s=START_TIMEOUT_S)
+    environment = {"env_vars": actor_environment("engine", plan, kv_cache_gib)}
+    engines = [
+        ray.remote(RolloutEngine)
+        .options(runtime_env=environment, **_in_bundle(plan, group, index))
+        .remote(engine, probe)
+        for index, bundle in enumerate(plan.bundles)
+        if bundle.role in (ENGINE, BOTH)
+    ]
     return Actors(tuple(trainers), tuple(engines))
 
 
@@ -198,11 +201,12 @@ def start_reward(plan: Plan, group: Any, spec: RewardSpec | RewardModelSpec) -> 
 
 
 def _in_bundle(plan: Plan, group: Any, index: int) -> dict[str, Any]:
-    """Options of an actor that has all of one bundle."""
+    """Options of an actor that has all of one bundle, or half of one that two share."""
     resources = plan.bundles[index].resources
+    share = 0.5 if plan.bundles[index].role == BOTH else 1.0
     return {
-        "num_cpus": resources.get("CPU", 0),
-        "num_gpus": resources.get("GPU", 0),
+        "num_cpus": resources.get("CPU", 0) * share,
+        "num_gpus": resources.get("GPU", 0) * share,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
     }
 
@@ -312,8 +316,11 @@ def _own(error: RayError) -> EaglerayError | None:
 
 
 def _last_line(text: str) -> str:
-    """Where a traceback says what happened."""
-    return text.strip().splitlines()[-1].strip()
+    """Where a traceback says what happened: its last exception, which may take a few lines."""
+    lines = text.strip().splitlines()
+    begins = [number for number, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(Error|Exception)\b", line)]
+    said = lines[begins[-1] :] if begins else lines[-1:]
+    return " ".join(line.strip() for line in said[:4])
 
 
 def _tail(text: str, count: int = 8) -> str:

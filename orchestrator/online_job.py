@@ -24,6 +24,7 @@ from orchestrator.policies import Policies
 from orchestrator.rewards import ensure_reward_models, reward_models, reward_specs
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
+from orchestrator.source import Problem
 
 PROBE_FILLER = range(100, 100 + PROBE_TOKENS)  # token ids that every vocabulary has, for probes of very short prompts
 
@@ -51,6 +52,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
     hub.resolve(config.base_model)
     starting_adapter.ensure_fits(config)
     spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)
+    _ensure_engines_can_share(config, spec)
     tokenizer = model.load_tokenizer(spec)
     template = config.trl.chat_template_kwargs or {}
     prompts = without_long_prompts(config, prompts, lambda p: len(prompt_token_ids(tokenizer, p, template)))
@@ -72,6 +74,16 @@ def run(config: JobConfig, display: Display) -> RunResult:
             title = f"GRPO: {config.base_model} -> {output_dir}"
             display.header(title, [*describe(config, plan), f"dashboard   {dashboard}"])
             return _Job(config, plan, prompts, output_dir, display).run(probe, resume, marker)
+
+
+def _ensure_engines_can_share(config: JobConfig, spec: ModelSpec) -> None:
+    """Raises ConfigError for a tensor_parallel_size that vLLM cannot cut the model's heads by."""
+    size = config.vllm.tensor_parallel_size
+    heads = model.attention_heads(spec)
+    if heads % size:
+        sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        text = f"is {size}, which does not divide the {heads} attention heads of {config.base_model}; use one of {sizes}"
+        config.source.raise_if_any([Problem("vllm.tensor_parallel_size", text)])
 
 
 class _Job:

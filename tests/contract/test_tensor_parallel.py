@@ -1,0 +1,41 @@
+"""An engine of two processes that hold the model together installs and proves policies as one process does."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.engine import RolloutEngine
+from actors.specs import EngineSpec, LoraSpec, LossSpec, ModelSpec, OptimizerSpec, SamplingSpec, TrainerSpec
+from actors.trainer import Trainer
+from tests.tiny import fill_adapter, save_smollm2_llama
+
+pytestmark = pytest.mark.slow
+LORA = LoraSpec(8, 16)
+PROBE = [1, 504, 338, 260, 3575, 282, 4649, 47, 378, 3575, 314, 7042, 30]
+TOLERANCE = 1e-3  # fp32 on both sides, summed in other orders
+
+
+@pytest.mark.parametrize("sync", ["fused", "adapter"])
+def test_two_processes_serve_what_the_trainer_has(tmp_path: Path, sync: str) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    spec = ModelSpec(save_smollm2_llama(tmp_path, **shape), "float32")
+    optimizer = OptimizerSpec(1e-4, "constant", 0, 10)
+    trainer = Trainer(TrainerSpec(spec, LORA, optimizer, LossSpec(), micro_batch_size=8, temperature=1.0))
+    trainer.set_probe(PROBE)
+    small: dict[str, Any] = {"enforce_eager": True, "gpu_memory_utilization": 0.3}
+    engine = RolloutEngine(EngineSpec(spec, LORA, sync, max_model_len=128, max_num_seqs=8, tensor_parallel=2, **small), PROBE)
+    assert engine.probe_logprobs() == pytest.approx(trainer.base_logprobs(), abs=TOLERANCE)
+    for version in (1, 2):
+        fill_adapter(trainer.policy, seed=version, size=0.015 * version)
+        trainer.version = version
+        header, buffer = trainer.publish()
+        receipt = engine.install(header, buffer.copy())
+        assert receipt.probe_logprobs == pytest.approx(header.probe_logprobs, abs=TOLERANCE)
+        assert max(abs(a - b) for a, b in zip(header.probe_logprobs, trainer.base_logprobs(), strict=True)) > 100 * TOLERANCE
+    drawn = [engine.generate(["Once upon a time"], SamplingSpec(4, 16), seed=seed)[1].texts for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2], "the seed decides every draw"
+    engine.llm.llm_engine.engine_core.shutdown()
+    del engine.llm
+    gc.collect()
