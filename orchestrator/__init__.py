@@ -20,6 +20,7 @@
     rewards.py      reward functions and reward models: what trl.reward_funcs names
     scoring.py      reward calls, with their time limit
     credit.py       rewards to advantages
+    shares.py       a batch to the shares of the trainer's ranks
     checkpoints.py  output folder: lock, checkpoints, resume
     grpo.py         the loop
     run.py          which shape a job has

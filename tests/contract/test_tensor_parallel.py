@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from actors import device
 from actors.engine import RolloutEngine
 from actors.specs import EngineSpec, LoraSpec, LossSpec, ModelSpec, OptimizerSpec, SamplingSpec, TrainerSpec
 from actors.trainer import Trainer
@@ -14,13 +15,14 @@ from tests.tiny import fill_adapter, save_smollm2_llama
 pytestmark = pytest.mark.slow
 LORA = LoraSpec(8, 16)
 PROBE = [1, 504, 338, 260, 3575, 282, 4649, 47, 378, 3575, 314, 7042, 30]
-TOLERANCE = 1e-3  # fp32 on both sides, summed in other orders
+DTYPE = "bfloat16" if device.has_gpu() else "float32"  # vLLM's LoRA kernels for GPUs take no fp32
+TOLERANCE = 0.1 if device.has_gpu() else 1e-3  # two orders of summation, in 8 bits or 24
 
 
 @pytest.mark.parametrize("sync", ["fused", "adapter"])
 def test_two_processes_serve_what_the_trainer_has(tmp_path: Path, sync: str) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    spec = ModelSpec(save_smollm2_llama(tmp_path, **shape), "float32")
+    spec = ModelSpec(save_smollm2_llama(tmp_path, **shape), DTYPE)
     optimizer = OptimizerSpec(1e-4, "constant", 0, 10)
     trainer = Trainer(TrainerSpec(spec, LORA, optimizer, LossSpec(), micro_batch_size=8, temperature=1.0))
     trainer.set_probe(PROBE)
@@ -33,7 +35,7 @@ def test_two_processes_serve_what_the_trainer_has(tmp_path: Path, sync: str) -> 
         header, buffer = trainer.publish()
         receipt = engine.install(header, buffer.copy())
         assert receipt.probe_logprobs == pytest.approx(header.probe_logprobs, abs=TOLERANCE)
-        assert max(abs(a - b) for a, b in zip(header.probe_logprobs, trainer.base_logprobs(), strict=True)) > 100 * TOLERANCE
+        assert max(abs(a - b) for a, b in zip(header.probe_logprobs, trainer.base_logprobs(), strict=True)) > 5 * TOLERANCE
     drawn = [engine.generate(["Once upon a time"], SamplingSpec(4, 16), seed=seed)[1].texts for seed in (3, 3, 4)]
     assert drawn[0] == drawn[1] != drawn[2], "the seed decides every draw"
     engine.llm.llm_engine.engine_core.shutdown()

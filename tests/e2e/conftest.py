@@ -1,20 +1,27 @@
 """Jobs as a person starts them: the command line in a process of its own, on a Ray cluster that it starts and ends."""
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import ray
+import requests
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.tiny import save_llama
 
 REPOSITORY = Path(__file__).parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +110,53 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 600) -> tuple[int,
     """Exit code and output."""
     output, _ = process.communicate(timeout=timeout_s)
     return process.returncode, output
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head node, and the environment of whoever may talk to it."""
+
+    dashboard: str  # its address, with http://
+    gcs: str  # for RAY_ADDRESS
+    environment: dict[str, str]  # knows the cluster's token
+
+
+@contextmanager
+def head_node(cpus: int) -> Iterator[Head]:
+    """A cluster of one node on free ports, which says that it has so many CPUs."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    with TemporaryDirectory(prefix="er", dir="/tmp") as folder:
+        environment = {**os.environ, "HOME": folder, "RAY_TMPDIR": folder}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # as an activated .venv has it
+        environment["EAGLERAY_CACHE"] = str(Path.home() / ".cache" / "eagleray")
+        for name in ("RAY_ADDRESS", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+            environment.pop(name, None)
+        command = [*RAY, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}"]
+        command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", f"--temp-dir={folder}"]
+        with open(Path(folder) / "head.log", "w") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        address = f"http://127.0.0.1:{ports[1]}"
+        try:
+            for _ in range(120):
+                try:
+                    requests.get(address, timeout=1)
+                    break
+                except requests.ConnectionError:
+                    assert process.poll() is None, (Path(folder) / "head.log").read_text()
+                    time.sleep(0.5)
+            yield Head(address, f"127.0.0.1:{ports[0]}", environment)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """A command's exit code and output."""
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    return finish(process, 400)

@@ -1,67 +1,27 @@
 """Through Ray's job API, on a cluster that is already running, with its token and its dashboard."""
 
 import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
-import requests
 
-from tests.e2e.conftest import REPOSITORY, finish
+from tests.e2e.conftest import RAY, REPOSITORY, Head, head_node, run
 
 pytestmark = pytest.mark.slow
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[tuple[str, dict[str, str]]]:
-    """A head node on free ports; yields the dashboard's address and the environment that knows its token."""
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    with TemporaryDirectory(prefix="er", dir="/tmp") as folder:
-        environment = {**os.environ, "HOME": folder, "RAY_TMPDIR": folder}
-        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # as an activated .venv has it
-        environment["EAGLERAY_CACHE"] = str(Path.home() / ".cache" / "eagleray")
-        for name in ("RAY_ADDRESS", "VLLM_ENABLE_V1_MULTIPROCESSING"):
-            environment.pop(name, None)
-        command = [*RAY, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}"]
-        command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--num-cpus=2", f"--temp-dir={folder}"]
-        with open(Path(folder) / "head.log", "w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        address = f"http://127.0.0.1:{ports[1]}"
-        try:
-            for _ in range(120):
-                try:
-                    requests.get(address, timeout=1)
-                    break
-                except requests.ConnectionError:
-                    assert process.poll() is None, (Path(folder) / "head.log").read_text()
-                    time.sleep(0.5)
-            yield address, environment
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    return finish(process, 400)
+def head() -> Iterator[Head]:
+    with head_node(cpus=2) as head:
+        yield head
 
 
 def test_submit_runs_the_job_and_returns_its_code(
-    head: tuple[str, dict[str, str]], job: Callable[..., Path], tmp_path: Path
+    head: Head, job: Callable[..., Path], tmp_path: Path
 ) -> None:
-    address, environment = head
+    address, environment = head.dashboard, head.environment
     config = job()
     code, output = run([sys.executable, "-m", "orchestrator", "submit", str(config), "--address", address], environment)
     assert code == 1 and "is outside the current folder" in output
