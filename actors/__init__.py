@@ -19,6 +19,7 @@
     ranks.py     how a trainer's ranks share the model and its gradients
     trainer.py   the actor that learns, one rank of it
     engine.py    the actor that samples
+    samples.py   the actor that writes down what was sampled
     rewards.py   the actor that scores with a function
     reward_model.py the actor that scores with a reward model
     formats/     dataset rows to token ids, a module a family of types

@@ -19,6 +19,7 @@
     rollouts.py     batches in flight
     rewards.py      reward functions and reward models: what trl.reward_funcs names
     scoring.py      reward calls, with their time limit
+    samples.py      what was sampled, on its way to files
     credit.py       rewards to advantages
     shares.py       a batch to the shares of the trainer's ranks
     checkpoints.py  output folder: lock, checkpoints, resume

@@ -26,6 +26,7 @@ from orchestrator.data import PromptSet, rows_of_step
 from orchestrator.plan import Plan
 from orchestrator.policies import Policies
 from orchestrator.rollouts import Batch, send
+from orchestrator.samples import Samples
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
 from orchestrator.shares import Share, shares
@@ -54,6 +55,7 @@ class Loop:
     policies: Policies
     scorer: Scorer
     warn: Callable[[str], None]
+    samples: Samples | None = None  # None = what was sampled is not written down
     step: int = 0  # optimizer steps done
     in_flight: deque[Batch] = field(default_factory=deque)
     memory: Record = field(default_factory=dict)  # of the GPUs, at the last hand-over between trainer and engines
@@ -76,6 +78,8 @@ class Loop:
         rewards = self._combined(scores, headers)
         advantages = group_advantages(rewards, self.config.trl.scale_rewards)
         score_s = time.perf_counter() - scoring
+        if self.samples:
+            self.samples.save(f"step-{self.step + 1:06d}", batch, scores, rewards, advantages)
 
         training = time.perf_counter()
         stats: TrainStats = cluster.fetch_ranks(
@@ -169,6 +173,8 @@ class Loop:
         scores = self.scorer.collect(batch.calls)
         rewards = self._combined(scores, headers)
         record = self._rollout_record(headers, scores, rewards, rewards)
+        if self.samples:
+            self.samples.save(f"held-out-{self.step:06d}", batch, scores, rewards, [[None] * len(row) for row in rewards])
         judged = self._judged(scores)
         names = ("accuracy", "reward", "completion_length") if judged else ("reward", "completion_length")
         shown = {k: v for k, v in record.items() if k.split("/")[0] in names}

@@ -22,6 +22,7 @@ from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Node, Plan, completions_per_step, describe, engines, ensure_placeable, make_plan
 from orchestrator.policies import Policies
 from orchestrator.rewards import ensure_reward_models, reward_models, reward_specs
+from orchestrator.samples import Samples
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
 from orchestrator.source import Problem
@@ -119,7 +120,8 @@ class _Job:
                 for index, engine in enumerate(actors.engines):
                     cluster.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
             policies = Policies(actors, self.plan.dtype, self.config.ray.rollout_timeout_s)
-            loop = Loop(self.config, self.plan, self.prompts, actors, policies, scorer, self.display.warn)
+            samples = Samples(self.output_dir, self.display.warn) if self.config.trl.log_completions else None
+            loop = Loop(self.config, self.plan, self.prompts, actors, policies, scorer, self.display.warn, samples)
             if resume is not None:
                 self._restore(loop, resume)
             loop.start()
@@ -127,9 +129,12 @@ class _Job:
                 self._loop(loop, log)
                 self._ask(actors, "save_adapter", str(self.output_dir), doing="saving the adapter")
                 log.keep_result()
+            if samples:
+                samples.finish()
+        written = [f"samples  {samples.folder}"] if samples else []
+        report = f"curves   eagleray report {self.output_dir}"
         self.display.summary(
-            f"done: {loop.step} steps",
-            [f"adapter  {self.output_dir}", f"metrics  {log.path}", f"curves   eagleray report {self.output_dir}"],
+            f"done: {loop.step} steps", [f"adapter  {self.output_dir}", f"metrics  {log.path}", *written, report]
         )
         return RunResult(self.output_dir, loop.step, tuple(self.evaluations))
 

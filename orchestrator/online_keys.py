@@ -33,7 +33,7 @@ ACTS_ON = frozenset({
     "trl.reward_funcs", "trl.reward_weights", "trl.temperature", "trl.top_p", "trl.top_k", "trl.min_p",
     "trl.num_iterations", "trl.epsilon", "trl.epsilon_high", "trl.loss_type", "trl.scale_rewards",
     "trl.importance_sampling_level", "trl.mask_truncated_completions", "trl.generation_kwargs",
-    "trl.chat_template_kwargs", "vllm.tensor_parallel_size", "vllm.data_parallel_size",
+    "trl.chat_template_kwargs", "trl.log_completions", "vllm.tensor_parallel_size", "vllm.data_parallel_size",
     "vllm.gpu_memory_utilization", "vllm.max_model_len", "vllm.dtype", "vllm.enable_prefix_caching",
     "vllm.enforce_eager", "ray.engines", "ray.trainer_cpus", "ray.engine_cpus", "ray.engine_gpus",
     "ray.max_staleness", "ray.sync", "ray.reward_timeout_s", "ray.rollout_timeout_s",

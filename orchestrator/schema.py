@@ -88,6 +88,7 @@ class TrlConfig:
     mask_truncated_completions: bool = False
     generation_kwargs: dict[str, Any] | None = None  # more fields of vLLM's SamplingParams
     chat_template_kwargs: dict[str, Any] | None = None
+    log_completions: bool = False  # every step's completions, with their rewards, in output_dir/rollouts
 
 
 @dataclass

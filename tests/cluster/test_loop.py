@@ -1,5 +1,6 @@
 """The loop on real Ray with a real trainer of a tiny model and engines that sample at random."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from orchestrator.data import PromptSet, Row
 from orchestrator.grpo import Loop
 from orchestrator.plan import Node, make_plan
 from orchestrator.policies import Policies
+from orchestrator.samples import Samples
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
 from tests.cluster.fakes import FakeEngine
@@ -117,6 +119,32 @@ def test_two_ranks_learn_as_one_does_and_the_death_of_one_ends_the_job(cluster: 
     ray.kill(two.actors.trainers[1])
     with pytest.raises(ActorError, match="trainer 1, .* died"):
         two.advance()
+
+
+def test_what_was_sampled_is_written_down(cluster: None, llama: str, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    made = loop(llama, lies=("", ""))
+    made.samples = Samples(tmp_path, warnings.append)
+    record = made.advance()
+    made.evaluate()
+    made.samples.finish()
+    lines = [json.loads(line) for line in (tmp_path / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    assert len(lines) == 8
+    for line in lines:
+        assert line["completion"].startswith(line["prompt"] + " "), "each stands with its own prompt"
+        assert line["rewards"] == {"tests.cluster.fakes.parity": line["reward"]}
+        assert line["reward"] == float(int(line["completion"].split()[-1]) % 2 == 0)
+    assert sum(line["reward"] for line in lines) / 8 == pytest.approx(record["reward"])
+    assert sum(line["advantage"] for line in lines) == pytest.approx(0.0, abs=1e-6)
+    assert sum(line["tokens"] for line in lines) == record["completion_tokens"]
+    held_out = [json.loads(line) for line in (tmp_path / "rollouts" / "held-out-000001.jsonl").read_text().splitlines()]
+    assert [line["policy_version"] for line in held_out] == [1, 1]
+
+    made.samples.folder = tmp_path / "file"
+    (tmp_path / "file").write_text("no folder")
+    made.advance()
+    made.samples.finish()
+    assert len(warnings) == 1 and "the writer of" in warnings[0] and "file" in warnings[0]
 
 
 def run_to(made: Loop, step: int) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ trl: {beta: 0.1, use_vllm: true, vllm_mode: colocate, vllm_enable_sleep_mode: tr
 trl: {vllm_sync_interval: 2, num_generations: 4, max_completion_length: 64, reward_funcs: [a.b], reward_weights: [1]}
 trl: {temperature: 0.7, top_p: 0.9, top_k: 50, min_p: 0.1, num_iterations: 2, epsilon: 0.2, epsilon_high: 0.28}
 trl: {loss_type: dr_grpo, scale_rewards: false, importance_sampling_level: sequence, mask_truncated_completions: true}
-trl: {generation_kwargs: {stop_token_ids: [1]}, chat_template_kwargs: {enable_thinking: false}}
+trl: {generation_kwargs: {stop_token_ids: [1]}, chat_template_kwargs: {enable_thinking: false}, log_completions: true}
 datasets: [{path: p, type: {field_instruction: q, format: "[INST] {instruction}"}, name: n, split: train[:10%]}]
 datasets: [{path: p, data_files: [a.json], ds_type: json, revision: main, trust_remote_code: true, field: text}]
 datasets: [{path: p, field_messages: c, message_property_mappings: {role: from}, roles: {user: [human]}}]

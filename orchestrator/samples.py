@@ -1,0 +1,48 @@
+"""What was sampled, on its way to OUTPUT_DIR/rollouts: `step-000012.jsonl` and `held-out-000012.jsonl`, a line a completion."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.errors import ActorError
+from actors.samples import SampleWriter
+from actors.types import Scores
+from orchestrator import cluster
+from orchestrator.rollouts import Batch
+
+WRITE_TIMEOUT_S = 60
+Numbers = Sequence[Sequence[float | None]]  # [groups][G]
+
+
+class Samples:
+    """The loop hands batches over and does not wait: a disk that fails costs a warning, and no training."""
+
+    def __init__(self, output_dir: Path, warn: Callable[[str], None]) -> None:
+        self.folder = output_dir / "rollouts"
+        self.warn = warn
+        self.writer = cluster.start_free(SampleWriter)
+        self.pending: list[Any] = []
+
+    def save(
+        self, name: str, batch: Batch, scores: Sequence[Sequence[Scores]], rewards: Numbers, advantages: Numbers
+    ) -> None:
+        """Queues a file; tells of the ones before it that could not be written."""
+        self._look(0.0)
+        prompts = [row.prompt for row in batch.rows]
+        path = str(self.folder / f"{name}.jsonl")
+        self.pending.append(self.writer.write.remote(path, prompts, scores, rewards, advantages, *batch.group_refs))
+
+    def finish(self) -> None:
+        """Waits until all are written."""
+        self._look(WRITE_TIMEOUT_S)
+
+    def _look(self, timeout_s: float) -> None:
+        waiting, self.pending = self.pending, []
+        for ref in waiting:
+            if not cluster.wait(ref, timeout_s) and timeout_s == 0.0:
+                self.pending.append(ref)
+                continue
+            try:
+                cluster.fetch(ref, f"the writer of {self.folder}", timeout_s)
+            except ActorError as error:
+                self.warn(str(error))
