@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from orchestrator import sharding
-from orchestrator.plan import Bundle, Node, adapter_shape, amount, first_fit, shortages, trainer_dtype, trainer_resources
+from orchestrator.plan import Bundle, Node, amount, described_adapter, first_fit, shortages, trainer_dtype, trainer_resources
 from orchestrator.schema import JobConfig
 
 METHOD_NAMES = {
@@ -76,9 +76,7 @@ def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str =
 
 def describe(config: JobConfig, plan: DatasetPlan) -> list[str]:
     """The plan for a person, a line each."""
-    adapter = f"none: full fine-tuning of {plan.dtype} weights"
-    if config.adapter:
-        adapter = f"{'QLoRA' if config.adapter == 'qlora' else 'LoRA'} {adapter_shape(config)}"
+    adapter = described_adapter(config) if config.adapter else f"none: full fine-tuning of {plan.dtype} weights"
     held = [
         f"{bundle}: {amount(bundle.resources)} on {plan.nodes[node].name if node is not None else 'no node'}"
         for bundle, node in zip(plan.bundles, plan.placement, strict=True)

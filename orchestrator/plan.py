@@ -161,10 +161,12 @@ def engines(config: JobConfig) -> int:
     return ranks(config) if colocated(config) else config.ray.engines
 
 
-def adapter_shape(config: JobConfig) -> str:
-    """The adapter's size for a person, and where it starts."""
+def described_adapter(config: JobConfig) -> str:
+    """The adapter's kind and size for a person, what it stands on, and where it starts."""
+    kind = "QLoRA" if config.adapter == "qlora" else "LoRA"
+    base = ", on a base in NF4" if config.load_in_4bit else ", on a base in int8" if config.load_in_8bit else ""
     start = f", from {config.lora_model_dir}" if config.lora_model_dir else ""
-    return f"r={config.lora_r} alpha={config.lora_alpha}{start}"
+    return f"{kind} r={config.lora_r} alpha={config.lora_alpha}{base}{start}"
 
 
 def ensure_placeable(problems: Sequence[str]) -> None:
@@ -184,7 +186,7 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
     unused = plan.gpu and config.ray.kv_cache_gib is not None
     return [
         f"model       {config.base_model}, {plan.dtype}, {plan.attention} attention",
-        f"adapter     LoRA {adapter_shape(config)}",
+        f"adapter     {described_adapter(config)}",
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"placement   one placement group, {plan.strategy}",
         *(f"            {line}" for line in [*held, *rewards]),

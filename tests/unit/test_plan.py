@@ -148,6 +148,12 @@ def test_colocated_engines_share_the_bundles_of_the_ranks() -> None:
         ensure_placeable(make_plan(config, TWO_GPUS, 100).problems)
 
 
+def test_what_the_adapter_stands_on_is_told() -> None:
+    config = job(adapter="qlora", load_in_4bit=True, lora_r=16, lora_alpha=32)
+    lines = describe(config, make_plan(config, LAPTOP, 100))
+    assert "adapter     QLoRA r=16 alpha=32, on a base in NF4" in lines
+
+
 def test_a_tensor_parallel_engine_is_one_bundle() -> None:
     # Each of its GPUs talks to the others at every layer, so no two of them may lie on different nodes.
     nodes = [Node("a", {"CPU": 16.0, "GPU": 2.0}), Node("b", {"CPU": 16.0, "GPU": 4.0})]
