@@ -192,6 +192,8 @@ class Fsdp(WholeCopies):
 class DeepSpeed(WholeCopies):
     """DeepSpeed's ZeRO: optimizer states, gradients and weights are cut, as many of them as its stage says."""
 
+    lockstep = True  # each stage reduces gradients in the backward pass, of every row or of the last
+
     def __init__(self, arguments: Any, policy: Any, optimizer: Any, world: int) -> None:
         from accelerate import Accelerator
 
@@ -201,7 +203,6 @@ class DeepSpeed(WholeCopies):
         super().__init__(policy, getattr(self.engine.optimizer, "optimizer", self.engine.optimizer), world)
         self.model = self.engine
         self.engine.checkpoint_engine = sharding.state_files(getattr(self.engine.optimizer, "loss_scaler", None))
-        self.lockstep = self.engine.zero_optimization_stage() > 1
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)

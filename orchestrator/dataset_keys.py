@@ -110,6 +110,7 @@ IDLE: dict[str, str] = {
             "trl.mask_truncated_completions",
             "trl.generation_kwargs",
             "trl.chat_template_kwargs",
+            "trl.log_completions",
         ),
         _GRPO,
     ),

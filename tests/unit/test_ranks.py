@@ -21,6 +21,7 @@ SHARDINGS: dict[str, dict[str, Any]] = {
     "whole": {},
     "fsdp": {"fsdp": True, "fsdp_config": {"version": 2}},
     "fsdp, loaded by rank 0": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
+    "zero1": {"deepspeed": {"zero_optimization": {"stage": 1}, **ZERO}},
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}, **ZERO}},
     "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}, **ZERO}},
 }
@@ -31,6 +32,7 @@ SHARES = (
     ([[1.0, -0.5, 0.25], [None, 0.8], [0.0, -1.2, 0.3, None]], (0, 1, 2)),
     ([[None, None, None, 0.9]], (2,)),
 )
+SLOW = ("fsdp, loaded by rank 0", "zero1", "zero2", "zero3")
 NOT_COMPARED = ("seconds", "computed_tokens")  # a prompt that two ranks share is computed by both
 
 
@@ -75,10 +77,7 @@ def run(folder: str, out: Path, kind: str, world: int, resume: Path | None = Non
     return found
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["whole", "fsdp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp, loaded by rank 0", "zero2", "zero3"))],
-)
+@pytest.mark.parametrize("kind", ["whole", "fsdp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
 def test_two_ranks_learn_what_one_does(folder: str, tmp_path: Path, kind: str) -> None:
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     one = run(folder, tmp_path / "one", "whole", 1)

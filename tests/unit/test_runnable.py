@@ -88,6 +88,7 @@ def test_what_dataset_methods_do_not_do_is_named(tmp_path: Path, extra: str, exp
         ("bnb_config_kwargs: {a: 1}\n", "bnb_config_kwargs: is not implemented yet; NF4"),
         ("fsdp_config: {a: 1}\n", "fsdp_config.a: is not an option that Eagleray knows"),
         ("deepspeed: z.json\n", "deepspeed: there is no file z.json"),
+        ("lora_model_dir: a\nfsdp_version: 2\nrl_beta: 0.1\n", "lora_model_dir: the KL term's second adapter"),
         ("ray_num_workers: [1, 2]\n", "ray_num_workers: a trainer's ranks cannot change while it runs"),
         ("vllm: {data_parallel_size: 2}\n", "vllm.data_parallel_size: use ray.engines"),
         ("tensor_parallel_size: 2\n", "tensor_parallel_size: training over several GPUs"),
