@@ -7,7 +7,9 @@ gradients are summed over ranks and never averaged. A new way is a class here an
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from actors.errors import ActorError
 from actors.optimizers import load_optimizer, save_optimizer
 from actors.specs import RankSpec, TrainerSpec
 
+START_TIMEOUT_S = 1800  # that a rank waits for another one, which may still download the model
 OPTIMIZER_FILE = "optimizer.safetensors"
 SHARD_FILE = "optimizer-{rank}.safetensors"  # of each rank under FSDP2; DeepSpeed has names of its own
 
@@ -42,7 +45,8 @@ def join(rank: RankSpec, spec: TrainerSpec) -> Any:
     # Each rank sees its own device alone, so it is the first of its machine, whatever else runs there.
     os.environ |= {"RANK": str(rank.rank), "WORLD_SIZE": str(rank.world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
-    dist.init_process_group(device.collectives(), rank=rank.rank, world_size=rank.world)
+    limit = timedelta(seconds=START_TIMEOUT_S)
+    dist.init_process_group(device.collectives(), rank=rank.rank, world_size=rank.world, timeout=limit)
     if not spec.sharding:
         return None
     from transformers import TrainingArguments
@@ -61,6 +65,17 @@ def join(rank: RankSpec, spec: TrainerSpec) -> Any:
         **arguments,
         **sharding.start(arguments),
     )
+
+
+@contextmanager
+def loading(rank: RankSpec, spec: TrainerSpec) -> Iterator[None]:
+    """While weights are read: with cpu_ram_efficient_loading transformers reads them where LOCAL_RANK is 0."""
+    if not spec.sharding.get("fsdp"):
+        yield  # DeepSpeed takes LOCAL_RANK for the number of the device
+        return
+    os.environ["LOCAL_RANK"] = str(rank.rank)
+    yield
+    os.environ["LOCAL_RANK"] = "0"
 
 
 def share(arguments: Any, policy: Any, make_optimizer: Callable[[list[Any]], Any], world: int) -> "WholeCopies":

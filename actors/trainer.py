@@ -44,12 +44,13 @@ class Trainer:
         self.version = 0
         sharding = ranks.join(self.rank, spec)
         device.seed_everything(spec.seed)  # a new adapter starts alike on all ranks
-        policy = model.load_policy(
-            spec.model,
-            spec.lora,
-            gradient_checkpointing=spec.gradient_checkpointing,
-            reference=spec.loss.beta != 0.0,
-        )
+        with ranks.loading(self.rank, spec):
+            policy = model.load_policy(
+                spec.model,
+                spec.lora,
+                gradient_checkpointing=spec.gradient_checkpointing,
+                reference=spec.loss.beta != 0.0,
+            )
         self.shared = ranks.share(sharding, policy, lambda trained: _optimizer(trained, spec.optimizer), self.rank.world)
         self.policy = self.shared.policy
         self.scheduler = _schedule(self.shared.optimizer, spec.optimizer)

@@ -38,6 +38,7 @@ START_TIMEOUT_S = 1800  # an engine downloads, loads and compiles its model
 
 TRAINER, ENGINE, BOTH = "trainer", "engine", "trainer and engine"  # roles of bundles that start_actors fills
 AFTER_FAILURE_S = 5  # in which the other ranks of a trainer may say what happened
+NO_ANSWER = "{who} did not answer within {timeout_s:g} s; its stack is in the dashboard under Actors"
 POLL_S = 0.5  # how often a wait looks for Ctrl-C
 
 
@@ -245,7 +246,7 @@ def fetch(ref: Any, who: str, timeout_s: float) -> Any:
     Raises Interrupted when the job is asked to end meanwhile.
     """
     if not wait(ref, timeout_s):
-        raise ActorError(f"{who} did not answer within {timeout_s:g} s; its stack is in the dashboard under Actors")
+        raise ActorError(NO_ANSWER.format(who=who, timeout_s=timeout_s))
     try:
         return ray.get(ref)
     except RayError as error:
@@ -268,8 +269,8 @@ def ask_ranks(trainers: Sequence[Any], method: str, *args: Any, doing: str, time
 def fetch_ranks(refs: Sequence[Any], doing: str, timeout_s: float) -> Any:
     """Rank 0's answer, when every rank has one. Raises as `fetch` does.
 
-    One rank's end makes the others fail in their collectives, so after the first failure the others get a moment,
-    and a rank that died is told of rather than one that lost its peer.
+    One rank's end makes the others fail in their collectives, so after the first failure the others get a moment, and
+    what a rank said for people, or that one died, is told rather than that one lost its peer.
     """
     deadline = time.monotonic() + timeout_s
     waiting = {ref: f"trainer {rank}" if len(refs) > 1 else "the trainer" for rank, ref in enumerate(refs)}
@@ -281,13 +282,19 @@ def fetch_ranks(refs: Sequence[Any], doing: str, timeout_s: float) -> Any:
         done = [ref for ref in waiting if ref not in pending]
         late = time.monotonic() > deadline
         for ref in list(waiting) if late else done:
+            who = f"{waiting.pop(ref)}, {doing}"
+            if ref not in done:
+                failures.append(ActorError(NO_ANSWER.format(who=who, timeout_s=timeout_s)))
+                continue
             try:
-                fetch(ref, f"{waiting.pop(ref)}, {doing}", 0.0 if late else timeout_s)
+                fetch(ref, who, timeout_s)
             except EaglerayError as error:
                 failures.append(error)
                 deadline = min(deadline, time.monotonic() + AFTER_FAILURE_S)
     if failures:
-        raise next((error for error in failures if " died: " in str(error)), failures[0])
+        own = (error for error in failures if type(error) is not ActorError)
+        died = (error for error in failures if " died: " in str(error))
+        raise next(own, None) or next(died, failures[0])
     return ray.get(refs[0])
 
 

@@ -80,6 +80,8 @@ def run(config: JobConfig, display: Display) -> RunResult:
 def _ensure_engines_can_share(config: JobConfig, spec: ModelSpec) -> None:
     """Raises ConfigError for a tensor_parallel_size that vLLM cannot cut the model's heads by."""
     size = config.vllm.tensor_parallel_size
+    if size == 1:
+        return
     heads = model.attention_heads(spec)
     if heads % size:
         sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
@@ -119,18 +121,25 @@ class _Job:
                 self._ask(actors, "ensure_shared", place, marker, doing="looking at output_dir")
                 for index, engine in enumerate(actors.engines):
                     cluster.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
-            policies = Policies(actors, self.plan.dtype, self.config.ray.rollout_timeout_s)
+            policies = Policies(
+                actors,
+                self.plan.dtype,
+                self.config.ray.rollout_timeout_s,
+                quantized=quantization(self.config) is not None,
+            )
             samples = Samples(self.output_dir, self.display.warn) if self.config.trl.log_completions else None
             loop = Loop(self.config, self.plan, self.prompts, actors, policies, scorer, self.display.warn, samples)
             if resume is not None:
                 self._restore(loop, resume)
             loop.start()
-            with metrics_log(self.config, loop.step, self.display) as log:
-                self._loop(loop, log)
-                self._ask(actors, "save_adapter", str(self.output_dir), doing="saving the adapter")
-                log.keep_result()
-            if samples:
-                samples.finish()
+            try:
+                with metrics_log(self.config, loop.step, self.display) as log:
+                    self._loop(loop, log)
+                    self._ask(actors, "save_adapter", str(self.output_dir), doing="saving the adapter")
+                    log.keep_result()
+            finally:
+                if samples:
+                    samples.finish()
         written = [f"samples  {samples.folder}"] if samples else []
         report = f"curves   eagleray report {self.output_dir}"
         self.display.summary(
@@ -185,6 +194,8 @@ class _Job:
                 storage.write_json(folder / storage.STATE, state)
             checkpoints.prune(self.output_dir, self.config.save_total_limit)
         except (OSError, ActorError) as error:
+            if (sharding.kind(self.config) or "").startswith("zero") and len(loop.actors.trainers) > 1:
+                raise  # DeepSpeed saves in step, so the other ranks wait for the one that failed
             self.display.warn(f"saving the checkpoint of step {loop.step}: {error}")
 
     def _restore(self, loop: Loop, path: Path) -> None:
@@ -205,6 +216,10 @@ def identity(config: JobConfig, prompts: PromptSet) -> dict[str, Any]:
     """What a resumed job must have as it was: the adapter's shape, and what decides which policy samples which prompt."""
     return {
         "base_model": config.base_model,
+        "adapter": config.adapter,
+        "load_in_4bit": config.load_in_4bit,
+        "load_in_8bit": config.load_in_8bit,
+        "bf16": config.bf16,
         "lora_r": config.lora_r,
         "lora_alpha": config.lora_alpha,
         "lora_target_linear": config.lora_target_linear,

@@ -171,7 +171,7 @@ IDLE: dict[str, str] = {
     "trl.vllm_lora_sync": "not used: only LoRA weights travel to the engines, whatever it says",
 }
 
-_SHARDED = "training over several GPUs is not implemented yet; remove it"
+_SPLIT = "is not implemented yet; remove it, and shard the model with fsdp_version: 2 or deepspeed"
 _ADDED_TOKENS = "new tokens are not implemented yet; add them to the model and give its folder as base_model"
 NOT_YET: dict[str, str] = {
     "fp16": "is not implemented yet; use bf16: auto",
@@ -196,10 +196,10 @@ NOT_YET: dict[str, str] = {
     "early_stopping_patience": "is not implemented yet; use max_steps",
     "loss_watchdog_threshold": "is not implemented yet; remove it",
     "loss_watchdog_patience": "is not implemented yet; remove it",
-    "tensor_parallel_size": _SHARDED,
-    "context_parallel_size": _SHARDED,
-    "dp_shard_size": _SHARDED,
-    "dp_replicate_size": _SHARDED,
+    "tensor_parallel_size": _SPLIT,
+    "context_parallel_size": _SPLIT,
+    "dp_shard_size": _SPLIT,
+    "dp_replicate_size": _SPLIT,
 }
 
 _DATASET_NOT_YET = "rl: grpo does not read it; shape the rows with type: module.fn, a function that returns a transform"

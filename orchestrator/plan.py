@@ -4,7 +4,7 @@ It starts nothing and reads nothing, so it can be printed, tested and simulated 
 actors are built from come from here; a new role gets its bundle in `_bundles`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -14,6 +14,7 @@ from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
 Resources = Mapping[str, float]
+MOST_OF_TWO = 0.5  # of a GPU: two ranks with no more than this each may share it
 MAX_NUM_SEQS = 1024  # completions that an engine decodes side by side; the rest of a batch waits in its queue
 
 
@@ -97,6 +98,8 @@ def make_plan(
         text = "is 0, but the cluster has GPUs and vLLM needs one; give a number or a share, or remove it"
         config.source.raise_if_any([Problem("ray.engine_gpus", text)])
     bundles = _bundles(config, gpu, len(reward_models))
+    if gpu:
+        config.source.raise_if_any(_shares_that_fail(config))
     completions = completions_per_step(config)
     prompts = completions // config.trl.num_generations
     steps_per_epoch = rows / prompts
@@ -139,6 +142,16 @@ def make_plan(
         reward_models=tuple(reward_models),
         reward_threads=None if gpu else reward_threads,
     )
+
+
+def _shares_that_fail(config: JobConfig) -> Iterator[Problem]:
+    """Of GPUs, by trainer ranks."""
+    share = trainer_resources(config, has_gpus=True).get("GPU", 0)
+    if colocated(config) and not share:
+        yield Problem("resources_per_worker.GPU", "is 0, but with vllm_mode: colocate the engine needs a GPU too; give one")
+    if ranks(config) > 1 and 0 < share <= MOST_OF_TWO:
+        text = f"is {share:g}: Ray may put two ranks on one GPU, which NCCL refuses; use more than {MOST_OF_TWO:g}"
+        yield Problem("resources_per_worker.GPU", text)
 
 
 def completions_per_step(config: JobConfig) -> int:
@@ -297,6 +310,8 @@ def shortages(bundles: Sequence[Bundle], nodes: Sequence[Node], placement: Seque
     free = "; ".join(f"{node.name} has {amount(has)} left" for node, has in zip(nodes, left, strict=True))
     gpus = sum(node.resources.get("GPU", 0) for node in nodes)
     share = int(100 / ceil(len(bundles) / gpus)) / 100 if gpus else 0.0  # a bundle's share lies on one GPU
+    if share <= MOST_OF_TWO and sum(bundle.role not in ("engine", "reward") for bundle in bundles) > 1:
+        share = 0.0  # two ranks would meet on one
     lines = []
     for bundle, place in zip(bundles, placement, strict=True):
         if place is None:

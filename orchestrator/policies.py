@@ -22,20 +22,26 @@ PROBE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.5}
 class Policies:
     """The published versions of one job and their way to the engines."""
 
-    def __init__(self, actors: Actors, dtype: str, timeout_s: float) -> None:
+    def __init__(self, actors: Actors, dtype: str, timeout_s: float, *, quantized: bool = False) -> None:
+        """quantized: the trainer's base; the engines' own is not, and is what they serve before the first install."""
         self.actors = actors
+        self.quantized = quantized
         self.tolerance = PROBE_TOLERANCE[dtype]
         self.timeout_s = timeout_s
         self.published: dict[int, tuple[SnapshotHeader, Any]] = {}  # header, ref of the buffer
-        self.base_logprobs: Sequence[float] = ()  # the probe's under the base model: what a dead sync serves
+        self.bases: dict[str, Sequence[float]] = {}  # the probe under the base models: what a dead sync serves
         self.installed: int | None = None
         self.receipts: dict[int, list[Any]] = {}  # refs not checked yet
 
     def learn_base(self) -> None:
-        """Asks the trainer what the base model says of the probe; before the first install."""
-        self.base_logprobs = cluster.ask_ranks(
+        """Asks what the base model says of the probe; before the first install."""
+        self.bases["the base model"] = cluster.ask_ranks(
             self.actors.trainers, "base_logprobs", doing="computing the probe", timeout_s=self.timeout_s
         )
+        if self.quantized:
+            ref = self.actors.engines[0].probe_logprobs.remote()
+            who = "engine 0, computing the probe"
+            self.bases["the base model before it was quantized"] = cluster.fetch(ref, who, self.timeout_s)
 
     def publish(self) -> tuple[SnapshotHeader, float]:
         """The trainer's current policy becomes a version; returns its header and the seconds it took."""
@@ -71,7 +77,7 @@ class Policies:
             others: dict[str, Sequence[float]] = {
                 f"version {v}": h.probe_logprobs for v, (h, _) in self.published.items() if h.digest != header.digest
             }
-            others["the base model"] = self.base_logprobs
+            others |= self.bases
             gaps.append(check_proof(header, receipt, others, self.tolerance, who))
             seconds.append(receipt.seconds)
         return max(gaps), max(seconds)

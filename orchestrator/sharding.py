@@ -92,12 +92,26 @@ def problems(config: JobConfig) -> Iterator[Problem]:
         yield Problem("optimizer", text)
     if sharding == "fsdp" and config.load_in_8bit:
         yield Problem("load_in_8bit", "FSDP cannot shard int8 weights; use load_in_4bit with adapter: qlora")
+    if config.rl == "grpo":
+        yield from _online_problems(config)
     if config.rl == "grpo" and sharding and config.lora_model_dir and config.trl.beta:
         text = "the KL term's second adapter cannot be in shards yet; use trl.beta: 0, or neither deepspeed nor fsdp"
         yield Problem("lora_model_dir", text)
     if sharding == "zero3" and (config.load_in_4bit or config.load_in_8bit):
         key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
         yield Problem(key, "ZeRO-3 does not shard a quantized model here; use zero_optimization stage 2, or fsdp_version: 2")
+
+
+def _online_problems(config: JobConfig) -> Iterator[Problem]:
+    """Options of FSDP with which switching the adapter off, or publishing it, would not see the shards."""
+    options = _fsdp_options(config)
+    if options.get("reshard_after_forward") is False:
+        yield Problem("fsdp_config.reshard_after_forward", "false is not possible with rl: grpo yet; remove it")
+    if options.get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP") != "TRANSFORMER_BASED_WRAP":
+        yield Problem("fsdp_config.auto_wrap_policy", "rl: grpo takes TRANSFORMER_BASED_WRAP alone so far; use that")
+    for name in ("offload_params", "cpu_offload"):
+        if options.get(name):
+            yield Problem(f"fsdp_config.{name}", "is not possible with rl: grpo yet; remove it, or use deepspeed's offload")
 
 
 def notes(config: JobConfig) -> Iterator[Problem]:

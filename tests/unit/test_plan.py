@@ -148,6 +148,21 @@ def test_colocated_engines_share_the_bundles_of_the_ranks() -> None:
         ensure_placeable(make_plan(config, TWO_GPUS, 100).problems)
 
 
+def test_two_ranks_never_meet_on_one_gpu() -> None:
+    for share in (0.5, 0.3):
+        with pytest.raises(ConfigError, match="resources_per_worker.GPU: .* NCCL refuses; use more than 0.5"):
+            make_plan(job(ray_num_workers=2, resources_per_worker={"GPU": share}), TWO_GPUS, 100)
+    make_plan(job(ray_num_workers=2, resources_per_worker={"GPU": 0.6}, ray__engine_gpus=0.4), TWO_GPUS, 100)
+    with pytest.raises(ConfigError) as error:
+        ensure_placeable(make_plan(job(ray_num_workers=2), TWO_GPUS, 100).problems)
+    assert "engine 0 needs" in str(error.value) and "0.5" not in str(error.value)
+
+
+def test_a_colocated_engine_needs_a_share() -> None:
+    with pytest.raises(ConfigError, match="resources_per_worker.GPU: is 0, but with vllm_mode: colocate"):
+        make_plan(job(trl__vllm_mode="colocate", resources_per_worker={"GPU": 0}), TWO_GPUS, 100)
+
+
 def test_what_the_adapter_stands_on_is_told() -> None:
     config = job(adapter="qlora", load_in_4bit=True, lora_r=16, lora_alpha=32)
     lines = describe(config, make_plan(config, LAPTOP, 100))
