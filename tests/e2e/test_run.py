@@ -155,7 +155,7 @@ def test_a_folder_in_use_is_refused(job: Callable[..., Path], tmp_path: Path, ca
 def test_plan_starts_nothing(job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, output = command(capsys, "plan", job())
     assert code == 0
-    assert "8 micro_batch_size x 1 gradient_accumulation_steps = 8 completions a step" in output
+    assert "8 micro_batch_size x 1 gradient_accumulation_steps x 1 ray_num_workers = 8 completions a step" in output
     assert not (tmp_path / "out").exists()
     code, output = command(capsys, "plan", job(ray__engine_cpus=4096))
     assert code == 1

@@ -434,13 +434,13 @@ def test_hints_are_dropped_with_a_line_each(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, "eagleray"):
         config = grpo(
             tmp_path,
-            "  log_completions: true\nlora_mlp_kernel: true\nuse_mlflow: true\ns2_attention: false\nrelora:\n"
+            "  num_completions_to_print: 4\nlora_mlp_kernel: true\nuse_mlflow: true\ns2_attention: false\nrelora:\n"
             "vllm: {port: 8000}\nrl_beta: 0.3\n",
             "trl.beta=0.1",
         )
     lines = messages(caplog)
     for line, key in (
-        (14, "trl.log_completions"),
+        (14, "trl.num_completions_to_print"),
         (15, "lora_mlp_kernel"),
         (16, "use_mlflow"),
         (17, "s2_attention"),

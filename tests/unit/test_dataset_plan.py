@@ -53,7 +53,8 @@ def test_every_worker_gets_its_bundle() -> None:
 def test_a_worker_too_many_is_named_with_what_would_fit() -> None:
     (problem,) = make_dataset_plan(job(ray_num_workers=5), FOUR_GPUS).problems
     assert problem.startswith("worker 4 needs 1 CPU + 1 GPU, but a has 14 CPU left; b has 14 CPU left")
-    assert "ask for ray_num_workers: 4" in problem and "share GPUs with resources_per_worker: {GPU: 0.5}" in problem
+    assert "ask for ray_num_workers: 4" in problem
+    assert "share GPUs" not in problem  # two workers on one GPU are what NCCL refuses
 
 
 def test_a_range_of_workers_needs_room_for_the_fewest() -> None:
