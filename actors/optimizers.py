@@ -9,6 +9,9 @@ from torch.distributed.tensor import DTensor
 
 from actors.states import load_state, save_state
 
+OPTIMIZER_FILE = "optimizer.safetensors"
+SHARD_FILE = "optimizer-{rank}.safetensors"  # of each rank under FSDP2; DeepSpeed has names of its own
+
 
 def save_optimizer(optimizer: Any, path: Path) -> None:
     """The state of the parameters that this process holds; of sharded ones, its own shard."""

@@ -7,7 +7,7 @@ gradients are summed over ranks and never averaged. A new way is a class here an
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,12 +22,10 @@ from torch import Tensor
 from actors import device, model, sharding
 from actors.adapter import POLICY
 from actors.errors import ActorError
-from actors.optimizers import load_optimizer, save_optimizer
+from actors.optimizers import OPTIMIZER_FILE, SHARD_FILE, load_optimizer, save_optimizer
 from actors.specs import RankSpec, TrainerSpec
 
 START_TIMEOUT_S = 1800  # that a rank waits for another one, which may still download the model
-OPTIMIZER_FILE = "optimizer.safetensors"
-SHARD_FILE = "optimizer-{rank}.safetensors"  # of each rank under FSDP2; DeepSpeed has names of its own
 
 
 def meeting_place() -> str:
@@ -217,7 +215,7 @@ class DeepSpeed(WholeCopies):
         self.engine, _ = accelerator.prepare(policy, optimizer)
         super().__init__(policy, getattr(self.engine.optimizer, "optimizer", self.engine.optimizer), world)
         self.model = self.engine
-        self.engine.checkpoint_engine = sharding.state_files(getattr(self.engine.optimizer, "loss_scaler", None))
+        sharding.use_state_files(self.engine)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
@@ -234,21 +232,17 @@ class DeepSpeed(WholeCopies):
         import deepspeed
 
         whole = {}
-        for name, parameter in self._named():
-            with deepspeed.zero.GatheredParameters([parameter]):
-                whole[name] = parameter.detach().cpu().clone()
+        for name, parameter in self.policy.named_parameters():
+            if parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    whole[name] = parameter.detach().cpu().clone()
         return named_by_peft(self.policy, whole)
-
-    def _named(self) -> Iterable[tuple[str, Any]]:
-        return ((name, p) for name, p in self.policy.named_parameters() if p.requires_grad)
 
     def load_adapter(self, file: Path) -> None:
         """DeepSpeed's own state, which load_state reads, holds the weights too."""
 
     def save_state(self, folder: Path, rank: int) -> None:
-        self.engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
-        if rank == 0:
-            (folder / "zero_to_fp32.py").unlink(missing_ok=True)  # reads pickles, which these files are not
+        sharding.save_engine(self.engine, folder, trained_only=True)
 
     def load_state(self, folder: Path, rank: int) -> None:
         self.engine.load_checkpoint(str(folder), load_module_strict=False)

@@ -13,11 +13,20 @@ MADE_ANEW = ("loss_scaler", "param_slice_mappings")
 OPTIMIZER_STATE = "optimizer_state_dict"
 
 
-def state_files(loss_scaler: Any) -> Any:
-    """How DeepSpeed's engine reads and writes its checkpoints here: safetensors under its own file names.
+def use_state_files(engine: Any) -> None:
+    """Makes DeepSpeed's engine read and write its checkpoints as safetensors, under its own file names."""
+    engine.checkpoint_engine = _state_files(getattr(engine.optimizer, "loss_scaler", None))
 
-    loss_scaler: of the engine's optimizer.
-    """
+
+def save_engine(engine: Any, folder: Path, *, trained_only: bool) -> None:
+    """All ranks call it. trained_only: without frozen weights."""
+    engine.save_checkpoint(str(folder), exclude_frozen_parameters=trained_only)
+    if engine.global_rank == 0:
+        (folder / "zero_to_fp32.py").unlink(missing_ok=True)  # reads pickles, which these files are not
+
+
+def _state_files(loss_scaler: Any) -> Any:
+    """loss_scaler: of the engine's optimizer."""
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
     class StateFiles(CheckpointEngine):  # type: ignore[misc]

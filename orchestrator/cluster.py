@@ -30,13 +30,12 @@ from actors.rewards import RewardWorker
 from actors.specs import EngineSpec, RankSpec, RewardModelSpec, RewardSpec, TrainerSpec
 from actors.trainer import Trainer
 from orchestrator.environment import actor_environment
-from orchestrator.plan import Node, Plan
+from orchestrator.plan import BOTH, ENGINE, TRAINER, Node, Plan
 
 PLACEMENT_TIMEOUT_S = 120  # an autoscaler may have to start a node
 START_TIMEOUT_S = 1800  # an engine downloads, loads and compiles its model
 
 
-TRAINER, ENGINE, BOTH = "trainer", "engine", "trainer and engine"  # roles of bundles that start_actors fills
 AFTER_FAILURE_S = 5  # in which the other ranks of a trainer may say what happened
 NO_ANSWER = "{who} did not answer within {timeout_s:g} s; its stack is in the dashboard under Actors"
 POLL_S = 0.5  # how often a wait looks for Ctrl-C

@@ -14,6 +14,7 @@ from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
 Resources = Mapping[str, float]
+TRAINER, ENGINE, BOTH = "trainer", "engine", "trainer and engine"  # roles of bundles; of BOTH, two actors share it
 MOST_OF_TWO = 0.5  # of a GPU: two ranks with no more than this each may share it
 MAX_NUM_SEQS = 1024  # completions that an engine decodes side by side; the rest of a batch waits in its queue
 
@@ -245,10 +246,10 @@ def _bundles(config: JobConfig, gpu: bool, reward_models: int) -> tuple[Bundle, 
     rewards = (Bundle("reward", i, reward) for i in range(reward_models) if reward)
     if colocated(config):
         both = {**trainer, "CPU": trainer["CPU"] + engine["CPU"]}
-        return (*(Bundle("trainer and engine", i, both) for i in range(ranks(config))), *rewards)
+        return (*(Bundle(BOTH, i, both) for i in range(ranks(config))), *rewards)
     return (
-        *(Bundle("trainer", i, trainer) for i in range(ranks(config))),
-        *(Bundle("engine", i, engine) for i in range(config.ray.engines)),
+        *(Bundle(TRAINER, i, trainer) for i in range(ranks(config))),
+        *(Bundle(ENGINE, i, engine) for i in range(config.ray.engines)),
         *rewards,
     )
 
@@ -325,7 +326,7 @@ def _remedies(bundle: Bundle, short: Sequence[str], share: float) -> list[str]:
     """share: of a GPU, if all bundles had the same."""
     remedies = []
     if "GPU" in short and 0 < share < 1:
-        engines = f" and ray.engine_gpus: {share:g}" if bundle.role not in ("worker", "trainer and engine") else ""
+        engines = f" and ray.engine_gpus: {share:g}" if bundle.role not in ("worker", BOTH) else ""
         remedies.append(f"share GPUs with resources_per_worker: {{GPU: {share:g}}}{engines}")
     if "CPU" in short:
         remedies.append(f"lower {'ray.engine_cpus' if bundle.role == 'engine' else 'ray.trainer_cpus'}")

@@ -39,7 +39,7 @@ class Samples:
     def _look(self, timeout_s: float) -> None:
         waiting, self.pending = self.pending, []
         for ref in waiting:
-            if not cluster.wait(ref, timeout_s) and timeout_s == 0.0:
+            if timeout_s == 0.0 and not cluster.wait(ref, 0.0):
                 self.pending.append(ref)
                 continue
             try:

@@ -94,16 +94,16 @@ def problems(config: JobConfig) -> Iterator[Problem]:
         yield Problem("load_in_8bit", "FSDP cannot shard int8 weights; use load_in_4bit with adapter: qlora")
     if config.rl == "grpo":
         yield from _online_problems(config)
-    if config.rl == "grpo" and sharding and config.lora_model_dir and config.trl.beta:
-        text = "the KL term's second adapter cannot be in shards yet; use trl.beta: 0, or neither deepspeed nor fsdp"
-        yield Problem("lora_model_dir", text)
     if sharding == "zero3" and (config.load_in_4bit or config.load_in_8bit):
         key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
         yield Problem(key, "ZeRO-3 does not shard a quantized model here; use zero_optimization stage 2, or fsdp_version: 2")
 
 
 def _online_problems(config: JobConfig) -> Iterator[Problem]:
-    """Options of FSDP with which switching the adapter off, or publishing it, would not see the shards."""
+    """Where switching adapters, or publishing one, would not see the shards."""
+    if kind(config) and config.lora_model_dir and config.trl.beta:
+        text = "the KL term's second adapter cannot be in shards yet; use trl.beta: 0, or neither deepspeed nor fsdp"
+        yield Problem("lora_model_dir", text)
     options = _fsdp_options(config)
     if options.get("reshard_after_forward") is False:
         yield Problem("fsdp_config.reshard_after_forward", "false is not possible with rl: grpo yet; remove it")

@@ -28,7 +28,7 @@ def shares(
     whether completions of advantage 0 are computed too, as a KL term asks.
 
     All completions lie on a line, group after group, each as long as what it costs, and the line is cut into equal
-    pieces. So ranks differ by one completion at most, and at most `ranks` - 1 groups are cut, whose prompts are then
+    pieces. So each rank is within one completion of the mean, and at most `ranks` - 1 groups are cut, whose prompts are then
     computed once a piece.
     """
     costs = [

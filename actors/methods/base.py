@@ -14,10 +14,8 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from actors import device, sharding, storage
-from actors.optimizers import load_optimizer, save_optimizer
+from actors.optimizers import OPTIMIZER_FILE, SHARD_FILE, load_optimizer, save_optimizer
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-SHARD_FILE = "optimizer-{rank}.safetensors"  # of each rank under FSDP2; DeepSpeed has names of its own
 SCHEDULER_FILE = "scheduler.json"
 RNG_FILE = "rng-{rank}"
 # What a checkpoint holds beside the result that it would be.
@@ -88,8 +86,7 @@ class SafeCheckpoints:
             self._load_whole(resume_from_checkpoint)  # before the weights are cut into shards
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
         if self.is_deepspeed_enabled:
-            scaler = getattr(self.model_wrapped.optimizer, "loss_scaler", None)
-            self.model_wrapped.checkpoint_engine = sharding.state_files(scaler)
+            sharding.use_state_files(self.model_wrapped)
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
                 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
@@ -134,9 +131,7 @@ class SafeCheckpoints:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=self._has_adapter)
-            if self.args.should_save:
-                Path(output_dir, "zero_to_fp32.py").unlink(missing_ok=True)  # reads pickles, which these files are not
+            sharding.save_engine(self.model_wrapped, Path(output_dir), trained_only=self._has_adapter)
         elif self.is_fsdp_enabled or self.args.should_save:
             save_optimizer(self.optimizer, self._optimizer_file(output_dir))
         if self.args.should_save:

@@ -1,7 +1,6 @@
 """A group of trainer ranks on gloo: whole copies and shards learn what one rank learns, and go on from a checkpoint."""
 
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,6 @@ def run(folder: str, out: Path, kind: str, world: int, resume: Path | None = Non
 
 @pytest.mark.parametrize("kind", ["whole", "fsdp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
 def test_two_ranks_learn_what_one_does(folder: str, tmp_path: Path, kind: str) -> None:
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
     one = run(folder, tmp_path / "one", "whole", 1)
     two = run(folder, tmp_path / "two", kind, 2)
     torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
