@@ -1,4 +1,4 @@
-"""The demo's recipe on one GPU and on two, in every placement, with every way to share the model."""
+"""The demo's recipe on one GPU and on two: engines beside the trainer and in turn with it, the model whole and in shards."""
 
 from pathlib import Path
 
