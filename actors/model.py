@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors import adapter, device, hub
+from actors import adapter, attention, device, hub
 from actors.errors import ConfigError
 from actors.packing import PackedRow
 from actors.specs import LoraSpec, ModelSpec
 
-FP32_LOGITS_AT_ONCE = 2**21  # elements, 8 MiB: stays in a processor's cache, and fills a GPU
+# Elements. On a CPU 8 MiB, which stay in its cache; on a GPU 256 MiB, so that launching kernels is not what takes the time.
+FP32_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 
 
 def load_tokenizer(model: ModelSpec) -> Any:
@@ -117,19 +118,21 @@ def load_policy(model: ModelSpec, lora: LoraSpec, *, gradient_checkpointing: boo
     Raises ConfigError when the adapter's targets are not in the model.
     """
     from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {}
-    if model.attn_implementation:
-        kwargs["attn_implementation"] = model.attn_implementation
+    attention.register()
     if model.quantization:
-        kwargs |= {"quantization_config": quantization(model), "device_map": {"": device.device()}}
+        kwargs = {"quantization_config": quantization(model), "device_map": {"": device.device()}}
     base = AutoModelForCausalLM.from_pretrained(
         hub.resolve(model.name),
         dtype=getattr(torch, model.dtype),
         trust_remote_code=model.trust_remote_code,
+        attn_implementation=attention.NAME,
         **kwargs,
     )
+    attention.ensure_can_pack(base, model.name)
     if model.quantization:
         keep_gradients(base)
     elif not model.sharded:  # a whole model of shards may not fit on one device
@@ -145,6 +148,10 @@ def load_policy(model: ModelSpec, lora: LoraSpec, *, gradient_checkpointing: boo
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in policy.modules():
+        if isinstance(module, BaseTunerLayer):
+            # PEFT would copy every activation to fp32, and `computing_in` back again.
+            module.cast_input_dtype_enabled = False
     if lora.start:
         adapter.start_from(policy, lora.start, reference=reference)
     return policy
@@ -178,7 +185,7 @@ def row_logits(policy: Any, row: PackedRow) -> Tensor:
         out = policy(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
-            attention_mask=row.attention_mask(dtype),
+            packed=row.attention(dtype),
             logits_to_keep=row.keep,
             use_cache=False,
         )
@@ -263,7 +270,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _scratch(logits_KV: Tensor) -> Tensor:
     """Room in fp32 for as many positions as are worked on at once, used again and again."""
     positions, vocabulary = logits_KV.shape
-    count = min(positions, max(1, FP32_LOGITS_AT_ONCE // vocabulary))
+    count = min(positions, max(1, FP32_LOGITS_AT_ONCE[logits_KV.device.type] // vocabulary))
     return torch.empty(count, vocabulary, dtype=torch.float32, device=logits_KV.device)
 
 

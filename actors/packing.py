@@ -1,6 +1,6 @@
 """Rollout groups to packed rows: a prompt stands once for all completions of its group, and nothing is padding.
 
-A row is one sequence for the model: prompt, completion, completion, …, prompt, completion, … . A mask lets a completion
+A row is one sequence for the model: prompt, completion, completion, …, prompt, completion, … . Attention lets a completion
 see its own prompt and itself, and positions restart after the prompt, so each completion's log-probabilities are those
 it would have alone. The prompt's forward and backward pass is paid once a group instead of once a completion.
 """
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.attention import ALIGNMENT, PackedAttention
 from actors.types import RolloutGroup
 
 
@@ -31,7 +32,11 @@ class PackedRow:
 
     input_ids: Tensor  # [1, L] int64
     position_ids: Tensor  # [1, L] int64
-    segments: Tensor  # [L, 2] int64: group in the row, and completion in the group counted from 1 (0 = prompt)
+    prompts_GP: Tensor  # [G, P] int64: positions of each prompt; 0 at padding
+    queries_BT: Tensor  # [B, T] int64: positions of each completion; 0 at padding
+    keys_BK: Tensor  # [B, K] int64: positions of its prompt, padded with 0, and then queries_BT
+    prompt_lengths_B: Tensor  # [B] int64
+    places_L: Tensor  # [L] int64: of each position, in all prompts and then all completions, padding included
     keep: Tensor  # [K] int64: positions whose logits predict a completion token
     predicts_BT: Tensor  # [B, T] int64: index into keep of the position that predicts the token; 0 at padding
     completion_ids_BT: Tensor  # [B, T] int64; 0 at padding
@@ -42,16 +47,17 @@ class PackedRow:
     def to(self, device: torch.device) -> "PackedRow":
         return PackedRow(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
-    def attention_mask(self, dtype: torch.dtype) -> Tensor:
-        """Additive mask [1, 1, L, L]: 0 where a position may look, the dtype's minimum elsewhere."""
-        group_L, completion_L = self.segments.unbind(-1)
-        length = len(group_L)
-        earlier = torch.ones(length, length, dtype=torch.bool, device=group_L.device).tril()
-        same_group = group_L[:, None] == group_L[None, :]
-        own_or_prompt = (completion_L[None, :] == 0) | (completion_L[:, None] == completion_L[None, :])
-        seen = earlier & same_group & own_or_prompt
-        mask = torch.zeros(length, length, dtype=dtype, device=group_L.device)
-        return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+    def attention(self, dtype: torch.dtype) -> PackedAttention:
+        """What the model's attention needs of the row; dtype: the model's."""
+        width = self.queries_BT.shape[1]
+        key = torch.arange(self.keys_BK.shape[1], device=self.keys_BK.device)
+        query = torch.arange(width, device=key.device)
+        own = key - (len(key) - width)  # the completion's own place; below 0 in the prompt
+        earlier_TK = (own >= 0) & (own <= query[:, None])
+        prompt_BK = key < self.prompt_lengths_B[:, None]
+        seen_BTK = earlier_TK | prompt_BK[:, None]
+        mask = torch.zeros(seen_BTK.shape, dtype=dtype, device=key.device).masked_fill(~seen_BTK, torch.finfo(dtype).min)
+        return PackedAttention(self.prompts_GP, self.queries_BT, self.keys_BK, self.places_L, mask[:, None])
 
 
 def plan_rows(groups: Sequence[RolloutGroup], samples: Sequence[Sample], per_row: int) -> list[list[Sample]]:
@@ -82,42 +88,56 @@ def pack_row(groups: Sequence[RolloutGroup], samples: Sequence[Sample]) -> Packe
     """Lays out samples as one row; those of one group must be adjacent."""
     tokens: list[NDArray[np.int32]] = []
     positions: list[NDArray[np.int64]] = []
-    segments: list[tuple[int, int, int]] = []  # group, completion, length
+    prompts: list[NDArray[np.int64]] = []  # where each lies
+    own: list[NDArray[np.int64]] = []  # where each completion lies
     keep: list[int] = []
     predicts: list[list[int]] = []
+    prompt_of: list[int] = []  # of each completion, its prompt's place in `prompts`
     row_groups: list[int] = []
     length = 0
 
-    def append(ids: NDArray[np.int32], first_position: int, completion: int) -> None:
+    def append(ids: NDArray[np.int32], first_position: int) -> NDArray[np.int64]:
         nonlocal length
         tokens.append(ids)
         positions.append(np.arange(first_position, first_position + len(ids)))
-        segments.append((len(row_groups), completion, len(ids)))
         length += len(ids)
+        return np.arange(length - len(ids), length)
 
     prompt_end = 0
     for sample in samples:
         group = groups[sample.group]
         if not row_groups or row_groups[-1] != sample.group:
             row_groups.append(sample.group)
-            append(group.prompt_ids, 0, 0)
+            prompts.append(append(group.prompt_ids, 0))
             prompt_end = len(keep)  # the prompt's last position predicts the first token of every completion
             keep.append(length - 1)
-            completion_number = 0
-        completion_number += 1
         ids = group.completion_ids[sample.index]
         predicts.append([prompt_end, *range(len(keep), len(keep) + len(ids) - 1)])
         keep.extend(range(length, length + len(ids) - 1))
-        append(ids, len(group.prompt_ids), completion_number)
+        own.append(append(ids, len(group.prompt_ids)))
+        prompt_of.append(len(prompts) - 1)
 
     width = max(len(p) for p in predicts)
     completions = [groups[s.group].completion_ids[s.index] for s in samples]
     logprobs = [groups[s.group].logprobs[s.index] for s in samples]
     lengths = torch.tensor([len(ids) for ids in completions])
+    longest = max(map(len, prompts))
+    longest += -(longest + width) % ALIGNMENT
+    prompts_GP = _padded(prompts, longest)
+    queries_BT = _padded(own, width)
+    places_L = torch.empty(length, dtype=torch.int64)
+    for number, where in enumerate(prompts):
+        places_L[where] = torch.arange(len(where)) + number * longest
+    for number, where in enumerate(own):
+        places_L[where] = torch.arange(len(where)) + len(prompts) * longest + number * width
     return PackedRow(
         input_ids=torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None],
         position_ids=torch.from_numpy(np.concatenate(positions))[None],
-        segments=torch.tensor([s[:2] for s in segments]).repeat_interleave(torch.tensor([s[2] for s in segments]), 0),
+        prompts_GP=prompts_GP,
+        queries_BT=queries_BT,
+        keys_BK=torch.cat([prompts_GP[prompt_of], queries_BT], 1),
+        prompt_lengths_B=torch.tensor([len(prompts[number]) for number in prompt_of]),
+        places_L=places_L,
         keep=torch.tensor(keep),
         predicts_BT=_padded([np.array(p) for p in predicts], width).long(),
         completion_ids_BT=_padded(completions, width).long(),

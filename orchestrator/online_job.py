@@ -243,7 +243,6 @@ def model_spec(config: JobConfig, plan: Plan) -> ModelSpec:
         config.base_model,
         plan.dtype,
         config.trust_remote_code,
-        plan.attention,
         quantization=quantization(config),
         sharded=sharding.kind(config) == "fsdp",
     )

@@ -24,7 +24,7 @@ ACTS_ON = frozenset({
     "gradient_accumulation_steps", "num_epochs", "max_steps", "learning_rate", "optimizer", "lr_scheduler",
     "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
     "adam_epsilon", "bf16", "gradient_checkpointing", "seed", "attn_implementation",
-    "sdp_attention", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "saves_per_epoch", "evals_per_epoch",
+    "save_steps", "save_strategy", "save_total_limit", "eval_steps", "saves_per_epoch", "evals_per_epoch",
     "resume_from_checkpoint", "auto_resume_from_checkpoints", "use_tensorboard", *WANDB,
     "deepspeed", "fsdp_version", "fsdp_config", "ray_num_workers", "resources_per_worker",
     "ray_run_name", "rl_beta", "trl.beta", "trl.use_vllm",
@@ -83,11 +83,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("tokenizer_type", absent_or("AutoTokenizer"), "only AutoTokenizer is loaded; use that or remove it"),
     ("optimizer", absent_or(*OPTIMIZERS), f"is not implemented yet; use {' or '.join(OPTIMIZERS)}"),
     ("lr_scheduler", absent_or(*SCHEDULERS), f"is not implemented yet; use one of {', '.join(SCHEDULERS)}"),
-    (
-        "attn_implementation",
-        absent_or(*ATTENTION),
-        f"is not implemented yet; use one of {', '.join(ATTENTION)}",
-    ),
+    ("attn_implementation", absent_or(*ATTENTION), f"is not implemented yet; use one of {', '.join(ATTENTION)}"),
     (
         "gradient_checkpointing",
         lambda v: isinstance(v, str),
@@ -140,11 +136,13 @@ LIGER = dict.fromkeys(
     ),
     "not used: a faster kernel, same result",
 )
+_ATTENTION = "not used: attention knows which completions share a prompt, which no kernel by name does; same result"
 _DDP = "not used: ranks add up their gradients once a step"
 IDLE: dict[str, str] = {
     "use_ray": "not used: every job runs on Ray",
     "logging_steps": "not used: every step is recorded",
-    "flash_attention": "not used: packed prompts need a mask that its kernels do not take; sdpa gives the same result",
+    "flash_attention": _ATTENTION,
+    "sdp_attention": _ATTENTION,
     "strict": "not used: every file is checked strictly",
     "reward_model": "not used: it concerns rl: reward_trainer",
     "special_tokens": "not used: padding is masked, so its token changes nothing",
@@ -219,5 +217,5 @@ def notes(config: JobConfig) -> Iterator[Problem]:
     if config.trl.vllm_enable_sleep_mode and config.trl.vllm_mode == "server":
         text = "not used: with vllm_mode: server engines have a placement of their own, so they need not sleep"
         yield Problem("trl.vllm_enable_sleep_mode", text)
-    if config.attn_implementation not in (None, "eager", "sdpa") and not config.flash_attention:
-        yield Problem("attn_implementation", IDLE["flash_attention"])
+    if config.attn_implementation and not (config.flash_attention or config.sdp_attention):
+        yield Problem("attn_implementation", _ATTENTION)

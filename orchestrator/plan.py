@@ -52,7 +52,6 @@ class Plan:
     sleeps: bool  # whether engines leave their GPU while the trainer computes
     tensor_parallel: int  # GPUs of an engine
     dtype: str
-    attention: str  # the trainer's, of transformers
     sync: str  # fused | adapter
     trainer_threads: int | None  # CPU threads; None with GPUs
     engine_threads: int | None  # of each engine
@@ -121,8 +120,6 @@ def make_plan(
         sleeps=colocated(config) and config.trl.vllm_enable_sleep_mode,
         tensor_parallel=config.vllm.tensor_parallel_size,
         dtype=policy_dtype(config, gpu, cpu_dtype),
-        # Packed rows need a mask of their own, which flash attention's kernels do not take. The result is the same.
-        attention="eager" if config.attn_implementation == "eager" else "sdpa",
         sync="fused" if config.ray.sync == "auto" else config.ray.sync,
         trainer_threads=None if gpu else trainer_threads,
         engine_threads=None if gpu else engine_threads,
@@ -199,7 +196,7 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
     rewards = [_described_reward(plan, name) for name in trl.reward_funcs or []]
     unused = plan.gpu and config.ray.kv_cache_gib is not None
     return [
-        f"model       {config.base_model}, {plan.dtype}, {plan.attention} attention",
+        f"model       {config.base_model}, {plan.dtype}",
         f"adapter     {described_adapter(config)}",
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"placement   one placement group, {plan.strategy}",

@@ -5,9 +5,12 @@
     step.py         one GRPO step through the actors, as the driver takes it
     grpo_step.py    a step, against TRL's trainer
     overhead.py     a step, against bare sampling and bare backpropagation of the same tokens
+    computed.py     tokens the trainer computes, against the tokens that there are
+    ahead.py        a step that samples ahead, against the longer of sampling and training
     sync.py         trainer to engines, against a memory copy and against a file
     decoding.py     sampling after a sync, against the untouched base model
     rollout.py      sampling through the actor, against vLLM alone
+    kl.py           the engine's policy against the trainer's, by the way that weights went
     conversations.py generated chat rows, and a dataset job on them
     preparing.py    rows to token ids, against datasets.map
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from tests.benchmarks import results
 
 FIGURES = {
-    "grpo_step": "A GRPO step: 64 completions of 32 tokens",
+    "grpo_step": "A GRPO step",
     "overhead": "What a step costs beyond bare sampling and bare backpropagation",
+    "computed": "What the trainer computes",
+    "ahead": "Sampling and training at the same time",
     "sync": "Publish until the last engine has acknowledged",
     "decoding": "Decoding after a sync",
+    "kl": "How far the engine is from the trainer",
     "rollout": "Sampling through the actor",
     "preparing": "Preparing rows: a chat file to token ids",
 }

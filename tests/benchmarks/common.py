@@ -28,12 +28,14 @@ MODEL = ModelSpec("HuggingFaceTB/SmolLM2-135M-Instruct", device.fastest_dtype(de
 LORA = LoraSpec(r=16, alpha=32)
 PROBE = tuple(range(100, 132))
 OBJECT_STORE_BYTES = 4 * 2**30
+# A small model is bound by the engine's Python and not by the GPU, so several engines share one.
+ENGINES = 4 if device.has_gpu() else 1
 CORES = len(os.sched_getaffinity(0))
-
-# Every process gets all cores: the phases of a step follow one another, so no two compute at once.
+# On a CPU every process gets all cores: the phases of a step follow one another, so no two compute at once. Beside a GPU
+# all of them run at once, and share the cores.
+THREADS = max(1, CORES // (ENGINES + 1)) if device.has_gpu() else CORES
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": str(CORES),
-    "PYTHONPATH": str(Path(__file__).parents[2]),
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -69,8 +71,7 @@ class Work:
         return SamplingSpec(self.completions, self.tokens, extra={"min_tokens": self.tokens})
 
 
-STEP = Work(prompts=8, completions=8, tokens=32)
-ROLLOUT = Work(prompts=64, completions=8, tokens=128) if device.has_gpu() else STEP
+STEP = Work(prompts=64, completions=8, tokens=128) if device.has_gpu() else Work(prompts=8, completions=8, tokens=32)
 
 
 class BareEngine(RolloutEngine):
@@ -96,14 +97,14 @@ class BareEngine(RolloutEngine):
         return seconds
 
 
-def engine_spec(work: Work, sync: str, memory: float) -> EngineSpec:
-    """An engine that takes all of `work` at once. memory: its share of the GPU's."""
+def engine_spec(work: Work, sync: str, memory: float, engines: int = 1) -> EngineSpec:
+    """An engine that takes its share of `work` at once. memory: its share of the GPU's. engines: that share the work."""
     return EngineSpec(
         model=MODEL,
         lora=LORA,
         sync=sync,
         max_model_len=64 + work.tokens,
-        max_num_seqs=work.prompts * work.completions,
+        max_num_seqs=work.prompts * work.completions // engines,
         gpu_memory_utilization=memory,
     )
 
@@ -126,7 +127,7 @@ def session() -> Iterator[None]:
             ray.shutdown()
 
 
-def start(cls: type, *args: Any, gpu: float = 0.0) -> Any:
+def start(cls: type, *args: Any, gpu: float = 0.0, threads: int = THREADS) -> Any:
     """An actor in a process of its own, ready for calls. gpu: its share of the GPU, where there is one.
 
     It waits, since two engines that start side by side on one GPU take each other's memory for their own.
@@ -134,7 +135,7 @@ def start(cls: type, *args: Any, gpu: float = 0.0) -> Any:
     options = {
         "num_cpus": 0,
         "num_gpus": gpu if device.has_gpu() else 0,
-        "runtime_env": {"env_vars": ENVIRONMENT},
+        "runtime_env": {"env_vars": {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}},
     }
     actor = ray.remote(cls).options(**options).remote(*args)
     ray.get(actor.__ray_ready__.remote())

@@ -8,15 +8,15 @@ policy is random LoRA weights; lengths are fixed, so it changes texts and not th
 import ray
 
 from tests.benchmarks import common
-from tests.benchmarks.common import PROBE, ROLLOUT, BareEngine
+from tests.benchmarks.common import PROBE, STEP, BareEngine
 from tests.benchmarks.results import Row
 
 
 def run(pairs: int) -> list[Row]:
-    prompts, sampling = ROLLOUT.messages(), ROLLOUT.sampling()
+    prompts, sampling = STEP.messages(), STEP.sampling()
     with common.session():
         base, fused, adapter = (
-            common.start(BareEngine, common.engine_spec(ROLLOUT, sync, 0.25), PROBE, gpu=0.3)
+            common.start(BareEngine, common.engine_spec(STEP, sync, 0.25), PROBE, gpu=0.3)
             for sync in ("fused", "fused", "adapter")
         )
         header, buffer = common.random_policy(version=1)
@@ -25,7 +25,7 @@ def run(pairs: int) -> list[Row]:
             pairs,
             *(lambda e=e: float(ray.get(e.bare.remote(prompts, sampling, 0))) for e in (base, fused, adapter)),
         )
-    tokens = ROLLOUT.total
+    tokens = STEP.total
     return [
         Row("decoding, fused", "base weights", fused_s, base_s, reach=0.97, tokens=tokens),
         Row("decoding, LoRA slot", "base weights", adapter_s, base_s, tokens=tokens),

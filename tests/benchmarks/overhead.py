@@ -1,13 +1,13 @@
 """What a step costs beyond the computation that no one can avoid.
 
-Ours: a step's wall time, from the call to the engine until the engine has acknowledged the next policy. It holds
-tokenizing, copies through the object store, process hops, rewards in their own process, packing, loss, optimizer step,
-publish with probe and digest, validation, install and probe.
+Ours: a step's wall time, from the call to the engine until it has acknowledged the next policy. It holds tokenizing,
+copies through the object store, process hops, rewards in their own process, packing, loss, optimizer step, publish with
+probe and digest, validation, install and probe.
 
-Bare, timed inside the same two processes on the same policy's tokens, and added up: `LLM.generate` on token ids with the
-same sampling parameters and an empty prefix cache, as after every sync; forward pass, cross entropy and backward pass
-over the rows that the trainer packed, which were packed and moved before the clock started; the reward function called
-on the texts in the driver.
+Bare, timed inside the same processes on the same policy's tokens, and added up: `LLM.generate` on token ids with the same
+sampling parameters and an empty prefix cache, as after every sync, the slowest of the engines that sample side by side;
+forward pass, cross entropy and backward pass over the rows that the trainer packed, which were packed and moved before the
+clock started; the reward function called on the texts in the driver.
 """
 
 import time
@@ -47,12 +47,12 @@ class BareTrainer(Trainer):
 
 def run(pairs: int) -> list[Row]:
     with common.session():
-        loop = Loop(STEP, BareEngine, BareTrainer)
+        loop = Loop(STEP, BareEngine, BareTrainer, engines=1)
 
         def bare() -> float:
             texts = [text for group in ray.get(loop.groups) for text in group.texts]
             completions = [[{"role": "assistant", "content": text}] for text in texts]
-            sampling = ray.get(loop.engine.bare.remote(loop.prompts, loop.sampling, loop.seed, cold=True))
+            sampling = ray.get(loop.engines[0].bare.remote(STEP.messages(), loop.sampling, loop.seed, cold=True))
             training = ray.get(loop.trainer.bare.remote(loop.advantages, *loop.groups))
             return float(sampling + training + common.wall(lambda: common.reward(completions))())
 

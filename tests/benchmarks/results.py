@@ -37,7 +37,7 @@ class Row:
     reach: float | None = None  # the ratio that is aimed at; None = only printed
     tokens: int | None = None  # sampled per timing, on either side
     rows: int | None = None  # of a dataset, per timing, on either side
-    unit: str = "s"  # of the values; MiB for memory
+    unit: str = "s"  # of the values: s, MiB, tokens or nats
 
 
 def save(name: str, rows: Sequence[Row], path: Path | None) -> Path:
@@ -106,8 +106,10 @@ def _cells(row: Row) -> list[str]:
 
 def _typical(row: Row, values: Sequence[float]) -> str:
     median = statistics.median(values)
-    if row.unit == "MiB":
-        return f"{median:,.0f} MiB"
+    if row.unit == "nats":
+        return f"{median:.1e} nats"
+    if row.unit != "s":
+        return f"{median:,.0f} {row.unit}"
     if row.tokens is not None:
         return f"{row.tokens / median:,.0f} tok/s"
     return _seconds(median) if row.rows is None else f"{row.rows / median:,.0f} rows/s"

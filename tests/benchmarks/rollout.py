@@ -8,14 +8,14 @@ same sampling parameters. The prefix cache is warm on both sides.
 import ray
 
 from tests.benchmarks import common
-from tests.benchmarks.common import PROBE, ROLLOUT, BareEngine
+from tests.benchmarks.common import PROBE, STEP, BareEngine
 from tests.benchmarks.results import Row
 
 
 def run(pairs: int) -> list[Row]:
-    prompts, sampling = ROLLOUT.messages(), ROLLOUT.sampling()
+    prompts, sampling = STEP.messages(), STEP.sampling()
     with common.session():
-        engine = common.start(BareEngine, common.engine_spec(ROLLOUT, "fused", 0.8), PROBE, gpu=1)
+        engine = common.start(BareEngine, common.engine_spec(STEP, "fused", 0.8), PROBE, gpu=1)
 
         def through_actor() -> None:
             refs = engine.generate.options(num_returns=1 + len(prompts)).remote(prompts, sampling, 0)
@@ -26,4 +26,4 @@ def run(pairs: int) -> list[Row]:
             return float(ray.get(engine.bare.remote(prompts, sampling, 0)))
 
         ours, theirs = common.in_turn(pairs, common.wall(through_actor), bare)
-    return [Row("rollout through the actor", "LLM.generate", ours, theirs, reach=0.97, tokens=ROLLOUT.total)]
+    return [Row("rollout through the actor", "LLM.generate", ours, theirs, reach=0.97, tokens=STEP.total)]

@@ -4,6 +4,7 @@ from typing import Any
 
 import ray
 
+from actors import device
 from actors.rewards import RewardWorker
 from actors.specs import LossSpec, OptimizerSpec, RewardSpec, TrainerSpec
 from orchestrator.credit import group_advantages
@@ -11,7 +12,8 @@ from tests.benchmarks import common
 from tests.benchmarks.common import LORA, MODEL, PROBE, Work
 
 LEARNING_RATE = 1e-4
-MICRO_BATCH = 16  # completions per forward pass
+MICRO_BATCH = 128 if device.has_gpu() else 16  # completions per forward pass
+ENGINES_SHARE = 0.4  # of the GPU's memory, of all engines together
 
 
 def trainer_spec(work: Work) -> TrainerSpec:
@@ -27,15 +29,19 @@ def trainer_spec(work: Work) -> TrainerSpec:
 
 
 class Loop:
-    """Engine, trainer and reward, each in its process, and the step over them."""
+    """Engines, trainer and reward, each in its process, and the step over them."""
 
-    def __init__(self, work: Work, engine: type, trainer: type) -> None:
+    def __init__(
+        self, work: Work, engine: type, trainer: type, engines: int = common.ENGINES, threads: int = common.THREADS
+    ) -> None:
         self.work = work
-        self.prompts = work.messages()
+        self.shares = [work.messages()[i::engines] for i in range(engines)]  # of the prompts, by engine
         self.sampling = work.sampling()
-        self.engine = common.start(engine, common.engine_spec(work, "fused", 0.4), PROBE, gpu=0.45)
-        self.trainer = common.start(trainer, trainer_spec(work), gpu=0.45)
-        self.reward = common.start(RewardWorker, RewardSpec("tests.benchmarks.common.reward", ()))
+        share = ENGINES_SHARE / engines
+        spec = common.engine_spec(work, "fused", share, engines)
+        self.engines = [common.start(engine, spec, PROBE, gpu=share, threads=threads) for _ in range(engines)]
+        self.trainer = common.start(trainer, trainer_spec(work), gpu=0.5, threads=threads)
+        self.reward = common.start(RewardWorker, RewardSpec("tests.benchmarks.common.reward", ()), threads=1)
         self.seed = 0
         self.groups: list[Any] = []  # refs of the last step's groups
         self.advantages: list[list[float | None]] = []
@@ -43,21 +49,37 @@ class Loop:
         self.sync()
 
     def step(self) -> None:
-        """Ends when the engine has acknowledged the policy that the step made."""
-        self.seed += 1
-        generate = self.engine.generate.options(num_returns=1 + len(self.prompts))
-        _, *self.groups = generate.remote(self.prompts, self.sampling, self.seed)
-        calls = [self.reward.score.remote(p, {}, g) for p, g in zip(self.prompts, self.groups, strict=True)]
-        self.advantages = group_advantages([scores.rewards for scores in ray.get(calls)], "group")
-        stats = ray.get(self.trainer.train.remote(self.advantages, *self.groups))
-        if stats.left_out or stats.trained_tokens != self.work.total:
-            raise RuntimeError(f"a step trained {stats.trained_tokens} tokens of {self.work.total}")
+        """Ends when every engine has acknowledged the policy that the step made."""
+        self.sample()
+        self.train()
         self.sync()
 
+    def sample(self) -> None:
+        """Asks every engine for its share, to come after what it was asked before."""
+        self.seed += 1
+        self.groups = []
+        for engine, prompts in zip(self.engines, self.shares, strict=True):
+            generate = engine.generate.options(num_returns=1 + len(prompts))
+            _, *groups = generate.remote(prompts, self.sampling, self.seed)
+            self.groups += groups
+
+    def train(self) -> None:
+        """Scores and learns from what was sampled last."""
+        self.train_on(self.groups)
+
+    def train_on(self, groups: list[Any]) -> None:
+        """groups: refs, one a prompt, in the order of the engines."""
+        prompts = [prompt for share in self.shares for prompt in share]
+        calls = [self.reward.score.remote(p, {}, g) for p, g in zip(prompts, groups, strict=True)]
+        self.advantages = group_advantages([scores.rewards for scores in ray.get(calls)], "group")
+        stats = ray.get(self.trainer.train.remote(self.advantages, *groups))
+        if stats.left_out or stats.trained_tokens != self.work.total:
+            raise RuntimeError(f"a step trained {stats.trained_tokens} tokens of {self.work.total}")
+
     def sync(self) -> None:
-        """The trainer's policy into the engine."""
+        """The trainer's policy into the engines."""
         header_ref, buffer_ref = self.trainer.publish.options(num_returns=2).remote()
         header = ray.get(header_ref)
-        receipt = ray.get(self.engine.install.remote(header, buffer_ref))
-        if (receipt.version, receipt.digest) != (header.version, header.digest):
-            raise RuntimeError(f"the engine serves {receipt.version}, published was {header.version}")
+        for receipt in ray.get([engine.install.remote(header, buffer_ref) for engine in self.engines]):
+            if (receipt.version, receipt.digest) != (header.version, header.digest):
+                raise RuntimeError(f"an engine serves {receipt.version}, published was {header.version}")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors import attention
 from actors.packing import PackedRow, Sample, pack_row, plan_rows
 from actors.types import RolloutGroup
 from tests.tiny import random_group
@@ -66,10 +67,13 @@ def test_a_completion_sees_its_prompt_and_itself() -> None:
         ".......111.",
         ".......1111",
     ]
-    mask = example_row().attention_mask(torch.float32)
-    assert mask.shape == (1, 1, 11, 11)
-    expected = torch.tensor([[0.0 if c == "1" else torch.finfo(torch.float32).min for c in line] for line in seen])
-    assert torch.equal(mask[0, 0], expected)
+    length = len(seen)
+    # Equal scores, so that a position's output is the mean of what it sees, and values tell positions apart.
+    equal, values = torch.zeros(1, 1, length, length), torch.eye(length)[None, None]
+    packed = example_row().attention(torch.float32)
+    out, _ = attention.attend(torch.nn.Module(), equal, equal, values, None, packed=packed)
+    expected = torch.tensor([[float(c == "1") for c in line] for line in seen])
+    torch.testing.assert_close(out[0, :, 0], expected / expected.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("seed", range(20))
