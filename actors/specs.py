@@ -145,11 +145,21 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
+class SandboxSpec:
+    """Limits of a program that a code reward runs."""
+
+    time_s: float = 5.0  # wall clock, and CPU time of each process
+    memory_mib: int = 512  # of each process
+    file_mib: int = 1  # each file, and what it prints; where there are namespaces, all files together
+
+
+@dataclass(frozen=True)
 class RewardSpec:
     """One reward function."""
 
     path: str  # module.function
     search_paths: tuple[str, ...]  # folders put first on the import path
+    sandbox: SandboxSpec = SandboxSpec()  # for a function that takes `sandbox_limits`
 
 
 @dataclass(frozen=True)
