@@ -106,6 +106,7 @@ IDLE: dict[str, str] = {
             "trl.epsilon_high",
             "trl.loss_type",
             "trl.scale_rewards",
+            "trl.multi_objective_aggregation",
             "trl.importance_sampling_level",
             "trl.mask_truncated_completions",
             "trl.generation_kwargs",

@@ -32,6 +32,7 @@ ACTS_ON = frozenset({
     "trl.num_generations", "trl.max_completion_length",
     "trl.reward_funcs", "trl.reward_weights", "trl.temperature", "trl.top_p", "trl.top_k", "trl.min_p",
     "trl.num_iterations", "trl.epsilon", "trl.epsilon_high", "trl.loss_type", "trl.scale_rewards",
+    "trl.multi_objective_aggregation",
     "trl.importance_sampling_level", "trl.mask_truncated_completions", "trl.generation_kwargs",
     "trl.chat_template_kwargs", "trl.log_completions", "vllm.tensor_parallel_size", "vllm.data_parallel_size",
     "vllm.gpu_memory_utilization", "vllm.max_model_len", "vllm.dtype", "vllm.enable_prefix_caching",
@@ -219,5 +220,8 @@ def notes(config: JobConfig) -> Iterator[Problem]:
     if config.trl.vllm_enable_sleep_mode and config.trl.vllm_mode == "server":
         text = "not used: with vllm_mode: server engines have a placement of their own, so they need not sleep"
         yield Problem("trl.vllm_enable_sleep_mode", text)
+    if config.trl.multi_objective_aggregation == "normalize_then_sum" and config.trl.scale_rewards != "group":
+        text = "not used: with multi_objective_aggregation: normalize_then_sum each function is scaled by its group"
+        yield Problem("trl.scale_rewards", text)
     if config.attn_implementation not in (None, "eager", "sdpa") and not config.flash_attention:
         yield Problem("attn_implementation", IDLE["flash_attention"])

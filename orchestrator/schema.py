@@ -84,6 +84,7 @@ class TrlConfig:
     epsilon_high: float | None = None  # none = epsilon
     loss_type: str = "dapo"  # grpo | dr_grpo | dapo | bnpo | cispo
     scale_rewards: str = "group"  # group | batch | none; true and false are read as group and none
+    multi_objective_aggregation: str = "sum_then_normalize"  # sum_then_normalize | normalize_then_sum (GDPO)
     importance_sampling_level: str = "token"  # token | sequence (GSPO)
     mask_truncated_completions: bool = False
     generation_kwargs: dict[str, Any] | None = None  # more fields of vLLM's SamplingParams
