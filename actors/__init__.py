@@ -25,6 +25,7 @@
     sandbox.py   programs of a code reward, with limits of their own
     cage.py      what the sandbox starts
     reward_model.py the actor that scores with a reward model
+    judge.py     the actor that scores by asking a language model
     formats/     dataset rows to token ids, a module a family of types
     reading.py   datasets' files to raw rows, whole or in pieces
     preparing.py pieces of files to prepared rows, on Ray Data's workers

@@ -173,6 +173,24 @@ class RewardModelSpec:
 
 
 @dataclass(frozen=True)
+class JudgeSpec:
+    """One judge. Its key is not here: it travels by itself."""
+
+    path: str  # judge.NAME
+    name: str
+    url: str
+    model: str
+    prompt: str  # with {completion} and {prompt}
+    api_key_env: str | None  # the name of the variable, for messages
+    max_tokens: int  # of an answer
+    temperature: float
+    timeout_s: float  # for one answer
+    limit_s: float  # for all tries of one question
+    concurrency: int  # questions under way at once
+    scale: tuple[float, float]  # numbers that are rewards 0 and 1
+
+
+@dataclass(frozen=True)
 class DatasetTrainSpec:
     """The workers of a dataset job."""
 

@@ -84,6 +84,8 @@ IDLE: dict[str, str] = {
             "ray.max_staleness",
             "ray.sync",
             "ray.reward_timeout_s",
+            "ray.sandbox",
+            "ray.judges",
             "ray.rollout_timeout_s",
             "ray.importance_sampling_cap",
             "ray.kv_cache_gib",

@@ -19,7 +19,7 @@ from typing import Any
 from actors.errors import RewardError, SyncError
 from actors.specs import SamplingSpec
 from actors.types import RolloutHeader, Scores, TrainStats
-from orchestrator import cluster
+from orchestrator import cluster, judges
 from orchestrator.cluster import Actors
 from orchestrator.credit import combine_rewards, group_advantages, has_signal, normalized_sum
 from orchestrator.data import PromptSet, rows_of_step
@@ -41,7 +41,7 @@ class Evaluation:
 
     record: Record
     solved: int
-    total: int  # 0 where only reward models score: they know no right and wrong
+    total: int  # 0 where only reward models and judges score: they know no right and wrong
 
 
 @dataclass
@@ -268,8 +268,10 @@ class Loop:
         return dict(zip(functions, self.config.trl.reward_weights or [1.0] * len(functions), strict=True))
 
     def _judged(self, scores: list[list[Scores]]) -> list[float]:
-        """What the first reward function gave, over all groups; nothing where there are reward models alone."""
-        names = [name for name in self.config.trl.reward_funcs or [] if name not in self.plan.reward_models]
+        """What the first reward function gave, over all groups; nothing where there are reward models and judges alone."""
+        opinions = [name for name in self.config.trl.reward_funcs or [] if judges.judge_of(self.config, name)]
+        opinions += self.plan.reward_models
+        names = [name for name in self.config.trl.reward_funcs or [] if name not in opinions]
         first = [score for group in scores for score in group if score.function in names[:1]]
         return [reward for score in first for reward in score.rewards if reward is not None]
 

@@ -37,7 +37,7 @@ ACTS_ON = frozenset({
     "trl.chat_template_kwargs", "trl.log_completions", "vllm.tensor_parallel_size", "vllm.data_parallel_size",
     "vllm.gpu_memory_utilization", "vllm.max_model_len", "vllm.dtype", "vllm.enable_prefix_caching",
     "vllm.enforce_eager", "ray.engines", "ray.trainer_cpus", "ray.engine_cpus", "ray.engine_gpus",
-    "ray.max_staleness", "ray.sync", "ray.reward_timeout_s", "ray.rollout_timeout_s",
+    "ray.max_staleness", "ray.sync", "ray.reward_timeout_s", "ray.sandbox", "ray.judges", "ray.rollout_timeout_s",
     "ray.importance_sampling_cap", "ray.kv_cache_gib", "ray.max_bad_rows", "ray.placement",
 })
 DATASET_ACTS_ON = frozenset({
