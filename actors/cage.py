@@ -25,7 +25,7 @@ POLL_S = 0.005
 STOPPED = 124  # exit code of a run that was ended: out of time, or too many processes
 
 # of Linux's headers
-PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 CAPABILITY_VERSION_3 = 0x20080522
@@ -65,6 +65,7 @@ def hide_the_machine(folder: str, size: int) -> None:
 def lock(order: dict[str, Any]) -> None:
     """Limits and no rights, for this process and all that it starts."""
     os.setsid()
+    checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # so that it does not outlive who watches over it
     bounds = [
         (resource.RLIMIT_CPU, ceil(order["time_s"])),
         (resource.RLIMIT_AS, order["memory_bytes"]),

@@ -1,6 +1,7 @@
 """Programs that misbehave, in both ways that a sandbox can be made: what they do ends with them, and counts as no success."""
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -128,6 +129,16 @@ print("started")
     started = time.monotonic()
     assert run(program).output == "started\n"
     assert time.monotonic() - started < 10
+    assert not [process for process in psutil.process_iter(["cmdline"]) if name in (process.info["cmdline"] or [])]
+
+
+def test_one_who_watches_and_hangs_is_ended_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"left-{os.getpid()}-{time.monotonic_ns()}"
+    monkeypatch.setattr(sandbox, "START_S", -29.0)
+    limits = SandboxSpec(time_s=30.0)
+    program = f"import os, sys, time; os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(30)', {name!r}])"
+    assert run(program, limits=limits).exit_code == -signal.SIGKILL
+    time.sleep(0.2)
     assert not [process for process in psutil.process_iter(["cmdline"]) if name in (process.info["cmdline"] or [])]
 
 
