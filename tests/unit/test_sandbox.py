@@ -72,26 +72,24 @@ def test_an_endless_loop_is_ended_and_keeps_what_it_had_passed(run: Run) -> None
 
 
 def test_a_fork_bomb_is_over_within_its_time(run: Run) -> None:
-    """Bounded, should the sandbox fail: each process lives for a second, and forks as many as may be, twice."""
+    """Bounded, should the sandbox fail: twice as many processes as may be, that live for some seconds."""
     program = f"""
 import os, time
-born = time.monotonic()
 for _ in range({2 * MAX_PROCESSES}):
     try:
         if os.fork() == 0:
-            time.sleep(1)
+            time.sleep(3)
             os._exit(0)
     except OSError:
         break
+    time.sleep(0.01)
 else:
-    print("all of them")
+    print("all of them", flush=True)
 time.sleep(60)
 """
     started = time.monotonic()
-    ended = run(program)
-    assert ended.exit_code == STOPPED and time.monotonic() - started < LIMITS.time_s + 3
-    if sandbox.has_namespaces():
-        assert "all of them" not in ended.output
+    assert run(program, limits=SandboxSpec(time_s=20.0)) == Ended(STOPPED, "", 0)
+    assert time.monotonic() - started < 10
 
 
 def test_memory_is_bounded(run: Run) -> None:
@@ -160,9 +158,10 @@ print(tried(lambda: open({str(tmp_path / "written")!r}, "w")))
 print(tried(lambda: os.kill({os.getpid()}, 0)))
 print(tried(lambda: open("/proc/{os.getpid()}/environ").read()))
 print(tried(lambda: open("here", "w")))
+print(open("/proc/self/status").read().split("CapPrm:")[1].split()[0])
 print(os.system("unshare --user true 2> /dev/null") != 0, os.system("mount -o remount,rw / 2> /dev/null") != 0)
 """
-        assert sandbox.run(program, LIMITS).output.split("\n")[:-1] == ["refused"] * 4 + ["done", "True True"]
+        assert sandbox.run(program, LIMITS).output.split("\n")[:-1] == ["refused"] * 4 + ["done", "0" * 16, "True True"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -52,9 +52,9 @@ def test_what_programs_read_and_print_as_in_apps() -> None:
     doubles = "print(int(input()) * 2)"
     pairs: dict[str, Any] = {"inputs": ["1\n", "2\n", "3\n", "4\n"], "outputs": ["2\n", "4 \n\n", "6", "9\n"]}
     fails = "n = int(input())\nprint(n * 2)\nif n > 1: raise SystemExit(1)"
-    hangs = "n = int(input())\nprint(n * 2, flush=True)\nwhile n > 2: pass"
+    hangs = "n = int(input())\nprint(n * 2, flush=True)\nwhile n == 2: pass"  # after which 3 is not tried
     for column in (pairs, json.dumps(pairs)):
-        assert rewards(CODE, CHAT, {"input_output": column}, doubles, fails, hangs, "") == (0.75, 0.25, 0.5, 0.0)
+        assert rewards(CODE, CHAT, {"input_output": column}, doubles, fails, hangs, "") == (0.75, 0.25, 0.25, 0.0)
     lines = {"inputs": [["1", "2"]], "outputs": [["1", "2"]]}
     assert rewards(CODE, CHAT, {"input_output": lines}, "print(input())\nprint(input())") == (1.0,)
 
