@@ -21,7 +21,11 @@
     engine.py    the actor that samples
     samples.py   the actor that writes down what was sampled
     rewards.py   the actor that scores with a function
+    verifiers.py reward functions that come with Eagleray
+    sandbox.py   programs of a code reward, with limits of their own
+    cage.py      what the sandbox starts
     reward_model.py the actor that scores with a reward model
+    judge.py     the actor that scores by asking a language model
     formats/     dataset rows to token ids, a module a family of types
     reading.py   datasets' files to raw rows, whole or in pieces
     preparing.py pieces of files to prepared rows, on Ray Data's workers

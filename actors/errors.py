@@ -18,7 +18,7 @@ class DataError(EaglerayError):
 
 
 class RewardError(EaglerayError):
-    """A reward function cannot be imported, or gave nothing usable for a whole batch."""
+    """A reward function cannot be imported, a judge cannot be asked, or there is nothing usable for a whole batch."""
 
 
 class SyncError(EaglerayError):

@@ -2,7 +2,8 @@
 
 A function has TRL's signature, `fn(completions, **columns) -> list[float | None]`, sync or async. It gets `prompts`,
 `completions`, `completion_ids` and the dataset's columns, each a list over the completions of one prompt, as far as it
-names them or takes `**kwargs`. Its calls run one after another: the driver ends the process of one that does not return.
+names them or takes `**kwargs`; one that names `sandbox_limits` also gets the limits of `ray.sandbox`. Its calls run one
+after another: the driver ends the process of one that does not return.
 """
 
 import asyncio
@@ -53,7 +54,7 @@ class RewardWorker:
         """Rewards of one group. A function that fails is a failure in the result, never a zero."""
         count = len(group.texts)
         conversational = not isinstance(prompt, str)
-        arguments = {
+        arguments: dict[str, Any] = {
             **{name: [value] * count for name, value in columns.items()},  # first: a column replaces none of the following
             "prompts": [prompt] * count,
             "completions": [[{"role": "assistant", "content": t}] if conversational else t for t in group.texts],
@@ -61,6 +62,8 @@ class RewardWorker:
         }
         if not self.takes_all:
             arguments = {name: value for name, value in arguments.items() if name in self.takes}
+        if "sandbox_limits" in self.takes:
+            arguments["sandbox_limits"] = self.spec.sandbox
         try:
             result = self.function(**arguments)
             if inspect.isawaitable(result):

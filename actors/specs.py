@@ -145,11 +145,21 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
+class SandboxSpec:
+    """Limits of a program that a code reward runs."""
+
+    time_s: float = 5.0  # wall clock, and CPU time of each process
+    memory_mib: int = 512  # of each process
+    file_mib: int = 1  # each file, and what it prints; where there are namespaces, all files together
+
+
+@dataclass(frozen=True)
 class RewardSpec:
     """One reward function."""
 
     path: str  # module.function
     search_paths: tuple[str, ...]  # folders put first on the import path
+    sandbox: SandboxSpec = SandboxSpec()  # for a function that takes `sandbox_limits`
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,24 @@ class RewardModelSpec:
     model: ModelSpec
     chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
     threads: int | None = None  # CPU threads; None = torch's default
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """One judge. Its key is not here: it travels by itself."""
+
+    path: str  # judge.NAME
+    name: str
+    url: str
+    model: str
+    prompt: str  # with {completion} and {prompt}
+    api_key_env: str | None  # the name of the variable, for messages
+    max_tokens: int  # of an answer
+    temperature: float
+    timeout_s: float  # for one answer
+    limit_s: float  # for all tries of one question
+    concurrency: int  # questions under way at once
+    scale: tuple[float, float]  # numbers that are rewards 0 and 1
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,14 @@ Letters in names: G completions of one prompt, T tokens of a completion, P token
 A new message gets a class here, a line a field, with its shape and unit.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Completion = str | Sequence[Mapping[str, Any]]  # for a reward function: text, or where the prompt is a chat, its messages
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@
     cluster.py      the only module that starts Ray, placement groups and actors
     policies.py     published versions, their installs and proofs
     rollouts.py     batches in flight
-    rewards.py      reward functions and reward models: what trl.reward_funcs names
+    rewards.py      reward functions, reward models and judges: what trl.reward_funcs names
+    judges.py       the judges of ray.judges, checked and as their actors take them
     scoring.py      reward calls, with their time limit
     samples.py      what was sampled, on its way to files
     credit.py       rewards to advantages

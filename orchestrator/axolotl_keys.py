@@ -328,7 +328,6 @@ REFUSED: dict[str, str] = {
     "trl.vllm_max_model_len": "use vllm.max_model_len",
     "trl.vllm_enable_prefix_caching": "use vllm.enable_prefix_caching",
     "trl.rollout_func": "use trl.reward_funcs",
-    "trl.multi_objective_aggregation": "use trl.reward_weights: rewards are summed, then normalized",
     "trl.async_prefetch": "use ray.max_staleness: 1",
     "trl.prefetch_depth": "use ray.max_staleness",
     "trl.vllm_importance_sampling_correction": _CORRECTION,

@@ -25,9 +25,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors import device, errors, ranks
 from actors.engine import RolloutEngine
 from actors.errors import ActorError, EaglerayError
+from actors.judge import JudgeWorker
 from actors.reward_model import RewardModelWorker
 from actors.rewards import RewardWorker
-from actors.specs import EngineSpec, RankSpec, RewardModelSpec, RewardSpec, TrainerSpec
+from actors.specs import EngineSpec, JudgeSpec, RankSpec, RewardModelSpec, RewardSpec, TrainerSpec
 from actors.trainer import Trainer
 from orchestrator.environment import actor_environment
 from orchestrator.plan import BOTH, ENGINE, TRAINER, Node, Plan
@@ -189,11 +190,17 @@ def _meeting_place(plan: Plan, group: Any) -> str:
     return address
 
 
-def start_reward(plan: Plan, group: Any, spec: RewardSpec | RewardModelSpec) -> Any:
-    """Starts the process of one reward. A reward model on a GPU has its bundle; all else reserves nothing."""
+def start_reward(plan: Plan, group: Any, spec: RewardSpec | RewardModelSpec | JudgeSpec) -> Any:
+    """Starts the process of one reward. A reward model on a GPU has its bundle; all else reserves nothing.
+
+    A judge gets its key from the environment of this process.
+    """
     options: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": actor_environment("reward", plan, None)}}
     if isinstance(spec, RewardSpec):
         return ray.remote(RewardWorker).options(**options).remote(spec)
+    if isinstance(spec, JudgeSpec):
+        key = os.environ.get(spec.api_key_env) if spec.api_key_env else None
+        return ray.remote(JudgeWorker).options(**options).remote(spec, key)
     index = plan.reward_bundle(spec.path)
     if index is not None:
         options |= _in_bundle(plan, group, index)

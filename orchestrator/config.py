@@ -31,6 +31,9 @@ REQUIRED = {
     "base_model": "name the model to train, a folder or a name on the hub",
     "learning_rate": "add it, for example learning_rate: 1e-5",
     "path": "give a file, a folder or a name on the hub",
+    "url": "give the server's address, for example http://127.0.0.1:8000/v1",
+    "model": "name a model that the server has",
+    "prompt": "say what the judge is to do, with {completion} and {prompt} in their places",
 }
 SECTIONS: dict[str, type] = {"trl": TrlConfig, "vllm": VllmConfig, "ray": RayConfig}
 
@@ -142,6 +145,11 @@ def _match(
                 ]
             else:
                 problems.append(Problem(key, "takes a list of entries; begin each with `- path: ...`"))
+        elif dataclasses.is_dataclass(named := get_args(kinds[0])[-1] if get_origin(kinds[0]) is dict else None):
+            if isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()):
+                node[name] = {str(n): _match(named, item, f"{key}.{n}.", problems, notes) for n, item in value.items()}
+            else:
+                problems.append(Problem(key, "takes a section for each name; indent its keys under the name"))
         elif not _fits(node, name, value, kinds):
             expected = " or ".join(dict.fromkeys(_words(kind) for kind in kinds if kind is not type(None)))
             problems.append(Problem(key, f"takes {expected}, not {value!r}; correct the value"))

@@ -3,7 +3,8 @@
 Rewards arrive per function, are combined into one number per completion, and are compared within the group of
 completions of one prompt. None means "no reward" from one end to the other: a function that does not apply to
 a sample, a sample that no function scored, an advantage that nobody may train on. A new way to scale
-advantages gets its name in SCALES and its divisor in `group_advantages`.
+advantages gets its name in SCALES and its divisor in `group_advantages`; another order of summing and normalizing
+gets its name in AGGREGATIONS.
 """
 
 import math
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from actors.errors import ConfigError, RewardError
 
 SCALES = ("group", "batch", "none")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")  # combine_rewards, group_advantages | normalized_sum
 STD_EPSILON = 1e-4  # TRL's; bounds the advantage of a group whose rewards nearly agree
 
 
@@ -76,6 +78,24 @@ def group_advantages(
         divisor = 1.0 if scale == "none" else std + STD_EPSILON
         advantages.append([None if reward is None else (reward - mean) / divisor for reward in group])
     return advantages
+
+
+def normalized_sum(
+    rewards_per_group: Sequence[Mapping[str, Sequence[float | None]]], weights: Mapping[str, float]
+) -> list[list[float | None]]:
+    """Advantage of each completion, where each function is normalized before they are summed (GDPO, arXiv:2601.05242).
+
+    rewards_per_group: one mapping per prompt, as for combine_rewards. Each function's rewards are taken over their group's
+    mean and divided by its deviation, so that no function counts for more because its rewards are further apart; their
+    weighted sums are divided by the deviation of all sums of the batch. The mean of these sums is 0 and is not taken off:
+    its rounding would pass for a signal. None, errors and equal rewards are as in combine_rewards and group_advantages.
+    """
+    sums = [
+        combine_rewards({name: group_advantages([values], "group")[0] for name, values in group.items()}, weights)
+        for group in rewards_per_group
+    ]
+    divisor = _std([value for group in sums for value in group if value is not None]) + STD_EPSILON
+    return [[None if value is None else value / divisor for value in group] for group in sums]
 
 
 def has_signal(advantages_G: Sequence[float | None]) -> bool:

@@ -19,9 +19,9 @@ from typing import Any
 from actors.errors import RewardError, SyncError
 from actors.specs import SamplingSpec
 from actors.types import RolloutHeader, Scores, TrainStats
-from orchestrator import cluster
+from orchestrator import cluster, judges
 from orchestrator.cluster import Actors
-from orchestrator.credit import combine_rewards, group_advantages, has_signal
+from orchestrator.credit import combine_rewards, group_advantages, has_signal, normalized_sum
 from orchestrator.data import PromptSet, rows_of_step
 from orchestrator.plan import Plan
 from orchestrator.policies import Policies
@@ -41,7 +41,7 @@ class Evaluation:
 
     record: Record
     solved: int
-    total: int  # 0 where only reward models score: they know no right and wrong
+    total: int  # 0 where only reward models and judges score: they know no right and wrong
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Loop:
         scoring = time.perf_counter()
         scores = self.scorer.collect(batch.calls)
         rewards = self._combined(scores, headers)
-        advantages = group_advantages(rewards, self.config.trl.scale_rewards)
+        advantages = self._advantages(scores, rewards)
         score_s = time.perf_counter() - scoring
         if self.samples:
             self.samples.save(f"step-{self.step + 1:06d}", batch, scores, rewards, advantages)
@@ -233,8 +233,7 @@ class Loop:
 
     def _combined(self, scores: list[list[Scores]], headers: Sequence[RolloutHeader]) -> list[list[float | None]]:
         """Weighted rewards, [groups][G]. A group that a function failed on is dropped; if all are, the job stops."""
-        functions = self.config.trl.reward_funcs or []
-        weights = dict(zip(functions, self.config.trl.reward_weights or [1.0] * len(functions), strict=True))
+        weights = self._weights()
         sizes = [len(lengths) for header in headers for lengths in header.completion_tokens]
         failures = [score for group in scores for score in group if score.failure]
         rewards: list[list[float | None]] = []
@@ -253,9 +252,26 @@ class Loop:
             self.warn(f"{summary}; their completions were dropped")
         return rewards
 
+    def _advantages(self, scores: list[list[Scores]], rewards: list[list[float | None]]) -> list[list[float | None]]:
+        """Of each completion, [groups][G]; rewards: of `_combined`."""
+        if self.config.trl.multi_objective_aggregation == "sum_then_normalize":
+            return group_advantages(rewards, self.config.trl.scale_rewards)
+        dropped = [any(score.failure for score in group) for group in scores]
+        parts = [
+            {score.function: [None] * len(combined) if drop else score.rewards for score in group}
+            for group, combined, drop in zip(scores, rewards, dropped, strict=True)
+        ]
+        return normalized_sum(parts, self._weights())
+
+    def _weights(self) -> dict[str, float]:
+        functions = self.config.trl.reward_funcs or []
+        return dict(zip(functions, self.config.trl.reward_weights or [1.0] * len(functions), strict=True))
+
     def _judged(self, scores: list[list[Scores]]) -> list[float]:
-        """What the first reward function gave, over all groups; nothing where there are reward models alone."""
-        names = [name for name in self.config.trl.reward_funcs or [] if name not in self.plan.reward_models]
+        """What the first reward function gave, over all groups; nothing where there are reward models and judges alone."""
+        opinions = [name for name in self.config.trl.reward_funcs or [] if judges.judge_of(self.config, name)]
+        opinions += self.plan.reward_models
+        names = [name for name in self.config.trl.reward_funcs or [] if name not in opinions]
         first = [score for group in scores for score in group if score.function in names[:1]]
         return [reward for score in first for reward in score.rewards if reward is not None]
 

@@ -21,7 +21,7 @@ from orchestrator.jobs import RunResult, lora_spec, metrics_log, quantization, t
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Node, Plan, completions_per_step, describe, engines, ensure_placeable, make_plan
 from orchestrator.policies import Policies
-from orchestrator.rewards import ensure_reward_models, reward_models, reward_specs
+from orchestrator.rewards import ensure_rewards, reward_models, reward_specs
 from orchestrator.samples import Samples
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
@@ -49,7 +49,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
     output_dir = Path(config.output_dir)
     plan, prompts = plan_job(config, cluster.local_nodes())
     conversational = any(not isinstance(row.prompt, str) for row in prompts.train + prompts.held_out)
-    ensure_reward_models(config, plan, conversational=conversational)
+    ensure_rewards(config, plan, conversational=conversational)
     hub.resolve(config.base_model)
     starting_adapter.ensure_fits(config)
     spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)

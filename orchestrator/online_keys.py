@@ -32,11 +32,12 @@ ACTS_ON = frozenset({
     "trl.num_generations", "trl.max_completion_length",
     "trl.reward_funcs", "trl.reward_weights", "trl.temperature", "trl.top_p", "trl.top_k", "trl.min_p",
     "trl.num_iterations", "trl.epsilon", "trl.epsilon_high", "trl.loss_type", "trl.scale_rewards",
+    "trl.multi_objective_aggregation",
     "trl.importance_sampling_level", "trl.mask_truncated_completions", "trl.generation_kwargs",
     "trl.chat_template_kwargs", "trl.log_completions", "vllm.tensor_parallel_size", "vllm.data_parallel_size",
     "vllm.gpu_memory_utilization", "vllm.max_model_len", "vllm.dtype", "vllm.enable_prefix_caching",
     "vllm.enforce_eager", "ray.engines", "ray.trainer_cpus", "ray.engine_cpus", "ray.engine_gpus",
-    "ray.max_staleness", "ray.sync", "ray.reward_timeout_s", "ray.rollout_timeout_s",
+    "ray.max_staleness", "ray.sync", "ray.reward_timeout_s", "ray.sandbox", "ray.judges", "ray.rollout_timeout_s",
     "ray.importance_sampling_cap", "ray.kv_cache_gib", "ray.max_bad_rows", "ray.placement",
 })
 DATASET_ACTS_ON = frozenset({
@@ -219,3 +220,6 @@ def notes(config: JobConfig) -> Iterator[Problem]:
         yield Problem("trl.vllm_enable_sleep_mode", text)
     if config.attn_implementation and not (config.flash_attention or config.sdp_attention):
         yield Problem("attn_implementation", _ATTENTION)
+    if config.trl.multi_objective_aggregation == "normalize_then_sum" and config.trl.scale_rewards != "group":
+        text = "not used: with multi_objective_aggregation: normalize_then_sum each function is scaled by its group"
+        yield Problem("trl.scale_rewards", text)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from actors.errors import ConfigError
-from orchestrator import sharding
+from orchestrator import judges, sharding
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
@@ -193,7 +193,7 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
         f"{bundle}: {amount(bundle.resources)} on {plan.nodes[node].name if node is not None else 'no node'}"
         for bundle, node in zip(plan.bundles, plan.placement, strict=True)
     ]
-    rewards = [_described_reward(plan, name) for name in trl.reward_funcs or []]
+    rewards = [_described_reward(config, plan, name) for name in trl.reward_funcs or []]
     unused = plan.gpu and config.ray.kv_cache_gib is not None
     return [
         f"model       {config.base_model}, {plan.dtype}",
@@ -224,7 +224,9 @@ def _colocation(plan: Plan) -> str:
     return f"trainer and engine share a GPU; {turns}"
 
 
-def _described_reward(plan: Plan, name: str) -> str:
+def _described_reward(config: JobConfig, plan: Plan, name: str) -> str:
+    if judge := judges.judge_of(config, name):
+        return f"reward {name}: asks {judge.model} at {judge.url} from its own process, no reserved CPU"
     if name not in plan.reward_models:
         return f"reward {name}: its own process, no reserved CPU"
     if plan.reward_bundle(name) is not None:

@@ -73,7 +73,7 @@ class TrlConfig:
     vllm_sync_interval: int = 1  # optimizer steps between two policy versions on the engines
     num_generations: int = 8  # completions per prompt: the group size G
     max_completion_length: int = 256  # tokens
-    reward_funcs: list[str] | None = None  # module.fn, or the folder or hub name of a reward model
+    reward_funcs: list[str] | None = None  # module.fn, the folder or hub name of a reward model, or judge.NAME
     reward_weights: list[float] | None = None  # one per reward function; none = all 1.0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -84,6 +84,7 @@ class TrlConfig:
     epsilon_high: float | None = None  # none = epsilon
     loss_type: str = "dapo"  # grpo | dr_grpo | dapo | bnpo | cispo
     scale_rewards: str = "group"  # group | batch | none; true and false are read as group and none
+    multi_objective_aggregation: str = "sum_then_normalize"  # sum_then_normalize | normalize_then_sum (GDPO)
     importance_sampling_level: str = "token"  # token | sequence (GSPO)
     mask_truncated_completions: bool = False
     generation_kwargs: dict[str, Any] | None = None  # more fields of vLLM's SamplingParams
@@ -105,6 +106,30 @@ class VllmConfig:
 
 
 @dataclass
+class SandboxConfig:
+    """Section `ray.sandbox:`, limits of each program that a code reward runs."""
+
+    time_s: float = 5.0  # seconds, of the clock and of each process
+    memory_mib: int = 512  # of each process
+    file_mib: int = 1  # of each file and of what it prints
+
+
+@dataclass
+class JudgeConfig:
+    """One entry of `ray.judges`: a language model behind an OpenAI-compatible server. `judge.NAME` is its reward."""
+
+    url: str = MISSING  # what comes before /chat/completions, e.g. http://127.0.0.1:8000/v1
+    model: str = MISSING
+    prompt: str = MISSING  # with {completion}, and {prompt} where the judge needs it
+    api_key_env: str | None = None  # the name of an environment variable; none = no key
+    max_tokens: int = 512  # of an answer; one that is cut is none
+    temperature: float = 0.0
+    timeout_s: float = 30.0  # seconds per answer; asked again until ray.reward_timeout_s is nearly over
+    concurrency: int = 16  # questions under way at once
+    scale: list[float] = field(default_factory=lambda: [0.0, 10.0])  # the last number of an answer is between these
+
+
+@dataclass
 class RayConfig:
     """Section `ray:`, the one that Axolotl does not have."""
 
@@ -115,6 +140,8 @@ class RayConfig:
     max_staleness: int = 0  # policy versions a rollout may lag behind; 0 = on-policy
     sync: str = "auto"  # auto | fused: merged into the weights | adapter: a LoRA slot of vLLM
     reward_timeout_s: float = 60.0  # seconds per call of a reward function
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    judges: dict[str, JudgeConfig] = field(default_factory=dict)  # by name
     rollout_timeout_s: float = 1800.0  # seconds per batch of rollouts
     importance_sampling_cap: float | None = (
         3.0  # of trainer / engine probability ratios; none = no correction

@@ -1,4 +1,4 @@
-"""Reward calls: one process per function or reward model, one group a call, in order, each with a time limit.
+"""Reward calls: one process per function, reward model or judge, one group a call, in order, each with a time limit.
 
 Calls are queued when their rollouts are requested and start as the groups appear in the object store. A call that
 raises is a failure of its group; one that outlasts its limit or takes its process down is too, and the process is
@@ -14,13 +14,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from actors.specs import RewardModelSpec, RewardSpec
+from actors.specs import JudgeSpec, RewardModelSpec, RewardSpec
 from actors.types import Scores
 from orchestrator import cluster
 from orchestrator.data import Row
 from orchestrator.plan import Plan
 
 MAX_LOST_IN_A_ROW = 2  # calls of one batch; then the rest is not tried, since each costs the whole time limit
+Spec = RewardSpec | RewardModelSpec | JudgeSpec
 ENDED = "ended its process"
 
 
@@ -40,27 +41,25 @@ class Call:
 
 @dataclass
 class _Function:
-    spec: RewardSpec | RewardModelSpec
+    spec: Spec
     actor: Any
     pending: deque[Call] = field(default_factory=deque)
 
 
 class Scorer:
-    """The reward functions and reward models of one job.
+    """The reward functions, reward models and judges of one job.
 
     group: the placement group of the plan, which holds the bundles of reward models on GPUs.
     """
 
-    def __init__(
-        self, plan: Plan, group: Any, specs: Sequence[RewardSpec | RewardModelSpec], timeout_s: float
-    ) -> None:
+    def __init__(self, plan: Plan, group: Any, specs: Sequence[Spec], timeout_s: float) -> None:
         self.plan = plan
         self.group = group
         self.timeout_s = timeout_s
         self.functions = [_Function(spec, cluster.start_reward(plan, group, spec)) for spec in specs]
 
     def wait_ready(self) -> None:
-        """Returns once all are imported or loaded. Raises RewardError or ConfigError for one that cannot be."""
+        """Returns once all are imported, loaded or have answered. Raises RewardError or ConfigError for one that cannot be."""
         for function in self.functions:
             self._wait_ready(function)
 

@@ -7,11 +7,13 @@ this version can run (that is `runnable.py`); what one key alone may be stands i
 import math
 from collections.abc import Iterator
 
+from orchestrator import judges
 from orchestrator.schema import DatasetConfig, JobConfig
 from orchestrator.source import Problem
 from orchestrator.values import out_of_range, value_of
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the slots that vLLM 0.32 can make
+CODE = "actors.verifiers.passes_tests"
 EOS_CHOICES = ("all", "turn", "last")
 
 
@@ -177,6 +179,10 @@ def _grpo(config: JobConfig) -> Iterator[Problem]:
     elif trl.reward_weights is not None and len(trl.reward_weights) != len(trl.reward_funcs):
         counts = f"{len(trl.reward_weights)} weights for {len(trl.reward_funcs)} reward_funcs"
         yield Problem("trl.reward_weights", f"{counts}; give one weight per function, in the same order")
+    yield from judges.problems(config)
+    if CODE in (trl.reward_funcs or []) and config.ray.sandbox.time_s >= config.ray.reward_timeout_s:
+        text = f"is {config.ray.sandbox.time_s:g}, no less than ray.reward_timeout_s, in which a group's programs all run"
+        yield Problem("ray.sandbox.time_s", f"{text}; lower it, or raise ray.reward_timeout_s")
     if trl.max_completion_length >= config.sequence_len:
         text = (
             f"{trl.max_completion_length} leaves no room for the prompt in sequence_len {config.sequence_len}"

@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any
 
 from actors.specs import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
-from orchestrator.credit import SCALES
+from orchestrator.credit import AGGREGATIONS, SCALES
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
@@ -54,6 +54,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "trl.vllm_mode": ("server", "colocate"),
     "trl.loss_type": LOSS_TYPES,
     "trl.scale_rewards": SCALES,
+    "trl.multi_objective_aggregation": AGGREGATIONS,
     "trl.importance_sampling_level": IMPORTANCE_SAMPLING_LEVELS,
     "dpo_loss_type": DPO_LOSSES,
     "wandb_mode": ("online", "offline", "disabled"),
@@ -121,6 +122,9 @@ RANGES: dict[str, Rule] = {
     "ray.max_staleness": NOT_NEGATIVE,
     "ray.reward_timeout_s": POSITIVE,
     "ray.rollout_timeout_s": POSITIVE,
+    "ray.sandbox.time_s": POSITIVE,
+    "ray.sandbox.memory_mib": AT_LEAST_1,
+    "ray.sandbox.file_mib": AT_LEAST_1,
     "ray.importance_sampling_cap": POSITIVE,
     "ray.kv_cache_gib": AT_LEAST_1,
     "ray.max_bad_rows": SHARE,

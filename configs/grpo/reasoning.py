@@ -1,15 +1,16 @@
-"""Tasks of reasoning-gym for a GRPO job: `rows` makes a prompt of a (task, seed) pair, `score` asks the task's verifier.
+"""Tasks of reasoning-gym for a GRPO job: `rows` makes a prompt of a (task, seed) pair, `score` looks at the last word.
 
 `python configs/grpo/reasoning.py` writes the two lists of pairs. A pair is held out or trained on, never both.
 """
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import reasoning_gym
+
+from actors import verifiers
 
 # Easy enough that a model of 135 M parameters is right now and then: without any success there is nothing to learn from.
 TASKS: dict[str, dict[str, int]] = {
@@ -21,30 +22,21 @@ TRAIN_SEEDS = range(100)
 HELD_OUT_SEEDS = range(1000, 1012)
 
 
-@functools.cache
-def _dataset(task: str, seed: int) -> Any:
-    return reasoning_gym.create_dataset(task, size=1, seed=seed, **TASKS[task])
-
-
 def rows(config: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """A dataset's `type`: returns the transform of one row."""
 
     def transform(row: dict[str, Any]) -> dict[str, Any]:
-        question = _dataset(row["task"], row["seed"])[0]["question"]
-        text = f"{question}\nReply with the answer alone."
-        return {**row, "prompt": [{"role": "user", "content": text}]}
+        entry = reasoning_gym.create_dataset(row["task"], size=1, seed=row["seed"], **TASKS[row["task"]])[0]
+        text = f"{entry['question']}\nReply with the answer alone."
+        return {**entry, "prompt": [{"role": "user", "content": text}]}
 
     return transform
 
 
-def score(completions: list[Any], task: list[str], seed: list[int], **_: Any) -> list[float]:
-    """The verifier's score, 0 to 1, of the last word, which is where a model that speaks in sentences puts its answer."""
-    scores = []
-    for completion, name, number in zip(completions, task, seed, strict=True):
-        words = completion[-1]["content"].split()
-        answer = words[-1].strip(".,!*") if words else ""
-        scores.append(float(_dataset(name, number).score_answer(answer, _dataset(name, number)[0])))
-    return scores
+def score(completions: list[Any], answer: list[str], metadata: list[Any], **_: Any) -> list[float]:
+    """The verifier's score of the last word, which is where a model that speaks in sentences puts its answer."""
+    words = [completion[-1]["content"].split() or [""] for completion in completions]
+    return verifiers.reasoning_gym([last.strip(".,!*") for *_, last in words], answer, metadata)
 
 
 def main() -> None:

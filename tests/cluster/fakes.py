@@ -1,6 +1,7 @@
 """Engines and reward functions that do what a test asks for, in real Ray actors. Trainers in these tests are real."""
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -53,6 +54,21 @@ class FakeEngine:
 def parity(completions: list[str], **_: Any) -> list[float]:
     """1 for an even sum of tokens."""
     return [float(int(text.split()[-1]) % 2 == 0) for text in completions]
+
+
+def by_alarm(completions: list[str], name: list[str]) -> list[float | None]:
+    """Whether a signal ends what takes too long, as math-verify does it; and what a variable of the environment says."""
+
+    def ring(signum: int, frame: Any) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        while True:
+            pass
+    except TimeoutError:
+        return [1.0, None if os.environ.get(name[0]) is None else 0.0]
 
 
 def hangs_on_bad(completions: list[str], kind: list[str]) -> list[float]:

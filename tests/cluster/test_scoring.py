@@ -13,12 +13,13 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from actors.errors import ConfigError, RewardError
-from actors.specs import ModelSpec, RewardModelSpec, RewardSpec
+from actors.specs import JudgeSpec, ModelSpec, RewardModelSpec, RewardSpec, SandboxSpec
 from actors.types import RolloutGroup
 from orchestrator.data import Row
 from orchestrator.plan import Node, make_plan
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
+from tests.chat_server import chat_server
 from tests.tiny import save_reward_llama
 
 PLAN = make_plan(JobConfig(rl="grpo", base_model="m", learning_rate=1.0, micro_batch_size=8, bf16=False), [Node("a", {})], 8)
@@ -102,3 +103,38 @@ def test_a_reward_model_that_cannot_be_loaded_is_one_message(cluster: None, tmp_
     made = Scorer(PLAN, None, [RewardModelSpec("the/model", ModelSpec(str(tmp_path), "float32"))], 1.0)
     with pytest.raises(ConfigError, match="^trl.reward_funcs: the folder .* holds no config.json"):
         made.wait_ready()
+
+
+def judge(url: str) -> JudgeSpec:
+    return JudgeSpec("judge.kind", "kind", url, "m", "Rate {completion}", "KIND_KEY", 9, 0.0, 5.0, 9.0, 8, (0.0, 10.0))
+
+
+def test_a_judge_has_its_key_and_other_rewards_do_not(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KIND_KEY", "hush")
+    with chat_server(lambda text, _: text.split()[-1], takes_s=0.5) as server:
+        specs = [judge(server.url), RewardSpec("tests.cluster.fakes.by_alarm", ())]
+        made = Scorer(PLAN, None, specs, 30.0)
+        made.wait_ready()
+        groups = [ray.put(replace(GROUP, texts=(f"a {i}", f"b {i + 1}"))) for i in range(4)]
+        calls = made.submit([Row("p", {"name": "KIND_KEY"}, "")] * 4, groups)
+        scores = made.collect(calls)
+    assert [by_judge.rewards for by_judge, _ in scores] == [(i / 10, (i + 1) / 10) for i in range(4)]
+    assert [by_function.rewards for _, by_function in scores] == [(1.0, None)] * 4
+    assert set(server.keys) == {"Bearer hush"}
+    assert server.most_busy == 8  # all groups at once
+
+
+def test_a_judge_that_is_not_there_is_one_message(cluster: None) -> None:
+    made = Scorer(PLAN, None, [judge("http://127.0.0.1:9/v1")], 1.0)
+    with pytest.raises(RewardError, match=r"^ray\.judges\.kind\.url: http://127\.0\.0\.1:9/v1 cannot be reached"):
+        made.wait_ready()
+
+
+def test_a_program_that_hangs_costs_its_own_reward_alone(cluster: None) -> None:
+    spec = RewardSpec("actors.verifiers.passes_tests", (), SandboxSpec(time_s=1.0))
+    made = Scorer(PLAN, None, [spec], 30.0)
+    made.wait_ready()
+    group = ray.put(replace(GROUP, texts=("x = 1", "while True: pass")))
+    rows = [Row("p", {"test_list": ["assert x == 1"]}, ""), Row("p", {}, "")]
+    (first,), (second,) = made.collect(made.submit(rows, [group] * 2))
+    assert (first.rewards, second.rewards) == ((1.0, 0.0), (None, None))

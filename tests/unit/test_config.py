@@ -1,5 +1,6 @@
 """Job files: what loads, what it means, and what each mistake is answered with."""
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from actors.errors import ConfigError
 from orchestrator.axolotl_keys import HINTS, REFUSED
 from orchestrator.config import dump, load
 from orchestrator.runnable import ensure_runnable, keys
+from orchestrator.schema import SandboxConfig
 from orchestrator.values import CHOICES, RANGES
 from tests.job_files import GRPO, SFT, grpo, messages, write
 
@@ -461,4 +463,5 @@ def test_tables_do_not_overlap() -> None:
     known = set(keys())
     assert not set(HINTS) & set(REFUSED)
     assert not (set(HINTS) | set(REFUSED)) & known
-    assert set(CHOICES) <= known and set(RANGES) <= known
+    within = {f"ray.sandbox.{f.name}" for f in dataclasses.fields(SandboxConfig)}
+    assert set(CHOICES) <= known and set(RANGES) <= known | within

@@ -8,7 +8,7 @@ import torch
 from trl.trainer.utils import nanstd
 
 from actors.errors import ConfigError, RewardError
-from orchestrator.credit import combine_rewards, group_advantages, has_signal
+from orchestrator.credit import combine_rewards, group_advantages, has_signal, normalized_sum
 
 
 def test_rewards_are_summed_with_their_weights():
@@ -109,3 +109,50 @@ def test_small_but_real_differences_are_signal():
 def test_an_unknown_scale_names_the_choices():
     with pytest.raises(ConfigError, match="group, batch, none"):
         group_advantages([[1.0]], "std")
+
+
+def test_normalized_sums_by_hand():
+    """Rewards 1, 0 and 1000, 3000: each deviates by 1/sqrt(2) of its own from its mean, so they count as weights say."""
+    first, second, third = normalized_sum(
+        [{"a": [1.0, 0.0], "b": [1000.0, 3000.0]}, {"a": [None, None], "b": [5.0, None]}, {"a": [None] * 2, "b": [None] * 2}],
+        {"a": 3.0, "b": 1.0},
+    )
+    a, b = 0.5 / (math.sqrt(0.5) + 1e-4), 1000 / (math.sqrt(2e6) + 1e-4)
+    total = 3 * a - b
+    divisor = math.sqrt(total**2 * 2 / 2) + 1e-4  # of the sums total, -total and 0, whose mean is 0
+    assert first == pytest.approx([total / divisor, -total / divisor], rel=1e-12)
+    assert (second, third) == ([0.0, None], [None, None])
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 2.0, "b": 0.25, "c": 0.0}])
+def test_normalized_sums_match_the_formula_of_trl(weights):
+    """trl 1.16, GRPOTrainer._generate_and_score_completions with multi_objective_aggregation: normalize_then_sum."""
+    rng = random.Random(1)
+    groups, size = 50, 6
+    batch = [
+        {
+            name: [None if rng.random() < 0.3 else rng.choice([rng.gauss(0, scale), 0.0, 1.0]) for _ in range(size)]
+            for name, scale in (("a", 1.0), ("b", 100.0), ("c", 0.01))
+        }
+        for _ in range(groups)
+    ]
+    batch[7] = {name: [None] * size for name in weights}
+    batch[8] = {"a": [2.0] + [None] * 5, "b": [0.1] * size, "c": [None] * size}
+
+    table = torch.tensor(
+        [[[math.nan if group[f][s] is None else group[f][s] for f in weights] for s in range(size)] for group in batch],
+        dtype=torch.float64,
+    )
+    scaled = (table - torch.nanmean(table, dim=1, keepdim=True)) / (nanstd(table, dim=1, keepdim=True) + 1e-4)
+    sums = (scaled.view(-1, 3) * torch.tensor(list(weights.values()), dtype=torch.float64)).nansum(dim=1)
+    sums[torch.isnan(table.view(-1, 3)).all(dim=1)] = torch.nan
+    theirs = torch.nan_to_num((sums - torch.nanmean(sums)) / (nanstd(sums) + 1e-4), nan=0.0).view(groups, size)
+
+    ours = normalized_sum(batch, weights)
+    assert ours[7] == [None] * size
+    assert ours[8] == [0.0] * size and not has_signal(ours[8])
+    for group, values, expected in zip(ours, batch, theirs.tolist(), strict=True):
+        assert [advantage is None for advantage in group] == [
+            all(values[name][s] is None for name in values) for s in range(size)
+        ]
+        assert [advantage or 0.0 for advantage in group] == pytest.approx(expected, rel=1e-6, abs=1e-9)

@@ -6,7 +6,7 @@ import pytest
 
 from actors.errors import ConfigError
 from orchestrator.plan import Node, describe, ensure_placeable, make_plan
-from orchestrator.schema import JobConfig
+from orchestrator.schema import JobConfig, JudgeConfig
 
 LAPTOP = [Node("laptop", {"CPU": 2.0})]
 TWO_GPUS = [Node("a", {"CPU": 16.0, "GPU": 2.0})]
@@ -87,6 +87,16 @@ def test_a_reward_model_takes_of_a_gpu_what_a_trainer_takes() -> None:
     four_gpus = [Node("a", {"CPU": 4.0, "GPU": 4.0})]
     several = make_plan(job(resources_per_worker={"GPU": 2.0}), four_gpus, 9, reward_models=names[:1])
     assert several.bundles[-1].resources == {"GPU": 1.0}  # it is one process on one GPU
+
+
+def test_a_judge_reserves_nothing() -> None:
+    judges = {"kind": JudgeConfig("http://host:8000/v1", "org/judge", "Rate {completion}")}
+    config = job(trl__reward_funcs=["judge.kind", "a.b"], ray__judges=judges)
+    plan = make_plan(config, TWO_GPUS, 100)
+    assert [bundle.role for bundle in plan.bundles] == ["trainer", "engine"]
+    lines = "\n".join(describe(config, plan))
+    assert "reward judge.kind: asks org/judge at http://host:8000/v1 from its own process, no reserved CPU" in lines
+    assert "reward a.b: its own process" in lines
 
 
 def test_a_reward_model_that_has_no_gpu_left_is_told_what_would_fit() -> None:

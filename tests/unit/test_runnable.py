@@ -7,11 +7,11 @@ from types import ModuleType
 import pytest
 
 from actors.errors import ConfigError
-from actors.specs import RewardModelSpec, RewardSpec
+from actors.specs import JudgeSpec, RewardModelSpec, RewardSpec, SandboxSpec
 from orchestrator import dataset_keys, online_keys
-from orchestrator.config import load
+from orchestrator.config import dump, load
 from orchestrator.plan import Node, make_plan
-from orchestrator.rewards import reward_models, reward_specs
+from orchestrator.rewards import ensure_rewards, reward_models, reward_specs
 from orchestrator.runnable import ensure_runnable, keys
 from tests.job_files import GRPO, SFT, grpo, messages, write
 
@@ -156,6 +156,108 @@ def test_what_names_no_function_and_no_folder_is_refused(tmp_path: Path, name: s
     config = grpo(tmp_path, "", f"trl.reward_funcs=['{name}']")
     with pytest.raises(ConfigError, match=f"trl.reward_funcs: {name} is no folder, and no function's name; name functions"):
         reward_models(config)
+
+
+JUDGE = """\
+ray:
+  reward_timeout_s: 50
+  sandbox: {time_s: 2, memory_mib: 256}
+  judges:
+    kind:
+      url: http://127.0.0.1:8000/v1
+      model: org/judge
+      prompt: 'Rate {completion} of {prompt} in ${money}'
+      api_key_env: KIND_KEY
+      scale: [1, 5]
+"""  # ray: stands at line 14
+
+
+def test_a_judge_is_a_reward_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = grpo(tmp_path, JUDGE, "trl.reward_funcs=[judge.kind, sums.exact]")
+    assert load(write(tmp_path, dump(config))) == config
+    assert reward_models(config) == []
+    plan = make_plan(config, [Node("a", {"CPU": 2.0})], 8, "float32")
+    judge, function = reward_specs(config, plan)
+    assert judge == JudgeSpec(
+        path="judge.kind",
+        name="kind",
+        url="http://127.0.0.1:8000/v1",
+        model="org/judge",
+        prompt="Rate {completion} of {prompt} in ${money}",
+        api_key_env="KIND_KEY",
+        max_tokens=512,
+        temperature=0.0,
+        timeout_s=30.0,
+        limit_s=45.0,
+        concurrency=16,
+        scale=(1.0, 5.0),
+    )
+    assert isinstance(function, RewardSpec) and function.sandbox == SandboxSpec(2.0, 256, 1)
+
+    monkeypatch.delenv("KIND_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"job.yaml:\d+: ray.judges.kind.api_key_env: KIND_KEY is not set where this command"):
+        ensure_rewards(config, plan, conversational=True)
+    monkeypatch.setenv("KIND_KEY", "hush")
+    ensure_rewards(config, plan, conversational=True)
+    assert "hush" not in dump(config) + repr(reward_specs(config, plan))
+    monkeypatch.delenv("KIND_KEY")
+    unused = grpo(tmp_path, JUDGE)
+    ensure_rewards(unused, plan, conversational=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trl.reward_funcs=[judge.kidn]", "trl.reward_funcs: judge.kidn names a judge, and ray.judges has kind; add it there"),
+        ("ray.judges.kind.url=''", "ray.judges.kind.url: is ''; give the server's address, for example http://"),
+        ("ray.judges.kind.url=127.0.0.1:8000", "ray.judges.kind.url: is '127.0.0.1:8000'; give the server's address"),
+        ("ray.judges.kind.model=''", "ray.judges.kind.model: is empty; name a model"),
+        ("ray.judges.kind.prompt='Rate {prompt}'", "ray.judges.kind.prompt: does not say where the completion goes; write"),
+        ("ray.judges.kind.api_key_env=sk-123", "ray.judges.kind.api_key_env: takes the name of an environment variable, and"),
+        ("ray.judges.kind.scale=[5, 5]", "ray.judges.kind.scale: is [5.0, 5.0]; give the lowest and the highest number"),
+        ("ray.judges.kind.scale=[5]", "ray.judges.kind.scale: is [5.0]; give the lowest and the highest number"),
+        ("ray.judges.kind.max_tokens=0", "ray.judges.kind.max_tokens: is 0; it must be 1 or more"),
+        ("ray.judges.kind.concurrency=0", "ray.judges.kind.concurrency: is 0; it must be 1 or more"),
+        ("ray.judges.kind.temperature=-1", "ray.judges.kind.temperature: is -1; it must be 0 or more"),
+        ("ray.judges.kind.timeout_s=50", "ray.judges.kind.timeout_s: is 50; it must be above 0 and below ray.reward_timeout_s"),
+        ("ray.judges.a-b={url: http://a, model: m, prompt: '{completion}'}", "ray.judges.a-b: a judge's name has letters"),
+        ("ray.judges.b={url: http://a, prompt: '{completion}'}", "ray.judges.b.model: is missing; name a model"),
+        ("ray.judges.kind.modell=m", "ray.judges.kind.modell: unknown key 'modell'; did you mean ray.judges.kind.model?"),
+        ("ray.judges.kind.max_tokens=many", "ray.judges.kind.max_tokens: takes a whole number, not 'many'"),
+        ("ray.judges=[kind]", "ray.judges: takes a section for each name; indent its keys under the name"),
+        ("ray.sandbox.time_s=0", "ray.sandbox.time_s: is 0; it must be"),
+        ("ray.sandbox.memory_mib=0", "ray.sandbox.memory_mib: is 0; it must be 1 or more"),
+        ("ray.sandbox.file_mib=0", "ray.sandbox.file_mib: is 0; it must be 1 or more"),
+    ],
+)
+def test_what_judges_and_the_sandbox_may_not_be(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        grpo(tmp_path, JUDGE, override)
+    assert expected in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_program_has_less_time_than_the_call_that_runs_it(tmp_path: Path) -> None:
+    code = "trl.reward_funcs=[actors.verifiers.passes_tests]"
+    grpo(tmp_path, "", "ray.sandbox.time_s=60")
+    with pytest.raises(ConfigError, match="ray.sandbox.time_s: is 60, no less than ray.reward_timeout_s, in which"):
+        grpo(tmp_path, "", "ray.sandbox.time_s=60", code)
+
+
+def test_dataset_jobs_say_that_rewards_are_not_theirs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ensure_runnable(load(write(tmp_path, SFT + JUDGE + "trl: {multi_objective_aggregation: normalize_then_sum}\n")))
+    for key in ("ray.sandbox", "ray.judges", "ray.reward_timeout_s", "trl.multi_objective_aggregation"):
+        assert sum(f"{key}: not used: it concerns rl: grpo" in text for text in messages(caplog)) == 1
+
+
+def test_rewards_that_are_normalized_first_leave_scale_rewards_nothing_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = "trl.multi_objective_aggregation=normalize_then_sum"
+    ensure_runnable(grpo(tmp_path, "", first))
+    assert messages(caplog) == []
+    ensure_runnable(grpo(tmp_path, "", first, "trl.scale_rewards=batch"))
+    assert ["trl.scale_rewards: not used" in text for text in messages(caplog)] == [True]
 
 
 def test_full_fine_tuning_is_named(tmp_path: Path) -> None:
