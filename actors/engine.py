@@ -7,15 +7,15 @@ both wait in the queue. A new way to install a snapshot goes into install.py and
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from actors import device, hub, model, snapshot
 from actors.errors import SyncError
 from actors.install import BaseWeights
+from actors.snapshot import Bucket
 from actors.specs import EngineSpec, SamplingSpec
 from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader, TensorEntry
 
@@ -27,7 +27,7 @@ class Installed:
     """A policy that this engine holds."""
 
     header: SnapshotHeader
-    buffer: NDArray[np.uint8]
+    buckets: tuple[Bucket, ...]
     slot: int  # vLLM's LoRA id when sync is adapter
 
 
@@ -42,13 +42,13 @@ class RolloutEngine:
         self.probe = list(probe)
         folder = hub.resolve(spec.model.name)
         self.base = BaseWeights(folder, model.quantized_weights(spec.model), spec.model.quantization)
-        self.expected = model.expected_lora_shapes(spec.model, spec.lora)
-        self.scaling = model.scaling(spec.lora)
+        self.expected = model.expected_shapes(spec.model, spec.lora)
+        self.rank, self.scaling = (spec.lora.r, model.scaling(spec.lora)) if spec.lora else (0, 0.0)
         self.installed: dict[int, Installed] = {}  # by version, latest install last; that one is served
         # No slot is used twice: vLLM keys adapters and prefix cache on it, and would serve what it had there.
         self.slots = itertools.count(1)
         lora: dict[str, Any] = {}
-        if spec.sync == "adapter":
+        if spec.sync == "adapter" and spec.lora:
             # One slot more than versions: the new one is proven before the oldest leaves.
             slots = spec.policies + 1
             lora = {"enable_lora": True, "max_lora_rank": max(spec.lora.r, 8), "max_loras": slots}
@@ -96,7 +96,7 @@ class RolloutEngine:
         self.asleep = False
         return device.free_gib()
 
-    def install(self, header: SnapshotHeader, buffer: NDArray[np.uint8]) -> InstallReceipt:
+    def install(self, header: SnapshotHeader, *buckets: Bucket) -> InstallReceipt:
         """Serves a published policy from now on, and says what its probe gives.
 
         Raises SyncError when the snapshot is not whole or does not fit; what was served before is then served still,
@@ -105,13 +105,13 @@ class RolloutEngine:
         started = time.perf_counter()
         digest = snapshot.validate(
             header,
-            buffer,
+            buckets,
             self.expected,
             base_model=self.spec.model.name,
-            rank=self.spec.lora.r,
+            rank=self.rank,
             scaling=self.scaling,
         )
-        new = Installed(header, buffer, next(self.slots))
+        new = Installed(header, buckets, next(self.slots))
         try:
             self._place(new)
         except Exception as error:  # vLLM raises many kinds; whichever it is, the old policy must be served again
@@ -144,12 +144,14 @@ class RolloutEngine:
         return next(reversed(self.installed), None)
 
     def _place(self, policy: Installed) -> None:
-        if self.spec.sync == "fused":
-            self._fuse(policy.header.entries, policy.buffer, policy.header.scaling)
+        if self.spec.lora is None:
+            self._load(policy)
+        elif self.spec.sync == "fused":
+            self._fuse(policy.header.entries, policy.buckets, policy.header.scaling)
         else:
             config = model.peft_config(self.spec.lora).to_dict()
             config["target_modules"] = sorted({n.split(".")[-3] for n in self.expected})
-            self._worker("eagleray_add_adapter", policy.slot, policy.header.entries, policy.buffer, config)
+            self._worker("eagleray_add_adapter", policy.slot, policy.header.entries, policy.buckets, config)
 
     def _put_back(self, failed_slot: int) -> None:
         if self.spec.sync == "adapter":
@@ -157,17 +159,26 @@ class RolloutEngine:
         elif self.version is not None:
             self._place(self.installed[self.version])
         else:
-            self._fuse((), np.empty(0, dtype=np.uint8), 0.0)
+            self._fuse((), (), 0.0)
 
-    def _fuse(self, entries: tuple[TensorEntry, ...], buffer: NDArray[np.uint8], scaling: float) -> None:
-        self._worker("eagleray_fuse", self.base, entries, buffer, scaling)
+    def _load(self, policy: Installed) -> None:
+        """Bucket by bucket, so that what goes to the workers of a tensor parallel engine is never all of it at once."""
+        self._worker("eagleray_begin")
+        for number, bucket in enumerate(policy.buckets):
+            entries = snapshot.entries_of(policy.header.entries, number)
+            self._worker("eagleray_load", [replace(entry, bucket=0) for entry in entries], bucket)
+        self._worker("eagleray_finish")
+        self.llm.reset_prefix_cache()
+
+    def _fuse(self, entries: Sequence[TensorEntry], buckets: Sequence[Bucket], scaling: float) -> None:
+        self._worker("eagleray_fuse", self.base, entries, buckets, scaling)
         self.llm.reset_prefix_cache()  # its blocks hold the old policy's keys and values
 
     def _worker(self, method: str, *args: Any) -> None:
         self.llm.collective_rpc(method, args=args)
 
     def _lora_request(self) -> Any:
-        if self.spec.sync == "fused" or self.version is None:
+        if self.spec.sync != "adapter" or self.version is None:
             return None
         from vllm.lora.request import LoRARequest
 

@@ -1,25 +1,25 @@
-"""A snapshot into a running vLLM engine, without a file: methods that vLLM's workers gain, one pair a way.
+"""A snapshot into a running vLLM engine, without a file: methods that vLLM's workers gain.
 
     fused     the touched weights become W0 + scaling * B A, always from the pristine W0, so nothing drifts;
               sampling then runs at the speed of the base model
     adapter   a LoRA slot of vLLM: several policies at once, at a price in decoding
+    weights   all weights as they come, bucket by bucket: what full fine-tuning trains
 
-The worker is vLLM's own class plus PolicyInstaller (`worker_extension_cls`). A third way is a method here and a
-name in the engine.
+The worker is vLLM's own class plus PolicyInstaller (`worker_extension_cls`). Another way is a method here and a name in the
+engine.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from actors import snapshot
+from actors.snapshot import Bucket
 from actors.types import TensorEntry
 
 logger = logging.getLogger("eagleray")
@@ -46,27 +46,51 @@ class PolicyInstaller:
         torch.manual_seed(seed)
 
     def eagleray_fuse(
-        self, base: BaseWeights, entries: tuple[TensorEntry, ...], buffer: NDArray[np.uint8], scaling: float
+        self, base: BaseWeights, entries: Sequence[TensorEntry], buckets: Sequence[Bucket], scaling: float
     ) -> None:
-        """Reloads the base weights with the LoRA tensors of a snapshot merged in; no entries are the base itself.
-
-        When the reload fails half way, the layers are put back into a loadable state before the error goes on; the
-        caller then installs what was served before.
-        """
+        """Reloads the base weights with the LoRA tensors of a snapshot merged in; no entries are the base itself."""
         runner = self.model_runner
-        tensors = snapshot.unpack(entries, buffer)
-        weights = merged_weights(base, tensors, scaling, runner.model_config.dtype, runner.device)
+        tensors = snapshot.unpack(entries, *buckets)
+        self.eagleray_begin()
+        self._load(merged_weights(base, tensors, scaling, runner.model_config.dtype, runner.device))
+        self.eagleray_finish()
+
+    def eagleray_begin(self) -> None:
+        """All weights are about to be loaded, by `eagleray_load`, and then `eagleray_finish` is called."""
+        from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model_runner.get_model())
+
+    def eagleray_load(self, entries: Sequence[TensorEntry], bucket: Bucket) -> None:
+        """Loads the weights of one bucket of a snapshot. entries: of that bucket, which they count as their first."""
+        runner = self.model_runner
+        tensors = snapshot.unpack(entries, bucket).items()
+        self._load((name, tensor.to(runner.device, runner.model_config.dtype)) for name, tensor in tensors)
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """When it fails half way, the layers are put back into a loadable state before the error goes on; the caller then
+        installs what was served before.
+        """
         try:
             with torch.no_grad():
-                runner.reload_weights(weights_iterator=weights)
+                self.model_runner.get_model().load_weights(weights)
         except BaseException:
-            from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
-
-            finalize_layerwise_reload(runner.get_model(), runner.model_config)
+            self.eagleray_finish()
             raise
 
+    def eagleray_finish(self) -> None:
+        """What was loaded is served from now on."""
+        from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
+
+        runner = self.model_runner
+        with torch.no_grad():
+            finalize_layerwise_reload(runner.get_model(), runner.model_config)
+        runner.reset_lora_state()
+        runner.reset_encoder_cache()
+        runner.reset_mm_cache()
+
     def eagleray_add_adapter(
-        self, slot: int, entries: tuple[TensorEntry, ...], buffer: NDArray[np.uint8], config: Mapping[str, Any]
+        self, slot: int, entries: Sequence[TensorEntry], buckets: Sequence[Bucket], config: Mapping[str, Any]
     ) -> None:
         """Loads LoRA tensors into a slot id that is not in use, without touching the others."""
         from vllm.lora.lora_model import LoRAModel
@@ -81,7 +105,7 @@ class PolicyInstaller:
         lora = LoRAModel.from_lora_tensors(
             slot,
             # vLLM scales B in place: a view of the object store would change what every reader sees.
-            {name: tensor.clone() for name, tensor in snapshot.unpack(entries, buffer).items()},
+            {name: tensor.clone() for name, tensor in snapshot.unpack(entries, *buckets).items()},
             helper,
             device="cpu",
             dtype=lora_config.lora_dtype,

@@ -1,10 +1,11 @@
-"""The policy: base model with LoRA, and the log-probabilities of packed rows.
+"""The policy: base model with LoRA, or all of its weights; and the log-probabilities of packed rows.
 
-The base is frozen, in the job's dtype; LoRA parameters are fp32. The reference policy is the same model with the
-adapter switched off, or with the adapter that training started from.
+With LoRA the base is frozen, in the job's dtype, and LoRA's parameters are fp32; the reference policy is the same model with
+the adapter switched off, or with the adapter that training started from. Without, the weights are trained in the job's dtype.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,13 +113,23 @@ def scaling(lora: LoraSpec) -> float:
     return float(lora.alpha / lora.r**0.5 if lora.use_rslora else lora.alpha / lora.r)
 
 
-def load_policy(model: ModelSpec, lora: LoraSpec, *, gradient_checkpointing: bool, reference: bool = False) -> Any:
-    """A PeftModel on this process's device. reference: whether adapter.as_reference will be asked for.
+def load_policy(
+    model: ModelSpec, lora: LoraSpec | None, *, gradient_checkpointing: bool, reference: bool = False
+) -> Any:
+    """A PeftModel on this process's device, or the model itself without `lora`.
 
-    Raises ConfigError when the adapter's targets are not in the model.
+    reference: whether adapter.as_reference will be asked for. Raises ConfigError when the adapter's targets are not in the
+    model.
     """
-    from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    base = load_base(model)
+    if gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    return base if lora is None else _with_lora(base, lora, reference=reference)
+
+
+def load_base(model: ModelSpec) -> Any:
+    """The model as it is published, with attention that knows packed rows, on this process's device."""
     from transformers import AutoModelForCausalLM
 
     kwargs: dict[str, Any] = {}
@@ -138,9 +149,13 @@ def load_policy(model: ModelSpec, lora: LoraSpec, *, gradient_checkpointing: boo
     elif not model.sharded:  # a whole model of shards may not fit on one device
         base.to(device.device())
     base.config.use_cache = False
-    if gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
+    return base
+
+
+def _with_lora(base: Any, lora: LoraSpec, *, reference: bool) -> Any:
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     try:
         policy = get_peft_model(base, peft_config(lora))
     except ValueError as error:
@@ -164,8 +179,14 @@ def lora_tensors(policy: Any) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(policy))
 
 
-def expected_lora_shapes(model: ModelSpec, lora: LoraSpec, task: str = "CAUSAL_LM") -> dict[str, tuple[int, ...]]:
-    """Name and shape of each of the adapter's tensors, from the model's config.json alone: no weights are read."""
+def trained_parameters(policy: Any) -> dict[str, Any]:
+    """What is trained, by the names that PEFT, or transformers, writes to a file. As they are: whole or in shards."""
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return {name.replace(f".{adapter.POLICY}.", "."): parameter for name, parameter in trained.items()}
+
+
+def expected_shapes(model: ModelSpec, lora: LoraSpec | None, task: str = "CAUSAL_LM") -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor that is trained, from the model's config.json alone: no weights are read."""
     from peft import get_peft_model
     from transformers import AutoConfig
 
@@ -174,8 +195,24 @@ def expected_lora_shapes(model: ModelSpec, lora: LoraSpec, task: str = "CAUSAL_L
         config.num_labels = 1
     with torch.device("meta"):
         base = auto_class(task).from_config(config, trust_remote_code=model.trust_remote_code)
-        policy = get_peft_model(base, peft_config(lora, task))
-    return {name: tuple(tensor.shape) for name, tensor in lora_tensors(policy).items()}
+        tensors = lora_tensors(get_peft_model(base, peft_config(lora, task))) if lora else trained_parameters(base)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def ensure_checkpoint_names(model: ModelSpec) -> None:
+    """Raises ConfigError unless transformers calls weights as the model's own files do, which is what vLLM loads."""
+    from safetensors import safe_open
+
+    folder = Path(hub.resolve(model.name))
+    stored: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            stored.update(weights.keys())
+    if other := sorted(expected_shapes(model, None).keys() - stored):
+        raise ConfigError(
+            f"base_model: {model.name} has no {other[0]} in its files, where transformers keeps weights under other names, so "
+            "they cannot go to the engines as they are; add adapter: lora"
+        )
 
 
 def row_logits(policy: Any, row: PackedRow) -> Tensor:

@@ -7,7 +7,7 @@ gradients are summed over ranks and never averaged. A new way is a class here an
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +16,11 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from actors import device, model, sharding
-from actors.adapter import POLICY
 from actors.errors import ActorError
 from actors.optimizers import OPTIMIZER_FILE, SHARD_FILE, load_optimizer, save_optimizer
 from actors.specs import RankSpec, TrainerSpec
@@ -149,14 +149,22 @@ class WholeCopies:
         for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
             gradient.copy_(summed)
 
-    def adapter(self) -> dict[str, Tensor]:
-        """The adapter's tensors under PEFT's names: whole on rank 0; all ranks call it."""
-        return model.lora_tensors(self.policy)
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of each trained tensor, whole, by the names of model.trained_parameters."""
+        sizes = model.trained_parameters(self.policy).items()
+        return {name: getattr(p, "ds_numel", p.numel()) * p.element_size() for name, p in sizes}
 
-    def load_adapter(self, file: Path) -> None:
-        from peft import set_peft_model_state_dict
+    def whole(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Those of the trained tensors, whole; all ranks call it. They may be the weights themselves."""
+        parameters = model.trained_parameters(self.policy)
+        return {name: parameters[name].detach() for name in names}
 
-        set_peft_model_state_dict(self.policy, load_file(file))
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts saved tensors back; all ranks call it."""
+        parameters = model.trained_parameters(self.policy)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                parameters[name].copy_(tensor)
 
     def save_state(self, folder: Path, rank: int) -> None:
         """The optimizer's; all ranks call it."""
@@ -186,14 +194,20 @@ class Fsdp(WholeCopies):
     def _sum_gradients(self) -> None:
         """The backward pass has."""
 
-    def adapter(self) -> dict[str, Tensor]:
-        return named_by_peft(self.policy, sharding.trainable_weights(self.policy))
+    def whole(self, names: Sequence[str]) -> dict[str, Tensor]:
+        parts = super().whole(names)
+        return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parts.items()}
 
-    def load_adapter(self, file: Path) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+        for module in self.policy.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass without a backward pass leaves some of them whole
+        own = {id(p): name for name, p in self.policy.named_parameters()}
+        state = {own[id(p)]: tensors[name] for name, p in model.trained_parameters(self.policy).items()}
         options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(self.policy, named_by_model(self.policy, load_file(file)), options=options)
+        set_model_state_dict(self.policy, state, options=options)
 
     def save_state(self, folder: Path, rank: int) -> None:
         save_optimizer(self.optimizer, folder / SHARD_FILE.format(rank=rank))
@@ -228,17 +242,14 @@ class DeepSpeed(WholeCopies):
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0)
 
-    def adapter(self) -> dict[str, Tensor]:
+    def whole(self, names: Sequence[str]) -> dict[str, Tensor]:
         import deepspeed
 
-        whole = {}
-        for name, parameter in self.policy.named_parameters():
-            if parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    whole[name] = parameter.detach().cpu().clone()
-        return named_by_peft(self.policy, whole)
+        parameters = model.trained_parameters(self.policy)
+        with deepspeed.zero.GatheredParameters([parameters[name] for name in names]):
+            return {name: parameters[name].detach().clone() for name in names}
 
-    def load_adapter(self, file: Path) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """DeepSpeed's own state, which load_state reads, holds the weights too."""
 
     def save_state(self, folder: Path, rank: int) -> None:
@@ -246,16 +257,3 @@ class DeepSpeed(WholeCopies):
 
     def load_state(self, folder: Path, rank: int) -> None:
         self.engine.load_checkpoint(str(folder), load_module_strict=False)
-
-
-def named_by_peft(policy: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's own names to those in PEFT's files."""
-    from peft import get_peft_model_state_dict
-
-    return dict(get_peft_model_state_dict(policy, state_dict=dict(weights))) if weights else {}
-
-
-def named_by_model(policy: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Names in PEFT's files to a model's own."""
-    names = [name for name, p in policy.named_parameters() if p.requires_grad]
-    return {name: tensors[name.replace(f".{POLICY}.", ".")] for name in names}

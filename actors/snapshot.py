@@ -1,10 +1,11 @@
-"""LoRA tensors as one flat buffer with a manifest: what a trainer publishes and an engine validates.
+"""A policy's tensors as flat buffers with a manifest: what a trainer publishes and an engine validates.
 
-One uint8 array travels through the object store at the speed of a copy, where a dict of tensors is pickled piece by
-piece. numpy has no bfloat16, hence bytes. Nothing here touches a file.
+A uint8 array travels through the object store at the speed of a copy, where a dict of tensors is pickled piece by piece.
+numpy has no bfloat16, hence bytes. An adapter is one such bucket; the weights of a whole model are many, of which the trainer
+holds one at a time. Nothing here touches a file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,27 +19,51 @@ from actors.types import SnapshotHeader, TensorEntry
 ALIGNMENT = 64  # bytes; every tensor starts on a cache line, so that a view of any dtype is aligned
 
 
+Bucket = NDArray[np.uint8]  # [bytes]
+
+
 def digest(buffer: Any) -> str:
     """xxh3-128 of bytes or a uint8 array, hex: finds corruption and mix-ups at memory speed; not meant against an attacker."""
     return xxhash.xxh3_128_hexdigest(buffer)
 
 
-def pack(
-    tensors: Mapping[str, torch.Tensor], used: NDArray[np.uint8] | None = None
-) -> tuple[tuple[TensorEntry, ...], NDArray[np.uint8], str]:
-    """Copies tensors (any device and dtype) into one buffer, sorted by name.
+def joined(digests: Sequence[str]) -> str:
+    """The digest of a snapshot, from those of its buckets: of one, its own."""
+    return digests[0] if len(digests) == 1 else digest("".join(digests).encode())
 
-    used: a buffer that nobody reads any more; one of the right size is written over, since touching fresh memory takes
-    several times as long as the copy. Returns the manifest, the buffer, uint8 [total bytes], and its digest.
+
+def buckets(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names by bucket, sorted, each bucket as full as `limit` bytes allow; a tensor above the limit has one of its own.
+
+    sizes: bytes of each tensor.
+    """
+    names: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(sizes):
+        if names[-1] and filled + sizes[name] > limit:
+            names.append([])
+            filled = 0
+        names[-1].append(name)
+        filled += sizes[name]
+    return names
+
+
+def pack(
+    tensors: Mapping[str, torch.Tensor], used: Bucket | None = None, bucket: int = 0
+) -> tuple[tuple[TensorEntry, ...], Bucket, str]:
+    """Copies tensors (any device and dtype) into one bucket, sorted by name.
+
+    used: a buffer that nobody reads any more; one that is large enough is written over, since touching fresh memory takes
+    several times as long as the copy. Returns the manifest, the bucket, and its digest.
     """
     entries, offset = [], 0
     for name in sorted(tensors):
         tensor = tensors[name]
         nbytes = tensor.numel() * tensor.element_size()
         dtype = str(tensor.dtype).removeprefix("torch.")
-        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, nbytes))
+        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, nbytes, bucket))
         offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    buffer = used if used is not None and used.nbytes == offset else np.zeros(offset, dtype=np.uint8)
+    buffer = used[:offset] if used is not None and used.nbytes >= offset else np.empty(offset, dtype=np.uint8)
     whole = xxhash.xxh3_128()
     digested = 0
     for entry in entries:
@@ -47,18 +72,28 @@ def pack(
         source = tensors[entry.name].detach().contiguous().view(-1).view(torch.uint8)
         end = entry.offset + entry.nbytes
         buffer[entry.offset : end] = source.cpu().numpy()
+        buffer[end : end + -end % ALIGNMENT] = 0  # or equal policies would have different digests
         whole.update(buffer.data[digested:end])  # while the tensor is still in the processor's cache
         digested = end
     whole.update(buffer.data[digested:])
     return tuple(entries), buffer, whole.hexdigest()
 
 
-def unpack(entries: tuple[TensorEntry, ...], buffer: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
-    """Views into the buffer, by name. They share its memory: clone before anything writes to them."""
-    return {entry.name: view for entry, view in zip(entries, _views(entries, buffer), strict=True)}
+def unpack(entries: Sequence[TensorEntry], *held: Bucket) -> dict[str, torch.Tensor]:
+    """Views into the buckets, by name. They share their memory: clone before anything writes to them."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number, bucket in enumerate(held):
+        inside = entries_of(entries, number)
+        tensors |= {entry.name: view for entry, view in zip(inside, _views(inside, bucket), strict=True)}
+    return tensors
 
 
-def _views(entries: tuple[TensorEntry, ...] | list[TensorEntry], buffer: NDArray[np.uint8]) -> list[torch.Tensor]:
+def entries_of(entries: Sequence[TensorEntry], bucket: int) -> list[TensorEntry]:
+    """Those of one bucket."""
+    return [entry for entry in entries if entry.bucket == bucket]
+
+
+def _views(entries: Sequence[TensorEntry], buffer: Bucket) -> list[torch.Tensor]:
     flat = torch.frombuffer(buffer, dtype=torch.uint8) if buffer.size else torch.empty(0, dtype=torch.uint8)
     views = []
     for entry in entries:
@@ -69,7 +104,7 @@ def _views(entries: tuple[TensorEntry, ...] | list[TensorEntry], buffer: NDArray
 
 def validate(
     header: SnapshotHeader,
-    buffer: NDArray[np.uint8],
+    held: Sequence[Bucket],
     expected: Mapping[str, tuple[int, ...]],
     *,
     base_model: str,
@@ -78,8 +113,8 @@ def validate(
 ) -> str:
     """Raises SyncError unless the snapshot is whole and belongs to this model and adapter.
 
-    expected: name -> shape of every LoRA tensor, worked out from the model's own configuration. Returns the digest of
-    the bytes that arrived.
+    held: its buckets. expected: name -> shape of every tensor, worked out from the model's own configuration. Returns the
+    digest of the bytes that arrived.
     vLLM itself accepts adapters with missing halves, unknown names and NaN, so this stands before it.
     """
 
@@ -92,8 +127,9 @@ def validate(
         raise refuse(f"its LoRA rank is {header.rank}, this job's is {rank}")
     if header.scaling != scaling:
         raise refuse(f"its LoRA scaling is {header.scaling}, this job's is {scaling}")
-    if buffer.nbytes != header.nbytes:
-        raise refuse(f"{buffer.nbytes} bytes arrived of {header.nbytes}")
+    arrived = sum(bucket.nbytes for bucket in held)
+    if arrived != header.nbytes:
+        raise refuse(f"{arrived} bytes arrived of {header.nbytes}")
     names = {entry.name for entry in header.entries}
     if missing := sorted(expected.keys() - names):
         raise refuse(f"{len(missing)} tensors are missing, first {missing[0]}")
@@ -102,7 +138,9 @@ def validate(
     for entry in header.entries:
         if entry.shape != expected[entry.name]:
             raise refuse(f"{entry.name} has shape {entry.shape}, the model needs {expected[entry.name]}")
-    found, not_finite = _examine(header.entries, buffer)
+    examined = [_examine(entries_of(header.entries, number), bucket) for number, bucket in enumerate(held)]
+    found = joined([digest for digest, _ in examined])
+    not_finite = [name for _, names in examined for name in names]
     if found != header.digest:
         raise refuse(f"the bytes have digest {found}, published was {header.digest}")
     if not_finite:
@@ -110,8 +148,8 @@ def validate(
     return found
 
 
-def _examine(entries: tuple[TensorEntry, ...], buffer: NDArray[np.uint8]) -> tuple[str, list[str]]:
-    """The buffer's digest, and the names of tensors that hold NaN or infinity: one pass over the memory for both."""
+def _examine(entries: Sequence[TensorEntry], buffer: Bucket) -> tuple[str, list[str]]:
+    """The bucket's digest, and the names of tensors that hold NaN or infinity: one pass over the memory for both."""
     whole = xxhash.xxh3_128()
     digested = 0
     not_finite = []

@@ -89,7 +89,7 @@ class TrainerSpec:
     """The trainer of an online job."""
 
     model: ModelSpec
-    lora: LoraSpec
+    lora: LoraSpec | None  # None = all weights are trained
     optimizer: OptimizerSpec
     loss: LossSpec
     micro_batch_size: int  # completions per forward pass
@@ -99,6 +99,7 @@ class TrainerSpec:
     gradient_checkpointing: bool = False
     shares_gpu: bool = False  # whether an engine computes on the same GPU in turn
     sharding: Mapping[str, Any] = field(default_factory=dict)  # of transformers' TrainingArguments; {} = no shards
+    bucket_bytes: int = 2**30  # of a snapshot: what is gathered and copied at once
     seed: int = 42
     threads: int | None = None  # CPU threads; None = torch's default
 
@@ -130,8 +131,8 @@ class EngineSpec:
     """One vLLM engine."""
 
     model: ModelSpec
-    lora: LoraSpec
-    sync: str  # fused | adapter
+    lora: LoraSpec | None  # None = a policy is all weights
+    sync: str  # fused | adapter; weights without LoRA
     max_model_len: int  # tokens of prompt and completion
     max_num_seqs: int  # completions decoded side by side
     tensor_parallel: int = 1  # GPUs that hold the model together

@@ -8,25 +8,26 @@ was not interrupted.
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors import adapter, device, model, ranks, snapshot, storage
 from actors.loss import grpo_loss, token_weights
 from actors.packing import PackedRow, Sample, idle_row, pack_row, plan_rows
+from actors.snapshot import Bucket
 from actors.specs import OptimizerSpec, RankSpec, TrainerSpec
 from actors.types import RolloutGroup, SnapshotHeader, TensorEntry, TrainStats
 
 RNG_FILE = "rng-{rank}.safetensors"
+OLDER_FILE = "policy-{version}-{bucket}.safetensors"
 TRAINER_FILE = "trainer.json"
 STEP_SUMS = ("kl_sum", "clipped_sum", "importance_sum", "mismatch_sum")
 
@@ -42,6 +43,7 @@ class Trainer:
         self.spec = spec
         self.rank = rank or RankSpec()
         self.version = 0
+        reference = spec.loss.beta != 0.0
         sharding = ranks.join(self.rank, spec)
         device.seed_everything(spec.seed)  # a new adapter starts alike on all ranks
         with ranks.loading(self.rank, spec):
@@ -49,24 +51,33 @@ class Trainer:
                 spec.model,
                 spec.lora,
                 gradient_checkpointing=spec.gradient_checkpointing,
-                reference=spec.loss.beta != 0.0,
+                reference=reference,
             )
+        # With LoRA it is the policy itself, in another state; all weights need a frozen copy.
+        self.reference = model.load_base(spec.model).eval() if reference and spec.lora is None else None
         self.shared = ranks.share(sharding, policy, lambda trained: _optimizer(trained, spec.optimizer), self.rank.world)
         self.policy = self.shared.policy
         self.scheduler = _schedule(self.shared.optimizer, spec.optimizer)
         device.seed_everything(spec.seed + self.rank.rank)  # and dropout differs
         self.probe: tuple[int, ...] = ()
-        self.buffer: NDArray[np.uint8] | None = None  # of the last publish
+        self.probe_of_base: tuple[float, ...] = ()
+        self.buckets = snapshot.buckets(self.shared.nbytes(), spec.bucket_bytes)  # names of what is published
+        self.buffer: Bucket | None = None  # of the last publish
 
     def set_probe(self, token_ids: Sequence[int]) -> None:
-        """The sequence whose log-probabilities prove a sync; at least two tokens."""
+        """The sequence whose log-probabilities prove a sync; at least two tokens. Before anything is trained or restored."""
         self.probe = tuple(token_ids)
+        self.policy.eval()
+        with nullcontext() if self.spec.lora is None else self.policy.disable_adapter():
+            self.probe_of_base = tuple(model.sequence_logprobs(self.shared.model, self.probe))
 
     def base_logprobs(self) -> tuple[float, ...]:
         """The probe's log-probabilities under the base model: what an engine answers whose installs do nothing."""
-        self.policy.eval()
-        with self.policy.disable_adapter():
-            return tuple(model.sequence_logprobs(self.shared.model, self.probe))
+        return self.probe_of_base
+
+    def bucket_count(self) -> int:
+        """How many buckets `publish` gives before the header."""
+        return len(self.buckets)
 
     def ensure_shared(self, marker: str, content: str) -> None:
         """Raises CheckpointError unless the driver's file is seen here."""
@@ -92,7 +103,7 @@ class Trainer:
             rows += [idle_row()] * (self.shared.most(len(rows)) - len(rows))
         self.policy.train()
         several = self.spec.num_iterations > 1
-        old = [self._old_logprobs(row) if several else None for row in rows]
+        old = [self._logprobs_now(self.shared.model, row) if several else None for row in rows]
         totals: dict[str, float] = {}
         left_out = 0
         for _ in range(self.spec.num_iterations):
@@ -141,15 +152,16 @@ class Trainer:
         return samples, lengths
 
     @torch.no_grad()
-    def _old_logprobs(self, row: PackedRow) -> Tensor:
+    def _logprobs_now(self, policy: Any, row: PackedRow) -> Tensor:
         row = row.to(device.device())
-        logprobs_BT, _ = model.completion_logprobs(self._logits(row), row, self.spec.temperature)
+        logprobs_BT, _ = model.completion_logprobs(model.row_logits(policy, row), row, self.spec.temperature)
         return logprobs_BT
 
-    @torch.no_grad()
     def _reference_logprobs(self, row: PackedRow) -> Tensor:
+        if self.reference is not None:
+            return self._logprobs_now(self.reference, row)
         with adapter.as_reference(self.policy):
-            return self._old_logprobs(row)
+            return self._logprobs_now(self.shared.model, row)
 
     def _logits(self, row: PackedRow) -> Tensor:
         return model.row_logits(self.shared.model, row)
@@ -188,62 +200,88 @@ class Trainer:
         self.scheduler.step()  # the schedule counts steps of the job, also those that had nothing to learn
         return {**sums, "grad_norm": grad_norm, "learning_rate": learning_rate, "left_out": not finite}
 
-    def publish(self) -> tuple[SnapshotHeader, NDArray[np.uint8]]:
-        """The current policy as header and buffer, two objects of the store: the driver fetches only the first.
+    def publish(self) -> Iterator[Bucket | SnapshotHeader]:
+        """The current policy: its buckets, and then their header, each an object of the store of which the driver fetches the
+        last. To be called with as many returns.
 
-        Rank 0 alone has the whole adapter; what other ranks return is empty. The buffer is returned rather than put,
-        since what an actor puts dies with it. The next call writes over it: the store has a copy, and whoever calls
-        without Ray takes one.
+        Rank 0 alone has what was gathered; buckets of other ranks are empty. A bucket is returned rather than put, since what
+        an actor puts dies with it. The next one is written over it: the store has a copy, and whoever calls without Ray takes
+        one.
         """
-        tensors = self.shared.adapter()
-        entries, buffer, digest = snapshot.pack(tensors if self.rank.rank == 0 else {}, self.buffer)
-        self.buffer = buffer
+        entries: list[TensorEntry] = []
+        digests = []
+        nbytes = 0
+        for number, names in enumerate(self.buckets):
+            tensors = self.shared.whole(names)
+            found, bucket, digest = snapshot.pack(tensors if self.rank.rank == 0 else {}, self.buffer, number)
+            if self.buffer is None or bucket.nbytes > self.buffer.nbytes:
+                self.buffer = bucket
+            entries += found
+            digests.append(digest)
+            nbytes += bucket.nbytes
+            yield bucket
         self.policy.eval()
-        header = SnapshotHeader(
+        yield SnapshotHeader(
             version=self.version,
             base_model=self.spec.model.name,
-            rank=self.spec.lora.r,
-            scaling=model.scaling(self.spec.lora),
-            entries=entries,
-            nbytes=buffer.nbytes,
-            digest=digest,
+            rank=self.spec.lora.r if self.spec.lora else 0,
+            scaling=model.scaling(self.spec.lora) if self.spec.lora else 0.0,
+            entries=tuple(entries),
+            nbytes=nbytes,
+            digest=snapshot.joined(digests),
             probe_logprobs=tuple(model.sequence_logprobs(self.shared.model, self.probe)),
         )
-        return header, buffer
 
-    def save_adapter(self, folder: str) -> None:
-        """The adapter as PEFT writes it, loadable by PeftModel.from_pretrained."""
-        tensors = self.shared.adapter()
+    def save_policy(self, folder: str) -> None:
+        """The adapter as PEFT writes it, loadable by PeftModel.from_pretrained; without LoRA the model and its tokenizer, as
+        transformers write them.
+        """
+        tensors: dict[str, Tensor] = {}
+        for names in self.buckets:
+            for name, tensor in self.shared.whole(names).items():
+                if self.rank.rank == 0:
+                    tensors[name] = tensor.cpu().contiguous()
         if self.rank.rank != 0:
             return
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
+        if self.spec.lora is None:
+            self.policy.save_pretrained(folder, state_dict=tensors)
+            model.load_tokenizer(self.spec.model).save_pretrained(folder)
+            return
         config = copy(self.policy.peft_config["default"])  # as PEFT resolved it: the modules by name
         config.base_model_name_or_path = self.spec.model.name
         config.inference_mode = True
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(on_cpu, path / adapter.WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(tensors, path / adapter.WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(folder)
 
     def save(self, folder: str, *older: Any) -> None:
-        """Writes all that a resumed trainer needs; `older` are headers and buffers of policies still sampling."""
+        """Writes all that a resumed trainer needs; `older` are policies still sampling, each its header and its buckets."""
         path = Path(folder)
-        self.save_adapter(folder)
+        self.save_policy(folder)
         path.mkdir(parents=True, exist_ok=True)  # another rank may be here first
         self.shared.save_state(path, self.rank.rank)
         save_file(device.rng_state(), path / RNG_FILE.format(rank=self.rank.rank))
         if self.rank.rank != 0:
             return
         state = {"version": self.version, "scheduler": self.scheduler.state_dict(), "older": []}
-        for header, buffer in zip(older[::2], older[1::2], strict=True):
-            state["older"].append(asdict(header))
-            save_file({"buffer": torch.tensor(buffer)}, path / f"policy-{header.version}.safetensors")
+        for part in older:
+            if isinstance(part, SnapshotHeader):
+                header, number = part, 0
+                state["older"].append(asdict(header))
+            else:
+                file = OLDER_FILE.format(version=header.version, bucket=number)
+                save_file({"bucket": torch.tensor(part)}, path / file)
+                number += 1
         (path / TRAINER_FILE).write_text(json.dumps(state), encoding="utf-8")
 
-    def restore(self, folder: str) -> list[tuple[SnapshotHeader, NDArray[np.uint8]]]:
-        """Goes back to a saved state; rank 0 returns the older policies that were sampling then, oldest first."""
+    def restore(self, folder: str) -> list[tuple[Any, ...]]:
+        """Goes back to a saved state; rank 0 returns the older policies that were sampling then, oldest first, each its header
+        and its buckets.
+        """
         path = Path(folder)
-        self.shared.load_adapter(path / adapter.WEIGHTS_FILE)
+        files = [path / adapter.WEIGHTS_FILE] if self.spec.lora else sorted(path.glob("model*.safetensors"))
+        self.shared.load({name: tensor for file in files for name, tensor in load_file(file).items()})
         state = json.loads((path / TRAINER_FILE).read_text(encoding="utf-8"))
         self.shared.load_state(path, self.rank.rank)
         device.set_rng_state(load_file(path / RNG_FILE.format(rank=self.rank.rank)))
@@ -251,21 +289,27 @@ class Trainer:
         for group, rate in zip(self.shared.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         self.version = state["version"]
-        older: list[tuple[SnapshotHeader, NDArray[np.uint8]]] = []
+        older: list[tuple[Any, ...]] = []
         if self.rank.rank != 0:
             return older
         for saved_header in state["older"]:
             entries = tuple(TensorEntry(**{**e, "shape": tuple(e["shape"])}) for e in saved_header["entries"])
             probe = tuple(saved_header["probe_logprobs"])
             header = SnapshotHeader(**{**saved_header, "entries": entries, "probe_logprobs": probe})
-            buffer = load_file(path / f"policy-{header.version}.safetensors")["buffer"].numpy()
-            older.append((header, buffer))
+            files = [path / OLDER_FILE.format(version=header.version, bucket=b) for b in {e.bucket: None for e in entries}]
+            older.append((header, *(load_file(file)["bucket"].numpy() for file in files)))
         return older
 
 
 def _optimizer(parameters: list[Any], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """AdamW, which as in transformers lets no norm and no bias decay."""
+    wide = [len(getattr(p, "ds_shape", p.shape)) > 1 for p in parameters]  # DeepSpeed's name for the shape before it is cut
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p, decays in zip(parameters, wide, strict=True) if decays]},
+        {"params": [p for p, decays in zip(parameters, wide, strict=True) if not decays], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
-        parameters,
+        [group for group in groups if group["params"]],
         lr=spec.learning_rate,
         betas=(spec.beta1, spec.beta2),
         eps=spec.epsilon,

@@ -39,13 +39,14 @@ class RolloutHeader:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies in a snapshot's buffer."""
+    """Where one tensor lies in a snapshot's buckets."""
 
-    name: str  # PEFT's name, such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+    name: str  # as in a file of PEFT, base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, or of transformers
     dtype: str  # torch's name without the prefix, such as float32
     shape: tuple[int, ...]
-    offset: int  # bytes
+    offset: int  # bytes, in its bucket
     nbytes: int
+    bucket: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class SnapshotHeader:
 
     version: int
     base_model: str  # as in the configuration
-    rank: int
-    scaling: float  # of B A: alpha / r, or alpha / sqrt(r)
+    rank: int  # of LoRA; 0 = the policy is all of the model's weights
+    scaling: float  # of B A: alpha / r, or alpha / sqrt(r); 0 without LoRA
     entries: tuple[TensorEntry, ...]
-    nbytes: int
-    digest: str  # xxh3-128 of the buffer, hex
+    nbytes: int  # of all buckets
+    digest: str  # snapshot.digest of all buckets
     probe_logprobs: tuple[float, ...]  # [probe tokens - 1]: log p(token | tokens before it) under this policy
 
 

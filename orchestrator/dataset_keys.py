@@ -88,6 +88,7 @@ IDLE: dict[str, str] = {
             "ray.judges",
             "ray.rollout_timeout_s",
             "ray.importance_sampling_cap",
+            "ray.sync_bucket_mib",
             "ray.kv_cache_gib",
             "ray.placement",
             "trl.use_vllm",

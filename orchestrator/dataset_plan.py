@@ -76,7 +76,6 @@ def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str =
 
 def describe(config: JobConfig, plan: DatasetPlan) -> list[str]:
     """The plan for a person, a line each."""
-    adapter = described_adapter(config) if config.adapter else f"none: full fine-tuning of {plan.dtype} weights"
     held = [
         f"{bundle}: {amount(bundle.resources)} on {plan.nodes[node].name if node is not None else 'no node'}"
         for bundle, node in zip(plan.bundles, plan.placement, strict=True)
@@ -87,7 +86,7 @@ def describe(config: JobConfig, plan: DatasetPlan) -> list[str]:
     return [
         f"method      {METHOD_NAMES[config.rl]}",
         f"model       {config.base_model}, {plan.dtype}, {plan.attention or 'default'} attention",
-        f"adapter     {adapter}",
+        f"adapter     {described_adapter(config, plan.dtype)}",
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"workers     {workers} of Ray Train",
         *(f"            {line}" for line in held),

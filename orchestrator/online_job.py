@@ -54,6 +54,8 @@ def run(config: JobConfig, display: Display) -> RunResult:
     starting_adapter.ensure_fits(config)
     spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)
     _ensure_engines_can_share(config, spec)
+    if config.adapter is None:
+        model.ensure_checkpoint_names(spec)
     tokenizer = model.load_tokenizer(spec)
     template = config.trl.chat_template_kwargs or {}
     prompts = without_long_prompts(config, prompts, lambda p: len(prompt_token_ids(tokenizer, p, template)))
@@ -135,7 +137,7 @@ class _Job:
             try:
                 with metrics_log(self.config, loop.step, self.display) as log:
                     self._loop(loop, log)
-                    self._ask(actors, "save_adapter", str(self.output_dir), doing="saving the adapter")
+                    self._ask(actors, "save_policy", str(self.output_dir), doing="saving the result")
                     log.keep_result()
             finally:
                 if samples:
@@ -143,7 +145,8 @@ class _Job:
         written = [f"samples  {samples.folder}"] if samples else []
         report = f"curves   eagleray report {self.output_dir}"
         self.display.summary(
-            f"done: {loop.step} steps", [f"adapter  {self.output_dir}", f"metrics  {log.path}", *written, report]
+            f"done: {loop.step} steps",
+            [f"{'adapter' if self.config.adapter else 'model  '}  {self.output_dir}", f"metrics  {log.path}", *written, report],
         )
         return RunResult(self.output_dir, loop.step, tuple(self.evaluations))
 
@@ -203,8 +206,8 @@ class _Job:
         older = cluster.ask_ranks(
             loop.actors.trainers, "restore", str(path), doing=f"restoring {path}", timeout_s=cluster.START_TIMEOUT_S
         )
-        for header, buffer in older:
-            loop.policies.add(header, cluster.keep(buffer))
+        for header, *buckets in older:
+            loop.policies.add(header, *map(cluster.keep, buckets))
         loop.step = state["step"]
         self.evaluations = list(state["evaluations"])
         for past in self.evaluations:
@@ -252,7 +255,7 @@ def trainer_spec(config: JobConfig, plan: Plan) -> TrainerSpec:
     trl = config.trl
     return TrainerSpec(
         model=model_spec(config, plan),
-        lora=lora_spec(config),
+        lora=lora_spec(config) if config.adapter else None,
         optimizer=OptimizerSpec(
             learning_rate=config.learning_rate,
             scheduler=config.lr_scheduler,
@@ -281,6 +284,7 @@ def trainer_spec(config: JobConfig, plan: Plan) -> TrainerSpec:
         gradient_checkpointing=sharding.checkpoints_activations(config),
         shares_gpu=plan.colocate,
         sharding=sharding.sharding_arguments(config, plan.gpu),
+        bucket_bytes=config.ray.sync_bucket_mib * 2**20,
         seed=config.seed,
         threads=plan.trainer_threads,
     )
@@ -290,7 +294,7 @@ def engine_spec(config: JobConfig, plan: Plan) -> EngineSpec:
     vllm = config.vllm
     return EngineSpec(
         model=model_spec(config, plan),
-        lora=lora_spec(config),
+        lora=lora_spec(config) if config.adapter else None,
         sync=plan.sync,
         tensor_parallel=plan.tensor_parallel,
         sleeps=plan.sleeps,

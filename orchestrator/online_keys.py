@@ -38,7 +38,7 @@ ACTS_ON = frozenset({
     "vllm.gpu_memory_utilization", "vllm.max_model_len", "vllm.dtype", "vllm.enable_prefix_caching",
     "vllm.enforce_eager", "ray.engines", "ray.trainer_cpus", "ray.engine_cpus", "ray.engine_gpus",
     "ray.max_staleness", "ray.sync", "ray.reward_timeout_s", "ray.sandbox", "ray.judges", "ray.rollout_timeout_s",
-    "ray.importance_sampling_cap", "ray.kv_cache_gib", "ray.max_bad_rows", "ray.placement",
+    "ray.importance_sampling_cap", "ray.sync_bucket_mib", "ray.kv_cache_gib", "ray.max_bad_rows", "ray.placement",
 })
 DATASET_ACTS_ON = frozenset({
     "path", "type", "name", "split", "data_files", "ds_type", "revision",
@@ -75,7 +75,6 @@ WANDB_LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 # (key, is the value one that rl: grpo does not do?, sentence)
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("adapter", lambda v: v is None, "full fine-tuning is not implemented yet; add adapter: lora"),
     (
         "model_type",
         absent_or("AutoModelForCausalLM"),
@@ -167,7 +166,7 @@ IDLE: dict[str, str] = {
     "kto_desirable_weight": "not used: it concerns rl: kto",
     "kto_undesirable_weight": "not used: it concerns rl: kto",
     "center_rewards_coefficient": "not used: it concerns rl: reward_trainer",
-    "trl.vllm_lora_sync": "not used: only LoRA weights travel to the engines, whatever it says",
+    "trl.vllm_lora_sync": "not used: what is trained travels to the engines, LoRA weights or all",
 }
 
 _SPLIT = "is not implemented yet; remove it, and shard the model with fsdp_version: 2 or deepspeed"

@@ -52,7 +52,7 @@ class Plan:
     sleeps: bool  # whether engines leave their GPU while the trainer computes
     tensor_parallel: int  # GPUs of an engine
     dtype: str
-    sync: str  # fused | adapter
+    sync: str  # fused | adapter | weights
     trainer_threads: int | None  # CPU threads; None with GPUs
     engine_threads: int | None  # of each engine
     prompts_per_step: int
@@ -120,7 +120,7 @@ def make_plan(
         sleeps=colocated(config) and config.trl.vllm_enable_sleep_mode,
         tensor_parallel=config.vllm.tensor_parallel_size,
         dtype=policy_dtype(config, gpu, cpu_dtype),
-        sync="fused" if config.ray.sync == "auto" else config.ray.sync,
+        sync=_sync(config),
         trainer_threads=None if gpu else trainer_threads,
         engine_threads=None if gpu else engine_threads,
         prompts_per_step=prompts,
@@ -172,8 +172,16 @@ def engines(config: JobConfig) -> int:
     return ranks(config) if colocated(config) else config.ray.engines
 
 
-def described_adapter(config: JobConfig) -> str:
-    """The adapter's kind and size for a person, what it stands on, and where it starts."""
+def _sync(config: JobConfig) -> str:
+    if config.adapter is None:
+        return "weights"
+    return "fused" if config.ray.sync == "auto" else config.ray.sync
+
+
+def described_adapter(config: JobConfig, dtype: str) -> str:
+    """The adapter's kind and size for a person, what it stands on, and where it starts. dtype: of the weights."""
+    if config.adapter is None:
+        return f"none: full fine-tuning of {dtype} weights"
     kind = "QLoRA" if config.adapter == "qlora" else "LoRA"
     base = ", on a base in NF4" if config.load_in_4bit else ", on a base in int8" if config.load_in_8bit else ""
     start = f", from {config.lora_model_dir}" if config.lora_model_dir else ""
@@ -197,7 +205,7 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
     unused = plan.gpu and config.ray.kv_cache_gib is not None
     return [
         f"model       {config.base_model}, {plan.dtype}",
-        f"adapter     {described_adapter(config)}",
+        f"adapter     {described_adapter(config, plan.dtype)}",
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"placement   one placement group, {plan.strategy}",
         *(f"            {line}" for line in [*held, *rewards]),

@@ -28,13 +28,17 @@ class Policies:
         self.quantized = quantized
         self.tolerance = PROBE_TOLERANCE[dtype]
         self.timeout_s = timeout_s
-        self.published: dict[int, tuple[SnapshotHeader, Any]] = {}  # header, ref of the buffer
+        self.published: dict[int, tuple[Any, ...]] = {}  # by version: header, and refs of its buckets
+        self.buckets = 1
         self.bases: dict[str, Sequence[float]] = {}  # the probe under the base models: what a dead sync serves
         self.installed: int | None = None
         self.receipts: dict[int, list[Any]] = {}  # refs not checked yet
 
     def learn_base(self) -> None:
-        """Asks what the base model says of the probe; before the first install."""
+        """Asks what the base model says of the probe, and how a policy comes; before the first install."""
+        self.buckets = cluster.ask_ranks(
+            self.actors.trainers, "bucket_count", doing="loading its model", timeout_s=self.timeout_s
+        )
         self.bases["the base model"] = cluster.ask_ranks(
             self.actors.trainers, "base_logprobs", doing="computing the probe", timeout_s=self.timeout_s
         )
@@ -46,21 +50,20 @@ class Policies:
     def publish(self) -> tuple[SnapshotHeader, float]:
         """The trainer's current policy becomes a version; returns its header and the seconds it took."""
         started = time.perf_counter()
-        pairs = [trainer.publish.options(num_returns=2).remote() for trainer in self.actors.trainers]
-        header = cluster.fetch_ranks([pair[0] for pair in pairs], "publishing the policy", self.timeout_s)
-        self.add(header, pairs[0][1])
+        refs = [trainer.publish.options(num_returns=self.buckets + 1).remote() for trainer in self.actors.trainers]
+        header: SnapshotHeader = cluster.fetch_ranks([of_rank[-1] for of_rank in refs], "publishing the policy", self.timeout_s)
+        self.add(header, *refs[0][:-1])
         return header, time.perf_counter() - started
 
-    def add(self, header: SnapshotHeader, buffer_ref: Any) -> None:
+    def add(self, header: SnapshotHeader, *bucket_refs: Any) -> None:
         """Keeps a version under its number."""
-        self.published[header.version] = (header, buffer_ref)
+        self.published[header.version] = (header, *bucket_refs)
 
     def install(self, version: int) -> None:
         """Queues the install of a version at every engine, unless it is what they serve."""
         if version == self.installed:
             return
-        header, buffer_ref = self.published[version]
-        self.receipts[version] = [engine.install.remote(header, buffer_ref) for engine in self.actors.engines]
+        self.receipts[version] = [engine.install.remote(*self.published[version]) for engine in self.actors.engines]
         self.installed = version
 
     def confirm(self, version: int) -> tuple[float, float]:
@@ -75,7 +78,9 @@ class Policies:
             receipt: InstallReceipt = cluster.fetch(ref, who, self.timeout_s)
             header = self.published[version][0]
             others: dict[str, Sequence[float]] = {
-                f"version {v}": h.probe_logprobs for v, (h, _) in self.published.items() if h.digest != header.digest
+                f"version {v}": other[0].probe_logprobs
+                for v, other in self.published.items()
+                if other[0].digest != header.digest
             }
             others |= self.bases
             gaps.append(check_proof(header, receipt, others, self.tolerance, who))

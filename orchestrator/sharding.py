@@ -101,9 +101,10 @@ def problems(config: JobConfig) -> Iterator[Problem]:
 
 def _online_problems(config: JobConfig) -> Iterator[Problem]:
     """Where switching adapters, or publishing one, would not see the shards."""
-    if kind(config) and config.lora_model_dir and config.trl.beta:
-        text = "the KL term's second adapter cannot be in shards yet; use trl.beta: 0, or neither deepspeed nor fsdp"
-        yield Problem("lora_model_dir", text)
+    if kind(config) and config.trl.beta and (config.lora_model_dir or config.adapter is None):
+        second, key = ("second adapter", "lora_model_dir") if config.adapter else ("second model", "trl.beta")
+        text = f"the KL term's {second} cannot be in shards yet; use trl.beta: 0, or neither deepspeed nor fsdp"
+        yield Problem(key, text)
     options = _fsdp_options(config)
     if options.get("reshard_after_forward") is False:
         yield Problem("fsdp_config.reshard_after_forward", "false is not possible with rl: grpo yet; remove it")

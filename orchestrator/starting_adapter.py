@@ -69,7 +69,7 @@ def ensure_fits(config: JobConfig) -> None:
     theirs = adapter.read_shapes(folder)
     task = model.task_of(config.rl)
     spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)
-    mine = model.expected_lora_shapes(spec, lora_spec(config), task)
+    mine = model.expected_shapes(spec, lora_spec(config), task)
     if adapter.read_config(folder).task_type != task:  # the head of a reward model is new
         mine = {name: shape for name, shape in mine.items() if not set(adapter.HEADS) & set(name.split("."))}
     if theirs == mine:

@@ -179,6 +179,8 @@ def _grpo(config: JobConfig) -> Iterator[Problem]:
     elif trl.reward_weights is not None and len(trl.reward_weights) != len(trl.reward_funcs):
         counts = f"{len(trl.reward_weights)} weights for {len(trl.reward_funcs)} reward_funcs"
         yield Problem("trl.reward_weights", f"{counts}; give one weight per function, in the same order")
+    if config.ray.sync == "adapter" and config.adapter is None:
+        yield Problem("ray.sync", "is adapter, but all weights are trained, and there is none; remove it, or add adapter: lora")
     yield from judges.problems(config)
     if CODE in (trl.reward_funcs or []) and config.ray.sandbox.time_s >= config.ray.reward_timeout_s:
         text = f"is {config.ray.sandbox.time_s:g}, no less than ray.reward_timeout_s, in which a group's programs all run"

@@ -122,6 +122,7 @@ RANGES: dict[str, Rule] = {
     "ray.max_staleness": NOT_NEGATIVE,
     "ray.reward_timeout_s": POSITIVE,
     "ray.rollout_timeout_s": POSITIVE,
+    "ray.sync_bucket_mib": AT_LEAST_1,
     "ray.sandbox.time_s": POSITIVE,
     "ray.sandbox.memory_mib": AT_LEAST_1,
     "ray.sandbox.file_mib": AT_LEAST_1,

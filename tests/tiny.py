@@ -122,6 +122,12 @@ def fill_adapter(policy: Any, *, seed: int, size: float) -> None:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
+def published(trainer: Any) -> tuple[Any, ...]:
+    """What a trainer publishes, as an engine gets it: the header, and copies of the buckets."""
+    *buckets, header = (part.copy() if isinstance(part, np.ndarray) else part for part in trainer.publish())
+    return (header, *buckets)
+
+
 def load_plain(folder: Path | str, task: str = "CAUSAL_LM") -> Any:
     """The model in a folder, in fp32; for SEQ_CLS with a new head of one number, the same each time."""
     torch.manual_seed(3)

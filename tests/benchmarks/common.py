@@ -170,7 +170,7 @@ def reward(completions: Sequence[Any], **_: Any) -> list[float]:
 def random_policy(version: int) -> tuple[SnapshotHeader, np.ndarray[Any, np.dtype[np.uint8]]]:
     """A snapshot of the model under test with small random LoRA weights, as a trainer publishes it."""
     generator = torch.Generator().manual_seed(version)
-    shapes = model.expected_lora_shapes(MODEL, LORA)
+    shapes = model.expected_shapes(MODEL, LORA)
     tensors = {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     entries, buffer, digest = snapshot.pack(tensors)
     header = SnapshotHeader(version, MODEL.name, LORA.r, model.scaling(LORA), entries, buffer.nbytes, digest, ())

@@ -104,7 +104,8 @@ def run(pairs: int) -> list[Row]:
             return tuple(found)
 
         fused = kl(engine)
-        ray.get(slots.install.remote(*trainer.publish.options(num_returns=2).remote()))
+        bucket_ref, header_ref = trainer.publish.options(num_returns=2).remote()
+        ray.get(slots.install.remote(header_ref, bucket_ref))
         slot = kl(slots)
         ray.get(engine.load.remote(*merged))
         to_saved = kl(engine)

@@ -78,8 +78,8 @@ class Loop:
 
     def sync(self) -> None:
         """The trainer's policy into the engines."""
-        header_ref, buffer_ref = self.trainer.publish.options(num_returns=2).remote()
+        bucket_ref, header_ref = self.trainer.publish.options(num_returns=2).remote()
         header = ray.get(header_ref)
-        for receipt in ray.get([engine.install.remote(header, buffer_ref) for engine in self.engines]):
+        for receipt in ray.get([engine.install.remote(header, bucket_ref) for engine in self.engines]):
             if (receipt.version, receipt.digest) != (header.version, header.digest):
                 raise RuntimeError(f"an engine serves {receipt.version}, published was {header.version}")

@@ -106,7 +106,7 @@ class NoModelEngine:
         """As RolloutEngine.install, without a model to place it in and without the probe."""
         started = time.perf_counter()
         name, rank = self.adapter.model, self.adapter.rank
-        digest = snapshot.validate(header, buffer, self.shapes, base_model=name, rank=rank, scaling=SCALING)
+        digest = snapshot.validate(header, (buffer,), self.shapes, base_model=name, rank=rank, scaling=SCALING)
         return InstallReceipt(header.version, digest, (), time.perf_counter() - started)
 
     def load(self, path: Path) -> None:

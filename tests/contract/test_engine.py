@@ -1,11 +1,12 @@
 """What every way to install a policy into vLLM must keep, with the real engine and model.
 
-The references are transformers and PEFT: the adapter merged into the weights for `fused`, left beside them for
-`adapter`. A new way to install is a name in SYNCS and its reference in `reference`.
+The references are transformers and PEFT: the adapter merged into the weights for `fused`, left beside them for `adapter`, and
+for `weights` the saved model. A new way to install is a name in SYNCS and its reference in `reference`.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from actors.packing import Sample, pack_row
 from actors.specs import EngineSpec, LoraSpec, LossSpec, OptimizerSpec, SamplingSpec, TrainerSpec
 from actors.trainer import Trainer
 from actors.types import RolloutGroup, SnapshotHeader
-from tests.tiny import SMOLLM2, fill_adapter
+from tests.tiny import SMOLLM2, fill_adapter, published
 
-SYNCS = ("fused", "adapter")
+SYNCS = ("fused", "adapter", "weights")
 POLICIES = 2  # versions an engine holds
 LORA = LoraSpec(8, 16)
 ADAPTER_SIZE = 0.015  # of B's elements: enough to change answers, too little to break the model
+WEIGHTS_SIZE = 0.002  # of what all linear weights are moved by: about as much
+BUCKET_BYTES = 2**26  # a ninth of the model
 PROBE = [1, 504, 338, 260, 3575, 282, 4649, 47, 378, 3575, 314, 7042, 30, 198, 788, 1]
 NEW_TOKENS = 12
 # fp32 on both sides, in other orders of summation through 30 layers.
@@ -41,49 +44,75 @@ PROMPTS = [
 ]
 LONG_PROMPT = "The cat sat on the mat and looked at the moon. " * 14  # longer than a block of the prefix cache
 
-Snapshot = tuple[SnapshotHeader, NDArray[np.uint8]]
+Snapshot = tuple[Any, ...]  # header, buckets
 
 
 @dataclass(frozen=True)
 class Policies:
-    """A trainer, and three versions that it published: 0 is the base, 1 and 2 have random adapters."""
+    """A trainer, and three versions that it published: 0 is the base, 1 and 2 are moved at random."""
 
     trainer: Trainer
     snapshots: tuple[Snapshot, ...]
-    folder: Path  # adapters as PEFT reads them, one folder a version
+    folder: Path  # adapters as PEFT reads them, or models, one folder a version
 
     def base(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(hub.resolve(SMOLLM2.name), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return made(LORA, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return made(None, tmp_path_factory.mktemp("models"))
+
+
+def made(lora: LoraSpec | None, folder: Path) -> Policies:
     optimizer = OptimizerSpec(1e-4, "constant", 0, 10)
-    trainer = Trainer(TrainerSpec(SMOLLM2, LORA, optimizer, LossSpec(), micro_batch_size=8, temperature=1.0))
+    spec = TrainerSpec(SMOLLM2, lora, optimizer, LossSpec(), micro_batch_size=8, temperature=1.0, bucket_bytes=BUCKET_BYTES)
+    trainer = Trainer(spec)
     trainer.set_probe(PROBE)
-    folder = tmp_path_factory.mktemp("adapters")
     snapshots = []
     for version in range(3):
-        if version:
+        if version and lora:
             fill_adapter(trainer.policy, seed=version, size=ADAPTER_SIZE)
+        elif version:
+            move_weights(trainer.policy, seed=version)
         trainer.version = version
-        header, buffer = trainer.publish()
-        trainer.save_adapter(str(folder / str(version)))
-        snapshots.append((header, buffer.copy()))
+        snapshots.append(published(trainer))
+        trainer.save_policy(str(folder / str(version)))
     return Policies(trainer, tuple(snapshots), folder)
+
+
+def move_weights(policy: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "proj" in name:
+                parameter.add_(WEIGHTS_SIZE * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(scope="module", params=SYNCS)
 def engine(request: pytest.FixtureRequest) -> Iterator[RolloutEngine]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    spec = EngineSpec(SMOLLM2, LORA, request.param, max_model_len=256, max_num_seqs=16, policies=POLICIES)
+    lora = None if request.param == "weights" else LORA
+    spec = EngineSpec(SMOLLM2, lora, request.param, max_model_len=256, max_num_seqs=16, policies=POLICIES)
     engine = RolloutEngine(spec, PROBE)
     yield engine
     engine.llm.llm_engine.engine_core.shutdown()
     del engine.llm
     gc.collect()
     cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def policies(engine: RolloutEngine, request: pytest.FixtureRequest) -> Policies:
+    """What this engine can install."""
+    found: Policies = request.getfixturevalue("adapters" if engine.spec.lora else "models")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +137,9 @@ def transformers_greedy(reference: Any, engine: RolloutEngine) -> list[list[int]
 
 
 def reference(policies: Policies, version: int, sync: str) -> Any:
-    """What PEFT makes of the adapter's files: merged into the base, or beside it."""
+    """What PEFT makes of the adapter's files: merged into the base, or beside it. Or the saved model."""
+    if sync == "weights":
+        return AutoModelForCausalLM.from_pretrained(policies.folder / str(version), dtype=torch.float32).eval()
     loaded = PeftModel.from_pretrained(policies.base(), policies.folder / str(version)).eval()
     return loaded.merge_and_unload() if sync == "fused" else loaded
 
@@ -134,19 +165,21 @@ def fails_once(function: Callable[..., Any], after: int) -> Callable[..., Any]:
 
 def break_install(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Makes the next install fail: before it changed anything, or with half of the layers changed."""
-    if engine.spec.sync == "fused":
-        after = {"first": 1, "half way": 150}[where]  # of 272 weights in the checkpoint
-        merged = install.merged_weights
-        armed = [True]
+    if engine.spec.sync != "adapter":
+        after = {"first": 1, "half way": 150}[where]  # of 272 weights
+        load = install.PolicyInstaller._load
+        count = itertools.count(1)
 
-        def breaking(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
-            for count, item in enumerate(merged(*args), start=1):
-                if armed and count == after:
-                    armed.clear()
-                    raise MemoryError("no room")
-                yield item
+        def breaking(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            def until_it_breaks() -> Iterator[tuple[str, torch.Tensor]]:
+                for item in weights:
+                    if next(count) == after:
+                        raise MemoryError("no room")
+                    yield item
 
-        monkeypatch.setattr(install, "merged_weights", breaking)
+            load(worker, until_it_breaks())
+
+        monkeypatch.setattr(install.PolicyInstaller, "_load", breaking)
     elif where == "first":
         from vllm.lora.lora_model import LoRAModel
 
@@ -183,8 +216,8 @@ def test_a_first_install_that_fails_leaves_the_base(
 def test_version_0_is_the_base(
     engine: RolloutEngine, policies: Policies, untouched: tuple[list[float], list[list[int]]]
 ) -> None:
-    header, buffer = policies.snapshots[0]
-    receipt = engine.install(header, buffer)
+    header, *buckets = policies.snapshots[0]
+    receipt = engine.install(header, *buckets)
     assert (receipt.version, receipt.digest, engine.version) == (0, header.digest, 0)
     assert receipt.probe_logprobs == pytest.approx(untouched[0], abs=1e-6)
     assert greedy(engine) == untouched[1]
@@ -194,8 +227,8 @@ def test_version_0_is_the_base(
 def test_an_installed_policy_answers_as_peft_does(
     engine: RolloutEngine, policies: Policies, untouched: tuple[list[float], list[list[int]]], version: int
 ) -> None:
-    header, buffer = policies.snapshots[version]
-    receipt = engine.install(header, buffer)
+    header, *buckets = policies.snapshots[version]
+    receipt = engine.install(header, *buckets)
     expected = reference(policies, version, engine.spec.sync)
     answers = greedy(engine)
     assert answers == transformers_greedy(expected, engine)
@@ -208,11 +241,12 @@ def test_an_installed_policy_answers_as_peft_does(
 
 
 def test_the_snapshot_is_not_written_to(engine: RolloutEngine, policies: Policies) -> None:
-    header, buffer = policies.snapshots[1]
-    view = buffer.view()
-    view.flags.writeable = False  # as it comes from the object store
-    first, second = engine.install(header, view), engine.install(header, view)
-    assert snapshot.digest(buffer) == header.digest == first.digest
+    header, *buckets = policies.snapshots[1]
+    views = [bucket.view() for bucket in buckets]
+    for view in views:
+        view.flags.writeable = False  # as it comes from the object store
+    first, second = engine.install(header, *views), engine.install(header, *views)
+    assert snapshot.joined([snapshot.digest(bucket) for bucket in buckets]) == header.digest == first.digest
     assert first.probe_logprobs == second.probe_logprobs
 
 
@@ -227,19 +261,20 @@ def test_an_older_version_comes_back_exactly(engine: RolloutEngine, policies: Po
 
 def test_a_version_with_other_contents_replaces_its_namesake(engine: RolloutEngine, policies: Policies) -> None:
     """As when a trainer goes back to a checkpoint and trains the same versions anew."""
-    (first, first_buffer), (second, second_buffer) = policies.snapshots[1:]
-    expected = engine.install(second, second_buffer).probe_logprobs
+    second, *buckets = policies.snapshots[2]
+    expected = engine.install(second, *buckets).probe_logprobs
     answers = greedy(engine)
-    engine.install(first, first_buffer)
+    engine.install(*policies.snapshots[1])
     assert greedy(engine) != answers
-    receipt = engine.install(replace(second, version=1), second_buffer)
+    receipt = engine.install(replace(second, version=1), *buckets)
     assert (receipt.version, receipt.probe_logprobs, greedy(engine)) == (1, expected, answers)
 
 
-def with_nan(header: SnapshotHeader, buffer: NDArray[np.uint8]) -> Snapshot:
-    changed = buffer.copy()
-    snapshot.unpack(header.entries, changed)[header.entries[-1].name].view(-1)[0] = float("nan")
-    return replace(header, digest=snapshot.digest(changed)), changed
+def with_nan(header: SnapshotHeader, *buckets: NDArray[np.uint8]) -> Snapshot:
+    changed = [bucket.copy() for bucket in buckets]
+    snapshot.unpack(header.entries, *changed)[header.entries[-1].name].view(-1)[0] = float("nan")
+    digest = snapshot.joined([snapshot.digest(bucket) for bucket in changed])
+    return replace(header, digest=digest), *changed
 
 
 def test_a_refused_snapshot_leaves_the_old_policy_exactly(engine: RolloutEngine, policies: Policies) -> None:
@@ -247,7 +282,7 @@ def test_a_refused_snapshot_leaves_the_old_policy_exactly(engine: RolloutEngine,
     with pytest.raises(SyncError, match="holds NaN or infinity"):
         engine.install(*with_nan(*policies.snapshots[2]))
     with pytest.raises(SyncError, match="bytes arrived of"):
-        engine.install(policies.snapshots[2][0], policies.snapshots[2][1][:-1])
+        engine.install(*policies.snapshots[2][:-1], policies.snapshots[2][-1][:-1])
     assert engine.version == 1
     assert (tuple(engine.probe_logprobs()), greedy(engine)) == (before.probe_logprobs, answers)
 
@@ -258,12 +293,12 @@ def test_an_install_that_fails_leaves_the_old_policy_exactly(
 ) -> None:
     before, answers = engine.install(*policies.snapshots[1]), greedy(engine)
     break_install(engine, monkeypatch, where)
-    header, buffer = policies.snapshots[2]
+    header, *buckets = policies.snapshots[2]
     with pytest.raises(SyncError, match="no room.*serves version 1 as before"):
-        engine.install(replace(header, version=next_version), buffer)
+        engine.install(replace(header, version=next_version), *buckets)
     assert engine.version == 1
     assert (tuple(engine.probe_logprobs()), greedy(engine)) == (before.probe_logprobs, answers)
-    after = engine.install(header, buffer)  # and the next one goes in as if nothing had been
+    after = engine.install(header, *buckets)  # and the next one goes in as if nothing had been
     assert after.probe_logprobs == pytest.approx(header.probe_logprobs, abs=LOGPROB_TOLERANCE)
 
 

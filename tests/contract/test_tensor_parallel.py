@@ -10,7 +10,7 @@ from actors import device
 from actors.engine import RolloutEngine
 from actors.specs import EngineSpec, LoraSpec, LossSpec, ModelSpec, OptimizerSpec, SamplingSpec, TrainerSpec
 from actors.trainer import Trainer
-from tests.tiny import fill_adapter, save_smollm2_llama
+from tests.tiny import fill_adapter, published, save_smollm2_llama
 
 pytestmark = pytest.mark.slow
 LORA = LoraSpec(8, 16)
@@ -32,7 +32,7 @@ def test_two_processes_serve_what_the_trainer_has(tmp_path: Path, sync: str) -> 
     for version in (1, 2):
         fill_adapter(trainer.policy, seed=version, size=0.015 * version)
         trainer.version = version
-        header, buffer = trainer.publish()
+        header, buffer = published(trainer)
         receipt = engine.install(header, buffer.copy())
         assert receipt.probe_logprobs == pytest.approx(header.probe_logprobs, abs=TOLERANCE)
         assert max(abs(a - b) for a, b in zip(header.probe_logprobs, trainer.base_logprobs(), strict=True)) > 5 * TOLERANCE

@@ -133,7 +133,7 @@ def test_sequence_logprobs_are_those_of_the_sequence(policy: Any, groups: list[R
 def test_expected_shapes_are_those_of_a_loaded_policy(folder: str, lora: LoraSpec) -> None:
     spec = ModelSpec(folder, "float32")
     loaded = model.lora_tensors(model.load_policy(spec, lora, gradient_checkpointing=False))
-    assert model.expected_lora_shapes(spec, lora) == {name: tuple(t.shape) for name, t in loaded.items()}
+    assert model.expected_shapes(spec, lora) == {name: tuple(t.shape) for name, t in loaded.items()}
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

@@ -260,10 +260,17 @@ def test_rewards_that_are_normalized_first_leave_scale_rewards_nothing_to_do(
     assert ["trl.scale_rewards: not used" in text for text in messages(caplog)] == [True]
 
 
-def test_full_fine_tuning_is_named(tmp_path: Path) -> None:
-    full = load(write(tmp_path, GRPO.replace("adapter: lora\n", "")))
-    with pytest.raises(ConfigError, match="adapter: full fine-tuning is not implemented yet"):
-        ensure_runnable(full)
+def test_full_fine_tuning_has_no_adapter_to_put_into_a_slot(tmp_path: Path) -> None:
+    full = GRPO.replace("adapter: lora\n", "")
+    ensure_runnable(load(write(tmp_path, full)))
+    with pytest.raises(ConfigError, match="ray.sync: is adapter, but all weights are trained"):
+        load(write(tmp_path, full + "ray: {sync: adapter}\n"))
+
+
+def test_a_second_model_in_shards_is_refused(tmp_path: Path) -> None:
+    full = GRPO.replace("adapter: lora\n", "") + "fsdp_version: 2\nrl_beta: 0.1\n"
+    with pytest.raises(ConfigError, match="trl.beta: the KL term's second model cannot be in shards yet"):
+        ensure_runnable(load(write(tmp_path, full)))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from actors import snapshot
 from actors.errors import SyncError
 from actors.trainer import Trainer
 from actors.types import SnapshotHeader, TensorEntry
-from tests.tiny import fill_adapter, save_llama, trainer_spec
+from tests.tiny import fill_adapter, published, save_llama, trainer_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = "someone/base"
@@ -95,13 +95,16 @@ def test_a_later_change_of_the_tensors_does_not_reach_the_buffer() -> None:
     assert snapshot.unpack(entries, buffer)["a"].tolist() == [1.0] * 4
 
 
-def test_a_used_buffer_of_the_right_size_is_written_over() -> None:
+def test_a_used_buffer_that_is_large_enough_is_written_over() -> None:
     _, used, _ = snapshot.pack({"a": torch.ones(4), "b": torch.ones(4)})
     entries, buffer, digest = snapshot.pack({"a": torch.full((4,), 2.0), "b": torch.zeros(4)}, used)
-    assert buffer is used and digest == snapshot.digest(buffer)
+    assert np.shares_memory(buffer, used) and digest == snapshot.digest(buffer)
     assert [tensor.tolist() for tensor in snapshot.unpack(entries, buffer).values()] == [[2.0] * 4, [0.0] * 4]
     _, other, _ = snapshot.pack({"a": torch.ones(40)}, used)
-    assert other is not used
+    assert not np.shares_memory(other, used)
+    small, part, digest = snapshot.pack({"a": torch.full((3,), 5.0)}, used)
+    assert np.shares_memory(part, used) and snapshot.unpack(small, part)["a"].tolist() == [5.0] * 3
+    assert digest == snapshot.pack({"a": torch.full((3,), 5.0)})[2], "what was there before is under the digest"
 
 
 def test_digest_is_xxh3_of_128_bits() -> None:
@@ -123,8 +126,8 @@ def trainer(folder: str) -> Trainer:
 
 
 def test_a_snapshot_is_what_peft_reloads_from_the_saved_adapter(trainer: Trainer, folder: str, tmp_path: Path) -> None:
-    header, buffer = trainer.publish()
-    trainer.save_adapter(str(tmp_path / "adapter"))
+    header, buffer = published(trainer)
+    trainer.save_policy(str(tmp_path / "adapter"))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
     expected = get_peft_model_state_dict(reloaded)
@@ -139,7 +142,7 @@ def test_a_snapshot_is_what_peft_reloads_from_the_saved_adapter(trainer: Trainer
 
 
 def test_the_header_says_what_the_buffer_holds(trainer: Trainer, folder: str) -> None:
-    header, buffer = trainer.publish()
+    header, buffer = published(trainer)
     assert (header.version, header.base_model, header.rank, header.scaling) == (0, folder, 4, 2.0)
     assert (header.nbytes, header.digest) == (buffer.nbytes, snapshot.digest(buffer))
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -190,15 +193,15 @@ def refusals() -> dict[str, tuple[Snapshot, str]]:
 def test_what_does_not_fit_is_refused_and_the_message_says_why(kind: str) -> None:
     (header, buffer), message = refusals()[kind]
     with pytest.raises(SyncError, match=f"^policy version 7 was refused .*{message}"):
-        snapshot.validate(header, buffer, EXPECTED, base_model=BASE, rank=4, scaling=2.0)
+        snapshot.validate(header, [buffer], EXPECTED, base_model=BASE, rank=4, scaling=2.0)
 
 
 def test_what_fits_is_accepted() -> None:
     header, buffer = made()
-    snapshot.validate(header, buffer, EXPECTED, base_model=BASE, rank=4, scaling=2.0)
+    snapshot.validate(header, [buffer], EXPECTED, base_model=BASE, rank=4, scaling=2.0)
     largest = torch.finfo(torch.float32).max
     header, buffer = with_value(largest)  # finite, hence no reason to refuse
-    snapshot.validate(header, buffer, EXPECTED, base_model=BASE, rank=4, scaling=2.0)
+    snapshot.validate(header, [buffer], EXPECTED, base_model=BASE, rank=4, scaling=2.0)
 
 
 def test_a_bf16_snapshot_with_infinity_is_refused_too() -> None:
@@ -206,8 +209,9 @@ def test_a_bf16_snapshot_with_infinity_is_refused_too() -> None:
         tensors[B1] = tensors[B1].bfloat16()
         tensors[B1][0, 0] = float("inf")
 
+    header, buffer = made(change)
     with pytest.raises(SyncError, match="holds NaN or infinity"):
-        snapshot.validate(*made(change), EXPECTED, base_model=BASE, rank=4, scaling=2.0)
+        snapshot.validate(header, [buffer], EXPECTED, base_model=BASE, rank=4, scaling=2.0)
 
 
 def test_every_single_byte_is_under_the_digest() -> None:
@@ -216,6 +220,34 @@ def test_every_single_byte_is_under_the_digest() -> None:
         changed = buffer.copy()
         changed[position] ^= 1
         assert snapshot.digest(changed) != header.digest
+
+
+def test_buckets_are_as_full_as_they_may_be() -> None:
+    sizes = {"a": 4, "b": 3, "c": 4, "e": 9, "d": 1}
+    assert snapshot.buckets(sizes, 8) == [["a", "b"], ["c", "d"], ["e"]]  # e is too large for any, and has its own
+    assert snapshot.buckets(sizes, 100) == [["a", "b", "c", "d", "e"]]
+
+
+def test_a_snapshot_in_buckets_is_the_same_policy() -> None:
+    tensors = {f"t{i}": torch.randn(3, 5 + i) for i in range(5)}
+    used: NDArray[np.uint8] | None = None
+    entries, held, digests = [], [], []
+    for number, names in enumerate([["t0", "t3"], ["t1"], ["t2", "t4"]]):
+        found, bucket, digest = snapshot.pack({name: tensors[name] for name in names}, used, number)
+        used = bucket if used is None else used  # as the trainer does: one buffer, written over again and again
+        entries += found
+        held.append(bucket.copy())
+        digests.append(digest)
+    back = snapshot.unpack(entries, *held)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    header = SnapshotHeader(1, BASE, 0, 0.0, tuple(entries), sum(b.nbytes for b in held), snapshot.joined(digests), ())
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    about = {"base_model": BASE, "rank": 0, "scaling": 0.0}
+    assert snapshot.validate(header, held, shapes, **about) == header.digest
+    with pytest.raises(SyncError, match="the bytes have digest"):
+        snapshot.validate(header, [*held[:2], flipped(held[2])], shapes, **about)
+    with pytest.raises(SyncError, match="bytes arrived of"):
+        snapshot.validate(header, held[:2], shapes, **about)
 
 
 def test_an_entry_is_plain_data() -> None:

@@ -15,7 +15,7 @@ from actors import model
 from actors.specs import LossSpec, OptimizerSpec, TrainerSpec
 from actors.trainer import Trainer
 from actors.types import RolloutGroup, TrainStats
-from tests.tiny import alone_logprobs, fill_adapter, random_group, save_llama, trainer_spec
+from tests.tiny import alone_logprobs, fill_adapter, published, random_group, save_llama, trainer_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BETA1 = 0.9
@@ -233,7 +233,7 @@ def test_a_resumed_run_repeats_the_one_that_went_on(folder: str, tmp_path: Path)
     older = []
     for n in range(2):
         assert step(stopped, n) == expected[n]
-        header, buffer = stopped.publish()  # which must not draw: `straight` publishes nothing
+        header, buffer = published(stopped)  # which must not draw: `straight` publishes nothing
         older.append((header, buffer.copy()))
     step(stopped, 2)
     stopped.save(str(tmp_path), *older[0], *older[1])
@@ -248,7 +248,7 @@ def test_a_resumed_run_repeats_the_one_that_went_on(folder: str, tmp_path: Path)
     assert resumed.version == straight.version == 5
     for name, tensor in weights(straight).items():
         assert torch.equal(weights(resumed)[name], tensor), name
-    assert resumed.publish()[0] == straight.publish()[0]
+    assert published(resumed)[0] == published(straight)[0]
 
 
 def test_a_resumed_run_without_the_saved_draws_would_differ(folder: str, tmp_path: Path) -> None:

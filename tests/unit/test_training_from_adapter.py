@@ -26,7 +26,7 @@ from transformers import (
 from actors import dataset_loop, model
 from actors.specs import DatasetTrainSpec, LoraSpec, LossSpec, ModelSpec
 from actors.trainer import Trainer
-from tests.tiny import alone_logprobs, load_plain, random_group, trainer_spec, training_arguments
+from tests.tiny import alone_logprobs, load_plain, published, random_group, trainer_spec, training_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = LoraSpec(r=4, alpha=8)
@@ -271,12 +271,12 @@ def test_grpo_starts_from_the_adapter_and_is_held_to_it(
     trainer = Trainer(replace(spec, lora=replace(spec.lora, start=str(start))))
     trainer.set_probe([5, 6, 7, 8, 9])
     before = with_peft(base, start)
-    header, _ = trainer.publish()
+    header, _ = published(trainer)
     assert header.probe_logprobs == pytest.approx(model.sequence_logprobs(before, trainer.probe), abs=1e-4)
     assert trainer.base_logprobs() == pytest.approx(model.sequence_logprobs(load_plain(base), trainer.probe), abs=1e-4)
     first = trainer.train(advantages, *groups)
     assert first.kl == pytest.approx(0.0, abs=1e-6) if beta else math.isnan(first.kl)
-    trainer.save_adapter(str(tmp_path / "out"))
+    trainer.save_policy(str(tmp_path / "out"))
     assert moved(start, tmp_path / "out") > 1e-3
     second = trainer.train(advantages, *groups)
     if beta:
