@@ -205,7 +205,7 @@ class Fsdp(WholeCopies):
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass without a backward pass leaves some of them whole
         own = {id(p): name for name, p in self.policy.named_parameters()}
-        state = {own[id(p)]: tensors[name] for name, p in model.trained_parameters(self.policy).items()}
+        state: dict[str, Any] = {own[id(p)]: tensors[name] for name, p in model.trained_parameters(self.policy).items()}
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(self.policy, state, options=options)
 

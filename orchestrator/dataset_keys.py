@@ -89,6 +89,7 @@ IDLE: dict[str, str] = {
             "ray.rollout_timeout_s",
             "ray.importance_sampling_cap",
             "ray.sync_bucket_mib",
+            "ray.max_resamples",
             "ray.kv_cache_gib",
             "ray.placement",
             "trl.use_vllm",

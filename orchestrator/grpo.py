@@ -22,7 +22,7 @@ from actors.types import RolloutHeader, Scores, TrainStats
 from orchestrator import cluster, judges
 from orchestrator.cluster import Actors
 from orchestrator.credit import combine_rewards, group_advantages, has_signal, normalized_sum
-from orchestrator.data import PromptSet, rows_of_step
+from orchestrator.data import PromptSet, Row, rows_of_step
 from orchestrator.plan import Plan
 from orchestrator.policies import Policies
 from orchestrator.rollouts import Batch, send
@@ -42,6 +42,34 @@ class Evaluation:
     record: Record
     solved: int
     total: int  # 0 where only reward models and judges score: they know no right and wrong
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Groups that came back, with what was said of them: all in one order."""
+
+    rows: tuple[Row, ...]
+    group_refs: tuple[Any, ...]
+    headers: list[RolloutHeader]  # of some groups each
+    scores: list[list[Scores]]  # [groups][functions]
+    rewards: list[list[float | None]]  # [groups][G]
+    probe_gap: float
+    install_s: float
+    sample_s: float
+    score_s: float
+
+    def and_more(self, other: "Sampled") -> "Sampled":
+        return Sampled(
+            self.rows + other.rows,
+            self.group_refs + other.group_refs,
+            self.headers + other.headers,
+            self.scores + other.scores,
+            self.rewards + other.rewards,
+            max(self.probe_gap, other.probe_gap),
+            self.install_s + other.install_s,
+            self.sample_s + other.sample_s,
+            self.score_s + other.score_s,
+        )
 
 
 @dataclass
@@ -70,21 +98,18 @@ class Loop:
         started = time.perf_counter()
         self._fill()
         batch = self.in_flight.popleft()
-        headers = self._headers(batch)
-        probe_gap, install_s = self.policies.confirm(batch.policy_version)
-
-        scoring = time.perf_counter()
-        scores = self.scorer.collect(batch.calls)
-        rewards = self._combined(scores, headers)
+        sampled = self._filled_up(self._collected(batch))
+        headers, scores, rewards = sampled.headers, sampled.scores, sampled.rewards
         advantages = self._advantages(scores, rewards)
-        score_s = time.perf_counter() - scoring
+        if self.config.ray.max_resamples:  # what was replaced counts nowhere, as in DAPO (arXiv:2503.14476, section 3.2)
+            advantages = [row if has_signal(row) else [None] * len(row) for row in advantages]
         if self.samples:
-            self.samples.save(f"step-{self.step + 1:06d}", batch, scores, rewards, advantages)
+            self.samples.save(f"step-{self.step + 1:06d}", sampled.rows, sampled.group_refs, scores, rewards, advantages)
 
         training = time.perf_counter()
         stats: TrainStats = cluster.fetch_ranks(
             [
-                trainer.train.remote(share.advantages, *(batch.group_refs[g] for g in share.groups))
+                trainer.train.remote(share.advantages, *(sampled.group_refs[g] for g in share.groups))
                 for trainer, share in zip(self.actors.trainers, self._shares(advantages, headers), strict=True)
             ],
             "training",
@@ -118,16 +143,48 @@ class Loop:
             "engine_gap": stats.engine_gap,
             "staleness": self.step - 1 - batch.policy_version,
             "completion_tokens": tokens,
-            "sample_s": max(header.seconds for header in headers),
-            "score_s": score_s,
+            "sample_s": sampled.sample_s,
+            "score_s": sampled.score_s,
             "train_s": train_s,
-            "sync_s": publish_s + install_s,
+            "sync_s": publish_s + sampled.install_s,
             "step_s": step_s,
             "tokens_per_s": tokens / step_s,
-            "probe_gap": probe_gap,
+            "probe_gap": sampled.probe_gap,
             "snapshot_bytes": snapshot_bytes,
             **self.memory,
         }
+
+    def _collected(self, batch: Batch) -> Sampled:
+        """Waits for a batch and its rewards."""
+        headers = self._headers(batch)
+        probe_gap, install_s = self.policies.confirm(batch.policy_version)
+        scoring = time.perf_counter()
+        scores = self.scorer.collect(batch.calls)
+        return Sampled(
+            batch.rows,
+            batch.group_refs,
+            headers,
+            scores,
+            self._combined(scores, headers),
+            probe_gap,
+            install_s,
+            sample_s=max(header.seconds for header in headers),
+            score_s=time.perf_counter() - scoring,
+        )
+
+    def _filled_up(self, sampled: Sampled) -> Sampled:
+        """With max_resamples: other prompts in place of groups without signal, so often at most, by the engines' policy."""
+        for attempt in range(1, self.config.ray.max_resamples + 1):
+            advantages = self._advantages(sampled.scores, sampled.rewards)
+            missing = self.plan.prompts_per_step - sum(map(has_signal, advantages))
+            if missing == 0:
+                break
+            self._wake()
+            assert self.policies.installed is not None, "a batch was sampled before"
+            rows = rows_of_step(self.prompts.train, self.step, missing, self.config.seed + attempt)
+            more = self._send(rows, self._sampling(), self.step, self.policies.installed, attempt)
+            sampled = sampled.and_more(self._collected(more))
+        return sampled
 
     def _shares(self, advantages: Sequence[Sequence[float | None]], headers: Sequence[RolloutHeader]) -> list[Share]:
         return shares(
@@ -167,14 +224,12 @@ class Loop:
         self.policies.install(version)
         trl = self.config.trl
         greedy = SamplingSpec(1, trl.max_completion_length, temperature=0.0, extra=trl.generation_kwargs or {})
-        batch = self._send(self.prompts.held_out, greedy, self.step, version)
-        headers = self._headers(batch)
-        self.policies.confirm(version)
-        scores = self.scorer.collect(batch.calls)
-        rewards = self._combined(scores, headers)
-        record = self._rollout_record(headers, scores, rewards, rewards)
+        answers = self._collected(self._send(self.prompts.held_out, greedy, self.step, version))
+        scores, rewards = answers.scores, answers.rewards
+        record = self._rollout_record(answers.headers, scores, rewards, rewards)
         if self.samples:
-            self.samples.save(f"held-out-{self.step:06d}", batch, scores, rewards, [[None] * len(row) for row in rewards])
+            unused: list[list[float | None]] = [[None] * len(row) for row in rewards]
+            self.samples.save(f"held-out-{self.step:06d}", answers.rows, answers.group_refs, scores, rewards, unused)
         judged = self._judged(scores)
         names = ("accuracy", "reward", "completion_length") if judged else ("reward", "completion_length")
         shown = {k: v for k, v in record.items() if k.split("/")[0] in names}
@@ -184,7 +239,7 @@ class Loop:
             total=len(judged),
         )
 
-    def _send(self, rows: Sequence[Any], sampling: SamplingSpec, number: int, version: int) -> Batch:
+    def _send(self, rows: Sequence[Any], sampling: SamplingSpec, number: int, version: int, attempt: int = 0) -> Batch:
         return send(
             self.actors.engines,
             self.scorer,
@@ -192,7 +247,7 @@ class Loop:
             sampling,
             number=number,
             policy_version=version,
-            seed=(self.config.seed * 1_000_003 + number) % MAX_SEED,
+            seed=(self.config.seed * 1_000_003 + attempt * 10_007 + number) % MAX_SEED,
         )
 
     def _headers(self, batch: Batch) -> list[RolloutHeader]:

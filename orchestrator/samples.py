@@ -8,7 +8,7 @@ from actors.errors import ActorError
 from actors.samples import SampleWriter
 from actors.types import Scores
 from orchestrator import cluster
-from orchestrator.rollouts import Batch
+from orchestrator.data import Row
 
 WRITE_TIMEOUT_S = 60
 Numbers = Sequence[Sequence[float | None]]  # [groups][G]
@@ -24,13 +24,19 @@ class Samples:
         self.pending: list[Any] = []
 
     def save(
-        self, name: str, batch: Batch, scores: Sequence[Sequence[Scores]], rewards: Numbers, advantages: Numbers
+        self,
+        name: str,
+        rows: Sequence[Row],
+        group_refs: Sequence[Any],
+        scores: Sequence[Sequence[Scores]],
+        rewards: Numbers,
+        advantages: Numbers,
     ) -> None:
         """Queues a file; tells of the ones before it that could not be written."""
         self._look(0.0)
-        prompts = [row.prompt for row in batch.rows]
+        prompts = [row.prompt for row in rows]
         path = str(self.folder / f"{name}.jsonl")
-        self.pending.append(self.writer.write.remote(path, prompts, scores, rewards, advantages, *batch.group_refs))
+        self.pending.append(self.writer.write.remote(path, prompts, scores, rewards, advantages, *group_refs))
 
     def finish(self) -> None:
         """Waits until all are written."""

@@ -138,6 +138,7 @@ class RayConfig:
     engine_cpus: int = 1  # CPUs per engine
     engine_gpus: float | None = None  # GPUs per engine; none = tensor_parallel_size with GPUs, 0 without
     max_staleness: int = 0  # policy versions a rollout may lag behind; 0 = on-policy
+    max_resamples: int = 0  # times a step that other prompts replace groups without signal; 0 = they are left out
     sync: str = "auto"  # auto | fused: merged into the weights | adapter: a LoRA slot of vLLM
     sync_bucket_mib: int = 1024  # MiB of a policy that are gathered and sent at once
     reward_timeout_s: float = 60.0  # seconds per call of a reward function

@@ -123,6 +123,7 @@ RANGES: dict[str, Rule] = {
     "ray.reward_timeout_s": POSITIVE,
     "ray.rollout_timeout_s": POSITIVE,
     "ray.sync_bucket_mib": AT_LEAST_1,
+    "ray.max_resamples": NOT_NEGATIVE,
     "ray.sandbox.time_s": POSITIVE,
     "ray.sandbox.memory_mib": AT_LEAST_1,
     "ray.sandbox.file_mib": AT_LEAST_1,

@@ -110,6 +110,38 @@ def test_evaluation_asks_the_newest_policy_and_training_goes_on_with_its_own(clu
     assert ray.get(made.actors.engines[0].versions.remote()) == [0, 1, 0]
 
 
+def test_groups_without_signal_are_replaced(cluster: None, llama: str, tmp_path: Path) -> None:
+    """By other prompts' groups, which the trainer gets and the replaced ones' not; the same ones when it is done again."""
+
+    def learn(folder: Path) -> list[dict[str, float]]:
+        made = loop(llama, lies=("", ""), staleness=1)
+        made.config.ray.max_resamples = 20
+        made.samples = Samples(folder, print)
+        records = [made.advance() for _ in range(STEPS)]
+        made.samples.finish()
+        return records
+
+    records = learn(tmp_path / "a")
+    assert all(record["groups"] - record["groups_without_signal"] == 2 for record in records)
+    assert max(record["groups"] for record in records) > 2, "no group had to be replaced"
+    for record in records:
+        path = tmp_path / "a" / "rollouts" / f"step-{int(record['step']):06d}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(lines) == 4 * record["groups"]
+        replaced = [line["advantage"] is None for line in lines]
+        assert sum(replaced) == 4 * record["groups_without_signal"] and all(line["advantage"] != 0.0 for line in lines)
+    again = learn(tmp_path / "b")
+    assert [record["loss"] for record in again] == pytest.approx([record["loss"] for record in records], abs=1e-6)
+
+
+def test_replacing_ends_where_nothing_has_a_signal(cluster: None, llama: str) -> None:
+    made = loop(llama)
+    made.config.ray.max_resamples = 3
+    made.config.trl.reward_weights = [0.0]
+    record = made.advance()
+    assert (record["groups"], record["groups_without_signal"], record["grad_norm"]) == (8, 8, 0.0)
+
+
 def test_two_ranks_learn_as_one_does_and_the_death_of_one_ends_the_job(cluster: None, llama: str) -> None:
     keys = ("reward", "loss", "grad_norm", "completion_tokens", "engine_gap")
     one, two = loop(llama), loop(llama, ranks=2)

@@ -315,6 +315,27 @@ def test_advantages_are_those_of_trl(scale, policy_dir, tmp_path):
     assert ours == pytest.approx(batch.inputs["advantages"].tolist(), rel=1e-5, abs=1e-6)
 
 
+def test_rloo_is_dr_grpo_times_a_constant():
+    """Of the first update on a batch, as TRL's RLOOTrainer has it: baselines leave one out, ratios are of whole sequences."""
+    groups, size, tokens = 3, 4, 5
+    rewards_GN = torch.rand(groups, size, generator=torch.Generator().manual_seed(0))
+    logprobs_BT = torch.randn(groups * size, tokens, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask_BT = torch.arange(tokens)[None] < torch.randint(1, tokens + 1, (groups * size, 1))
+
+    baselines_GN = (rewards_GN.sum(1, keepdim=True) - rewards_GN) / (size - 1)
+    ratios_B = torch.exp(((logprobs_BT - logprobs_BT.detach()) * mask_BT).sum(-1))
+    (rloo_BT,) = torch.autograd.grad(-(ratios_B * (rewards_GN - baselines_GN).flatten()).mean(), logprobs_BT)
+
+    spec = LossSpec("dr_grpo", importance_sampling_cap=None, max_completion_length=7)
+    advantages_B = torch.tensor(group_advantages(rewards_GN.tolist(), "none")).flatten()
+    lengths_B = mask_BT.sum(-1)
+    weights_B = token_weights(lengths_B, sequences=groups * size, tokens=int(lengths_B.sum()), spec=spec)
+    now = logprobs_BT.detach()
+    loss = grpo_loss(logprobs_BT, now, now, None, advantages_B, mask_BT, weights_B, spec).loss
+    (ours_BT,) = torch.autograd.grad(loss, logprobs_BT)
+    torch.testing.assert_close(ours_BT * spec.max_completion_length * size / (size - 1), rloo_BT)
+
+
 @pytest.fixture(scope="module")
 def batch(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     """A batch with reference logprobs, for the tests that compare our loss with itself under another cut."""

@@ -1,7 +1,8 @@
 """The trainer on a tiny model, against plain torch on one completion at a time and against itself after a restart."""
 
 import pickle
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def losses(stats: TrainStats) -> dict[str, Any]:
     return {name: value for name, value in asdict(stats).items() if name != "seconds"}
 
 
-def plain_loss(policy: Any, old: dict[tuple[int, int], Tensor], temperature: float, beta: float = 0.0) -> Tensor:
+def plain_loss(
+    policy: Any, old: dict[tuple[int, int], Tensor], temperature: float, beta: float = 0.0, reference: Any = None
+) -> Tensor:
     """DAPO's loss (arXiv:2503.14476, eq. 8) with engine weights and KL, a loop over completions; no packing."""
     tokens = sum(
         len(GROUPS[g].completion_ids[i]) for g, row in enumerate(ADVANTAGES) for i, a in enumerate(row) if a is not None
@@ -67,8 +70,8 @@ def plain_loss(policy: Any, old: dict[tuple[int, int], Tensor], temperature: flo
             surrogate_T = torch.min(ratio_T * advantage, ratio_T.clamp(0.8, 1.2) * advantage)
             loss_T = -surrogate_T * torch.exp(old_T - engine_T).clamp(max=CAP)
             if beta:
-                with torch.no_grad(), policy.disable_adapter():
-                    ref_T, _ = alone_logprobs(policy, GROUPS[g], i, temperature)
+                with torch.no_grad(), nullcontext() if reference else policy.disable_adapter():
+                    ref_T, _ = alone_logprobs(reference or policy, GROUPS[g], i, temperature)
                 loss_T = loss_T + beta * (torch.exp(ref_T - logprobs_T) - (ref_T - logprobs_T) - 1) * ratio_T
             total = total + loss_T.sum() / tokens
     return total
@@ -105,6 +108,29 @@ def test_two_iterations_are_two_clipped_steps_of_adam(folder: str) -> None:
     assert stats.learning_rate == pytest.approx(0.027)
     for name, expected in weights(plain).items():
         torch.testing.assert_close(weights(trainer)[name], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_all_weights_are_trained_and_the_reference_stays(folder: str) -> None:
+    """Three steps of a plain loop with torch's AdamW, in which no norm decays, against a model of its own."""
+    optimizer = OptimizerSpec(1e-3, "constant", 0, 10, max_grad_norm=0.05, weight_decay=0.1)
+    loss = LossSpec(beta=0.2, importance_sampling_cap=CAP, max_completion_length=8)
+    trainer = Trainer(replace(trainer_spec(folder, optimizer=optimizer, loss=loss), lora=None))
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
+    norms = [p for name, p in policy.named_parameters() if "norm" in name]
+    others = [p for name, p in policy.named_parameters() if "norm" not in name]
+    adam = torch.optim.AdamW([{"params": others}, {"params": norms, "weight_decay": 0.0}], lr=1e-3, weight_decay=0.1)
+    for _ in range(3):
+        stats = trainer.train(ADVANTAGES, *GROUPS)
+        expected = plain_loss(policy, {}, 1.0, 0.2, reference)
+        expected.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.05)
+        adam.step()
+        adam.zero_grad()
+        assert (stats.loss, stats.grad_norm) == pytest.approx((float(expected.detach()), float(norm)), rel=1e-4, abs=1e-6)
+    assert stats.kl > 1e-6, "the policy has not left the reference"
+    found = dict(trainer.policy.named_parameters())
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(found[name], parameter, atol=1e-5, rtol=1e-4)
 
 
 def test_micro_batches_do_not_change_the_update(folder: str) -> None:
