@@ -160,6 +160,8 @@ class RolloutEngine:
             self._place(self.installed[self.version])
         else:
             self._fuse((), (), 0.0)
+            if self.spec.lora is None:
+                self._worker("eagleray_pack_heads")
 
     def _load(self, policy: Installed) -> None:
         """Bucket by bucket, so that what goes to the workers of a tensor parallel engine is never all of it at once."""
@@ -168,6 +170,7 @@ class RolloutEngine:
             entries = snapshot.entries_of(policy.header.entries, number)
             self._worker("eagleray_load", [replace(entry, bucket=0) for entry in entries], bucket)
         self._worker("eagleray_finish")
+        self._worker("eagleray_pack_heads")
         self.llm.reset_prefix_cache()
 
     def _fuse(self, entries: Sequence[TensorEntry], buckets: Sequence[Bucket], scaling: float) -> None:

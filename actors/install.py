@@ -89,6 +89,14 @@ class PolicyInstaller:
         runner.reset_encoder_cache()
         runner.reset_mm_cache()
 
+    def eagleray_pack_heads(self) -> None:
+        """Makes heads that are the embedding follow it: on a CPU vLLM packs them into a copy, once, when it starts."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+        for module in self.model_runner.get_model().modules():
+            if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+                module.quant_method.process_weights_after_loading(module)
+
     def eagleray_add_adapter(
         self, slot: int, entries: Sequence[TensorEntry], buckets: Sequence[Bucket], config: Mapping[str, Any]
     ) -> None:

@@ -31,7 +31,7 @@ SYNCS = ("fused", "adapter", "weights")
 POLICIES = 2  # versions an engine holds
 LORA = LoraSpec(8, 16)
 ADAPTER_SIZE = 0.015  # of B's elements: enough to change answers, too little to break the model
-WEIGHTS_SIZE = 0.002  # of what all linear weights are moved by: about as much
+WEIGHTS_SIZE = 0.05  # share of itself that every weight is moved by
 BUCKET_BYTES = 2**26  # a ninth of the model
 PROBE = [1, 504, 338, 260, 3575, 282, 4649, 47, 378, 3575, 314, 7042, 30, 198, 788, 1]
 NEW_TOKENS = 12
@@ -89,9 +89,8 @@ def made(lora: LoraSpec | None, folder: Path) -> Policies:
 def move_weights(policy: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "proj" in name:
-                parameter.add_(WEIGHTS_SIZE * torch.randn(parameter.shape, generator=generator))
+        for parameter in policy.parameters():
+            parameter.mul_(1 + WEIGHTS_SIZE * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(scope="module", params=SYNCS)
