@@ -6,12 +6,13 @@
     device.py    the only module that knows which accelerator there is
     hub.py       a model's name to a local folder, with SmolLM2 carried along for machines without a hub
     model.py     the policy: base model, LoRA, tokenizer; log-probabilities of packed rows
+    attention.py what a completion in a packed row looks at
     adapter.py   an adapter in a folder, and a policy that starts from it
     merge.py     an adapter and its base as one model
     packing.py   rollout groups to rows in which a prompt stands once and nothing is padding
     loss.py      GRPO and its relatives, pure functions
-    snapshot.py  LoRA tensors to one flat buffer and back, with digest and validation
-    install.py   a snapshot into vLLM: merged into the weights, or as a LoRA slot
+    snapshot.py  a policy's tensors to flat buffers and back, with digest and validation
+    install.py   a snapshot into vLLM: merged into the weights, as a LoRA slot, or all weights
     storage.py   files that are whole or absent: safetensors and JSON with digests
     states.py    nested states of tensors and plain values as safetensors
     optimizers.py an optimizer's state to a file and back

@@ -61,8 +61,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """As transformers calls it; H heads, J heads of keys and values. Returns [1, L, H, D], and no weights.
 
-    packed: None = one sequence that is not packed. Raises ConfigError for a window shorter than prompt and completion, and for
-    attention that is more than a softmax of scaled products.
+    packed: None = one sequence that is not packed. Layers that look back a window only are asked for no more than that: a job's
+    sequences fit into it. Raises ConfigError for attention that is more than a softmax of scaled products.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
@@ -71,9 +71,6 @@ def attend(
             module, query_1HLD, key_1JLD, value_1JLD, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
-    window = kwargs.get("sliding_window")
-    if window is not None and window < packed.keys_BK.shape[1]:
-        raise ConfigError(f"sequence_len: the model's layers look back {window} tokens at most; keep it at that")
     if special := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise ConfigError(f"base_model: its attention uses {special[0]}, which is not implemented yet for rl: grpo")
     repeats = getattr(module, "num_key_value_groups", 1)

@@ -35,6 +35,15 @@ def attention_heads(model: ModelSpec) -> int:
     return int(config.get_text_config().num_attention_heads)
 
 
+def attention_window(model: ModelSpec) -> int | None:
+    """Tokens that the layers with the shortest view look back; None = all of them. Of the model's config.json."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code).get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return int(window) if window and "sliding_attention" in (getattr(config, "layer_types", None) or ()) else None
+
+
 def task_of(method: str | None) -> str:
     """PEFT's name of what a method trains: a reward model is a sequence classifier."""
     return "SEQ_CLS" if method == "reward_trainer" else "CAUSAL_LM"

@@ -54,6 +54,10 @@ def run(config: JobConfig, display: Display) -> RunResult:
     starting_adapter.ensure_fits(config)
     spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)
     _ensure_engines_can_share(config, spec)
+    window = model.attention_window(spec)
+    if window is not None and config.sequence_len > window:
+        text = f"is {config.sequence_len}, but some layers of {config.base_model} look back {window} tokens only; use no more"
+        config.source.raise_if_any([Problem("sequence_len", text)])
     if config.adapter is None:
         model.ensure_checkpoint_names(spec)
     tokenizer = model.load_tokenizer(spec)

@@ -23,7 +23,7 @@ def row(log: Path) -> str:
     found = RESULT.search(text)
     if not found:
         raise ValueError(f"{log} tells of no result")
-    overrides = command.split(".yaml ")[1]
+    recipe, overrides = command.split(".yaml ")
     for common in COMMON:
         overrides = overrides.replace(common, "")
     steps = list(STEP.finditer(text))[2:]
@@ -32,14 +32,15 @@ def row(log: Path) -> str:
         timed = ["", "", ""]
     shown = f"`{' '.join(overrides.split())}`" if overrides.split() else "(as it is)"
     accuracy = f"{found['before']} → {found['after']} % in {found['steps']} steps"
-    return "| " + " | ".join([where.split()[0], shown, accuracy, *timed]) + " |"
+    return "| " + " | ".join([where.split()[0], recipe.rpartition("/")[2], shown, accuracy, *timed]) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.jobs", description=__doc__)
     parser.add_argument("folder", type=Path)
     logs = sorted(parser.parse_args().folder.glob("*.log"))
-    print("| GPUs | overrides | held-out accuracy | sample s | train s | sync s |\n|---|---|---|---|---|---|")
+    print("| GPUs | configs/grpo/ | overrides | held-out accuracy | sample s | train s | sync s |")
+    print("|---|---|---|---|---|---|---|")
     print("\n".join(row(log) for log in logs))
 
 

@@ -1,4 +1,6 @@
-"""The demo's recipe on one GPU and on two: engines beside the trainer and in turn with it, the model whole and in shards."""
+"""The demo's recipe on one GPU and on two: engines beside the trainer and in turn with it, the model whole and in shards; and
+full fine-tuning.
+"""
 
 from pathlib import Path
 
@@ -33,11 +35,11 @@ TWO_GPUS = {
 }
 
 
-def learns(tmp_path: Path, *overrides: str) -> list[dict[str, float]]:
-    """Runs the recipe; returns the records of its steps."""
+def learns(tmp_path: Path, *overrides: str, recipe: str = "smollm2-lora-cpu") -> list[dict[str, float]]:
+    """Runs a recipe; returns the records of its steps."""
     out = tmp_path / "out"
-    recipe = ["run", "configs/grpo/smollm2-lora-cpu.yaml", f"output_dir={out}", "vllm.enforce_eager=true"]
-    code, output = finish(start(*recipe, *overrides))
+    job = ["run", f"configs/grpo/{recipe}.yaml", f"output_dir={out}", "vllm.enforce_eager=true"]
+    code, output = finish(start(*job, *overrides))
     assert code == 0, output
     before, after = (record["eval/accuracy"] for record in records(out, "eval"))
     assert after > before + 0.1, output
@@ -55,6 +57,11 @@ def test_one_gpu(tmp_path: Path, placement: str) -> None:
 @pytest.mark.parametrize("placement", TWO_GPUS)
 def test_two_gpus(tmp_path: Path, placement: str) -> None:
     learns(tmp_path, *TWO_GPUS[placement])
+
+
+@pytest.mark.parametrize("overrides", [[], ["fsdp_version=2"]], ids=["whole", "fsdp2"])
+def test_all_weights(tmp_path: Path, overrides: list[str]) -> None:
+    learns(tmp_path, *HALF, *overrides, recipe="smollm2-full-cpu")
 
 
 def test_a_base_of_four_bits(tmp_path: Path) -> None:
