@@ -23,9 +23,9 @@ class PackedAttention(NamedTuple):
 
     prompts_GP: Tensor  # [G, P] int64: positions of each prompt
     queries_BT: Tensor  # [B, T] int64: positions of each completion
-    keys_BK: Tensor  # [B, K] int64: positions of its prompt, padded, and then its own
+    keys_BS: Tensor  # [B, S] int64: positions of its prompt, padded, and then its own
     places_L: Tensor  # [L] int64: of each position, in all prompts and then all completions, padding included
-    mask_B1TK: Tensor  # [B, 1, T, K], of the model's dtype: 0 where a position may look, the dtype's minimum elsewhere
+    mask_B1TS: Tensor  # [B, 1, T, S], of the model's dtype: 0 where a position may look, the dtype's minimum elsewhere
 
 
 def register() -> None:
@@ -35,16 +35,26 @@ def register() -> None:
     AttentionInterface.register(NAME, attend)
 
 
-def ensure_can_pack(model: Any, name: str) -> None:
-    """Raises ConfigError for a model in which tokens of a row would meet outside of `attend`."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or LAYERS)
+def ensure_can_pack(config: Any, name: str) -> None:
+    """Raises ConfigError for a model in which tokens of a row would meet outside of `attend`, or not as `attend` has it.
+
+    config: transformers' of the text model.
+    """
+    kinds = set(getattr(config, "layer_types", None) or LAYERS)
     if other := sorted(kinds.difference(LAYERS)):
-        why = f"has layers of the kind {other[0]}, through which the completions of a prompt would see each other"
-    elif not model._supports_attention_backend:
-        why = "has attention of its own, which cannot be told which completion belongs to which prompt"
-    else:
-        return
-    raise ConfigError(f"base_model: {name} {why}; use a model of transformers whose layers are all attention")
+        raise _refusal(name, f"has layers of the kind {other[0]}, where the completions of a prompt would see each other")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise _refusal(name, "caps its attention's scores, which is not implemented for rl: grpo yet")
+
+
+def ensure_told(model: Any, name: str) -> None:
+    """Raises ConfigError for a loaded model whose layers do not ask `attend`."""
+    if not model._supports_attention_backend or getattr(model, "_is_stateful", False):
+        raise _refusal(name, "has attention of its own, which cannot be told which completion belongs to which prompt")
+
+
+def _refusal(name: str, why: str) -> ConfigError:
+    return ConfigError(f"base_model: {name} {why}; use a model of transformers whose layers are all plain attention")
 
 
 def attend(
@@ -72,7 +82,7 @@ def attend(
         )
         return out
     if special := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise ConfigError(f"base_model: its attention uses {special[0]}, which is not implemented yet for rl: grpo")
+        raise ConfigError(f"base_model: its attention uses {special[0]}, which is not implemented for rl: grpo yet")
     repeats = getattr(module, "num_key_value_groups", 1)
     query_LHD, key_LHD, value_LHD = (
         heads[0].transpose(0, 1) for heads in (query_1HLD, repeat_kv(key_1JLD, repeats), repeat_kv(value_1JLD, repeats))
@@ -92,7 +102,7 @@ def attend(
         return out_BHTD.transpose(1, 2).flatten(0, 1)
 
     prompts = over(packed.prompts_GP, packed.prompts_GP, None)
-    completions = over(packed.queries_BT, packed.keys_BK, packed.mask_B1TK)
+    completions = over(packed.queries_BT, packed.keys_BS, packed.mask_B1TS)
     return torch.cat([prompts, completions]).index_select(0, packed.places_L)[None], None
 
 

@@ -1,7 +1,7 @@
 """The actor that samples: one vLLM engine in this process, the policy versions it serves, and their proofs.
 
 Calls run in the order in which they were made, so a batch is sampled by the version installed before it, also when
-both wait in the queue. A new way to install a snapshot goes into install.py and into `install` here.
+both wait in the queue. A new way to install a snapshot goes into install.py and into `_place` here.
 """
 
 import itertools
@@ -166,10 +166,12 @@ class RolloutEngine:
     def _load(self, policy: Installed) -> None:
         """Bucket by bucket, so that what goes to the workers of a tensor parallel engine is never all of it at once."""
         self._worker("eagleray_begin")
-        for number, bucket in enumerate(policy.buckets):
-            entries = snapshot.entries_of(policy.header.entries, number)
-            self._worker("eagleray_load", [replace(entry, bucket=0) for entry in entries], bucket)
-        self._worker("eagleray_finish")
+        try:
+            for number, bucket in enumerate(policy.buckets):
+                entries = snapshot.entries_of(policy.header.entries, number)
+                self._worker("eagleray_load", [replace(entry, bucket=0) for entry in entries], bucket)
+        finally:
+            self._worker("eagleray_finish")  # on all workers, also when one of them failed
         self._worker("eagleray_pack_heads")
         self.llm.reset_prefix_cache()
 

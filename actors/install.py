@@ -52,8 +52,10 @@ class PolicyInstaller:
         runner = self.model_runner
         tensors = snapshot.unpack(entries, *buckets)
         self.eagleray_begin()
-        self._load(merged_weights(base, tensors, scaling, runner.model_config.dtype, runner.device))
-        self.eagleray_finish()
+        try:
+            self._load(merged_weights(base, tensors, scaling, runner.model_config.dtype, runner.device))
+        finally:
+            self.eagleray_finish()
 
     def eagleray_begin(self) -> None:
         """All weights are about to be loaded, by `eagleray_load`, and then `eagleray_finish` is called."""
@@ -68,18 +70,13 @@ class PolicyInstaller:
         self._load((name, tensor.to(runner.device, runner.model_config.dtype)) for name, tensor in tensors)
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """When it fails half way, the layers are put back into a loadable state before the error goes on; the caller then
-        installs what was served before.
-        """
-        try:
-            with torch.no_grad():
-                self.model_runner.get_model().load_weights(weights)
-        except BaseException:
-            self.eagleray_finish()
-            raise
+        with torch.no_grad():
+            self.model_runner.get_model().load_weights(weights)
 
     def eagleray_finish(self) -> None:
-        """What was loaded is served from now on."""
+        """What was loaded is served from now on. Also after a load that failed half way: layers are loadable again then, and
+        the caller installs what was served before.
+        """
         from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
         runner = self.model_runner

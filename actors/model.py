@@ -36,12 +36,17 @@ def attention_heads(model: ModelSpec) -> int:
 
 
 def attention_window(model: ModelSpec) -> int | None:
-    """Tokens that the layers with the shortest view look back; None = all of them. Of the model's config.json."""
+    """Tokens that the layers with the shortest view look back; None = all of them. Of the model's config.json.
+
+    Raises ConfigError for a model that packed rows are not for, as far as that file tells.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code).get_text_config()
+    attention.ensure_can_pack(config, model.name)
     window = getattr(config, "sliding_window", None)
-    return int(window) if window and "sliding_attention" in (getattr(config, "layer_types", None) or ()) else None
+    kinds = getattr(config, "layer_types", None)  # a model of one kind may have none
+    return int(window) if window and (kinds is None or "sliding_attention" in kinds) else None
 
 
 def task_of(method: str | None) -> str:
@@ -152,7 +157,7 @@ def load_base(model: ModelSpec) -> Any:
         attn_implementation=attention.NAME,
         **kwargs,
     )
-    attention.ensure_can_pack(base, model.name)
+    attention.ensure_told(base, model.name)
     if model.quantization:
         keep_gradients(base)
     elif not model.sharded:  # a whole model of shards may not fit on one device
@@ -240,7 +245,7 @@ def row_logits(policy: Any, row: PackedRow) -> Tensor:
 
 
 def base_dtype(policy: Any) -> torch.dtype:
-    """The dtype of the frozen weights."""
+    """The dtype of the weights that LoRA leaves as they are; without LoRA of all."""
     dtype: torch.dtype = next(policy.parameters()).dtype
     return dtype
 

@@ -34,7 +34,7 @@ class PackedRow:
     position_ids: Tensor  # [1, L] int64
     prompts_GP: Tensor  # [G, P] int64: positions of each prompt; 0 at padding
     queries_BT: Tensor  # [B, T] int64: positions of each completion; 0 at padding
-    keys_BK: Tensor  # [B, K] int64: positions of its prompt, padded with 0, and then queries_BT
+    keys_BS: Tensor  # [B, S] int64: what each completion may see: its prompt's positions, padded with 0, then queries_BT
     prompt_lengths_B: Tensor  # [B] int64
     places_L: Tensor  # [L] int64: of each position, in all prompts and then all completions, padding included
     keep: Tensor  # [K] int64: positions whose logits predict a completion token
@@ -50,14 +50,14 @@ class PackedRow:
     def attention(self, dtype: torch.dtype) -> PackedAttention:
         """What the model's attention needs of the row; dtype: the model's."""
         width = self.queries_BT.shape[1]
-        key = torch.arange(self.keys_BK.shape[1], device=self.keys_BK.device)
+        key = torch.arange(self.keys_BS.shape[1], device=self.keys_BS.device)
         query = torch.arange(width, device=key.device)
         own = key - (len(key) - width)  # the completion's own place; below 0 in the prompt
-        earlier_TK = (own >= 0) & (own <= query[:, None])
-        prompt_BK = key < self.prompt_lengths_B[:, None]
-        seen_BTK = earlier_TK | prompt_BK[:, None]
-        mask = torch.zeros(seen_BTK.shape, dtype=dtype, device=key.device).masked_fill(~seen_BTK, torch.finfo(dtype).min)
-        return PackedAttention(self.prompts_GP, self.queries_BT, self.keys_BK, self.places_L, mask[:, None])
+        earlier_TS = (own >= 0) & (own <= query[:, None])
+        prompt_BS = key < self.prompt_lengths_B[:, None]
+        seen_BTS = earlier_TS | prompt_BS[:, None]
+        mask = torch.zeros(seen_BTS.shape, dtype=dtype, device=key.device).masked_fill(~seen_BTS, torch.finfo(dtype).min)
+        return PackedAttention(self.prompts_GP, self.queries_BT, self.keys_BS, self.places_L, mask[:, None])
 
 
 def plan_rows(groups: Sequence[RolloutGroup], samples: Sequence[Sample], per_row: int) -> list[list[Sample]]:
@@ -135,7 +135,7 @@ def pack_row(groups: Sequence[RolloutGroup], samples: Sequence[Sample]) -> Packe
         position_ids=torch.from_numpy(np.concatenate(positions))[None],
         prompts_GP=prompts_GP,
         queries_BT=queries_BT,
-        keys_BK=torch.cat([prompts_GP[prompt_of], queries_BT], 1),
+        keys_BS=torch.cat([prompts_GP[prompt_of], queries_BT], 1),
         prompt_lengths_B=torch.tensor([len(prompts[number]) for number in prompt_of]),
         places_L=places_L,
         keep=torch.tensor(keep),

@@ -16,12 +16,13 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from actors import device, model, sharding
-from actors.errors import ActorError
+from actors.errors import ActorError, CheckpointError
 from actors.optimizers import OPTIMIZER_FILE, SHARD_FILE, load_optimizer, save_optimizer
 from actors.specs import RankSpec, TrainerSpec
 
@@ -94,7 +95,7 @@ class WholeCopies:
     lockstep = False  # whether ranks must make the same number of forward passes
 
     def __init__(self, policy: Any, optimizer: Any, world: int) -> None:
-        self.policy = policy  # the PeftModel
+        self.policy = policy  # a PeftModel, or transformers' model where all weights are trained
         self.model = policy  # what is called
         self.optimizer = optimizer  # torch's, with the groups that a schedule sets rates in
         self.world = world
@@ -159,12 +160,19 @@ class WholeCopies:
         parameters = model.trained_parameters(self.policy)
         return {name: parameters[name].detach() for name in names}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts saved tensors back; all ranks call it."""
-        parameters = model.trained_parameters(self.policy)
+    def load(self, files: Sequence[Path]) -> None:
+        """Puts saved tensors back; all ranks call it. Raises CheckpointError unless the files hold all that is trained."""
+        tensors = self._saved(files)
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
+            for name, parameter in model.trained_parameters(self.policy).items():
+                parameter.copy_(tensors[name])
+
+    def _saved(self, files: Sequence[Path]) -> dict[str, Tensor]:
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        if missing := sorted(model.trained_parameters(self.policy).keys() - tensors.keys()):
+            where = files[0].parent if files else "the checkpoint"
+            raise CheckpointError(f"{where}: {len(missing)} trained tensors are missing, first {missing[0]}; use another one")
+        return tensors
 
     def save_state(self, folder: Path, rank: int) -> None:
         """The optimizer's; all ranks call it."""
@@ -198,12 +206,13 @@ class Fsdp(WholeCopies):
         parts = super().whole(names)
         return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parts.items()}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, files: Sequence[Path]) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         for module in self.policy.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass without a backward pass leaves some of them whole
+        tensors = self._saved(files)
         own = {id(p): name for name, p in self.policy.named_parameters()}
         state: dict[str, Any] = {own[id(p)]: tensors[name] for name, p in model.trained_parameters(self.policy).items()}
         options = StateDictOptions(full_state_dict=True, strict=False)
@@ -249,7 +258,7 @@ class DeepSpeed(WholeCopies):
         with deepspeed.zero.GatheredParameters([parameters[name] for name in names]):
             return {name: parameters[name].detach().clone() for name in names}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, files: Sequence[Path]) -> None:
         """DeepSpeed's own state, which load_state reads, holds the weights too."""
 
     def save_state(self, folder: Path, rank: int) -> None:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from actors import sandbox
 from actors.errors import RewardError
 from actors.specs import RewardSpec
 from actors.types import RolloutGroup, Scores
@@ -47,8 +48,11 @@ class RewardWorker:
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.takes = {p.name for p in parameters}
 
-    def ready(self) -> None:
-        """Returns once the function is imported: calls are timed from then on."""
+    def ready(self) -> str | None:
+        """Returns once the function is imported: calls are timed from then on. What a person must know of it, or None."""
+        if "sandbox_limits" in self.takes and not sandbox.has_namespaces():
+            return sandbox.WITHOUT_NAMESPACES
+        return None
 
     def score(self, prompt: Any, columns: Mapping[str, Any], group: RolloutGroup) -> Scores:
         """Rewards of one group. A function that fails is a failure in the result, never a zero."""

@@ -5,7 +5,7 @@ an environment without our variables, `python -I`, no core dumps. It is over whe
 then all that it started is killed. cage.py does that from inside.
 
 Where Linux gives user namespaces to this user, a run also has no network, sees no other process, and can write nowhere
-but to its folder. Where it does not, one line in the actor's log says so: then a program can write and reach what this
+but to its folder. Where it does not, the job says so when it starts: then a program can write and reach what this
 user can, read this process's environment, end the process that watches over it, and fork faster than it is killed.
 
 In neither case is a program kept from reading the files of this user, from Unix sockets in the file system, or from
@@ -15,7 +15,6 @@ checks run in the program's own process, so a program that seeks them out can pa
 
 import functools
 import json
-import logging
 import os
 import secrets
 import signal
@@ -29,11 +28,13 @@ from typing import IO
 
 from actors.specs import SandboxSpec
 
-log = logging.getLogger("eagleray")
-
 CAGE = str(Path(__file__).with_name("cage.py"))
 UNSHARE = ("unshare", "--user", "--map-root-user", "--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # numpy's threads each take memory
+WITHOUT_NAMESPACES = (
+    "code rewards: this user may not make namespaces (unshare --user), so programs run with the network and files of this "
+    "user; allow them, or run the job where nothing else matters"
+)
 START_S = 10.0  # beside time_s, for Python to start on a busy machine
 MIB = 2**20
 
@@ -57,14 +58,8 @@ def run(program: str, limits: SandboxSpec, checks: Sequence[str] = (), stdin: st
 
 @functools.cache
 def has_namespaces() -> bool:
-    """Whether runs can be kept from network, processes and files; if not, says so in the log."""
-    works = _run("", SandboxSpec(), ["pass"], "", namespaces=True).passed == 1
-    if not works:
-        log.warning(
-            "code rewards: this user may not make namespaces (unshare --user), so programs run with the network and "
-            "files of this user; allow them, or run the job where nothing else matters"
-        )
-    return works
+    """Whether runs can be kept from network, processes and files."""
+    return _run("", SandboxSpec(), ["pass"], "", namespaces=True).passed == 1
 
 
 def _run(program: str, limits: SandboxSpec, checks: Sequence[str], stdin: str, *, namespaces: bool) -> Ended:

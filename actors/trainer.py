@@ -221,6 +221,9 @@ class Trainer:
             nbytes += bucket.nbytes
             yield bucket
         self.policy.eval()
+        probe_logprobs = tuple(model.sequence_logprobs(self.shared.model, self.probe))
+        if self.spec.shares_gpu:
+            device.release_cache()  # of what was gathered
         yield SnapshotHeader(
             version=self.version,
             base_model=self.spec.model.name,
@@ -229,7 +232,7 @@ class Trainer:
             entries=tuple(entries),
             nbytes=nbytes,
             digest=snapshot.joined(digests),
-            probe_logprobs=tuple(model.sequence_logprobs(self.shared.model, self.probe)),
+            probe_logprobs=probe_logprobs,
         )
 
     def save_policy(self, folder: str) -> None:
@@ -241,12 +244,16 @@ class Trainer:
             for name, tensor in self.shared.whole(names).items():
                 if self.rank.rank == 0:
                     tensors[name] = tensor.cpu().contiguous()
+        if self.spec.shares_gpu:
+            device.release_cache()
         if self.rank.rank != 0:
             return
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         if self.spec.lora is None:
+            self.policy.config.use_cache = True  # whoever loads it samples from it
             self.policy.save_pretrained(folder, state_dict=tensors)
+            self.policy.config.use_cache = False
             model.load_tokenizer(self.spec.model).save_pretrained(folder)
             return
         config = copy(self.policy.peft_config["default"])  # as PEFT resolved it: the modules by name
@@ -281,7 +288,7 @@ class Trainer:
         """
         path = Path(folder)
         files = [path / adapter.WEIGHTS_FILE] if self.spec.lora else sorted(path.glob("model*.safetensors"))
-        self.shared.load({name: tensor for file in files for name, tensor in load_file(file).items()})
+        self.shared.load(files)
         state = json.loads((path / TRAINER_FILE).read_text(encoding="utf-8"))
         self.shared.load_state(path, self.rank.rank)
         device.set_rng_state(load_file(path / RNG_FILE.format(rank=self.rank.rank)))

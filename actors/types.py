@@ -59,7 +59,7 @@ class SnapshotHeader:
     scaling: float  # of B A: alpha / r, or alpha / sqrt(r); 0 without LoRA
     entries: tuple[TensorEntry, ...]
     nbytes: int  # of all buckets
-    digest: str  # snapshot.digest of all buckets
+    digest: str  # snapshot.joined of all buckets
     probe_logprobs: tuple[float, ...]  # [probe tokens - 1]: log p(token | tokens before it) under this policy
 
 

@@ -24,6 +24,9 @@ FENCE = re.compile(r"^```[ \t]*([\w+-]*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTI
 def reasoning_gym(completions: Sequence[Completion], answer: Sequence[str], metadata: Sequence[Any]) -> list[float]:
     """The score, 0 to 1, of reasoning-gym's own verifier for an entry of it, whose columns are answer and metadata.
 
+    Some of those verifiers evaluate an answer as Python, here and not in the sandbox: string_insertion, n_queens,
+    binary_matrix, spiral_matrix, countdown, puzzle24 and the tasks of algebra. Train on them where that may be.
+
     metadata: a mapping or its JSON; its source_dataset names the task. What is judged is the last `<answer>` of a
     completion, or all of it where there is none.
     """
@@ -64,7 +67,8 @@ def passes_tests(
         program = python_of(text_of(completions[i]))
         if checks := list(statements[i] or []):
             before = "\n".join([*(imports[i] or []), setup[i] or ""])
-            return sandbox.run(program, sandbox_limits, [f"{before}\n{check}" for check in checks]).passed / len(checks)
+            passed = sandbox.run(program, sandbox_limits, [f"{before}\n{check}" for check in checks]).passed
+            return min(passed, len(checks)) / len(checks)  # whoever finds the token could write it often
         if examples := _examples(pairs[i]):
             return _matches(program, examples, sandbox_limits) / len(examples)
         return None

@@ -104,6 +104,13 @@ def rows_of_step(rows: Sequence[Row], step: int, per_step: int, seed: int) -> li
     return chosen
 
 
+def other_rows(rows: Sequence[Row], used: Sequence[Row], count: int, draw: random.Random) -> list[Row]:
+    """Up to `count` rows that are none of those used, drawn at random."""
+    taken = set(map(id, used))
+    drawn = draw.sample(rows, min(len(rows), count + len(taken)))
+    return [row for row in drawn if id(row) not in taken][:count]
+
+
 @lru_cache(maxsize=2)  # a step may span two passes
 def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(count))

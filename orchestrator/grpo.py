@@ -1,14 +1,15 @@
 """The loop of an online job: publish, sample, score, credit, train, record.
 
 On-policy, one step off and asynchronous are the same loop: `max_staleness` batches are in flight beyond the one that is
-trained on. Which policy version samples which batch is a function of the batch's number alone, and an engine does what
-it is told in order, so a resumed run samples again just what was in flight.
+trained on. Which policy version samples which batch is a function of the batch's number alone, also for prompts that replace
+others, and an engine does what it is told in order, so a resumed run samples again just what was in flight.
 
 Consumes prompts; produces policy versions and records; waits for rollouts, rewards and the trainer; is unblocked by
 their answers or by a time limit, which ends the job.
 """
 
 import math
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from actors.types import RolloutHeader, Scores, TrainStats
 from orchestrator import cluster, judges
 from orchestrator.cluster import Actors
 from orchestrator.credit import combine_rewards, group_advantages, has_signal, normalized_sum
-from orchestrator.data import PromptSet, Row, rows_of_step
+from orchestrator.data import PromptSet, Row, other_rows, rows_of_step
 from orchestrator.plan import Plan
 from orchestrator.policies import Policies
 from orchestrator.rollouts import Batch, send
@@ -100,9 +101,8 @@ class Loop:
         batch = self.in_flight.popleft()
         sampled = self._filled_up(self._collected(batch))
         headers, scores, rewards = sampled.headers, sampled.scores, sampled.rewards
-        advantages = self._advantages(scores, rewards)
-        if self.config.ray.max_resamples:  # what was replaced counts nowhere, as in DAPO (arXiv:2503.14476, section 3.2)
-            advantages = [row if has_signal(row) else [None] * len(row) for row in advantages]
+        self._ensure_rewarded(sampled)
+        advantages = self._credit(scores, rewards)
         if self.samples:
             self.samples.save(f"step-{self.step + 1:06d}", sampled.rows, sampled.group_refs, scores, rewards, advantages)
 
@@ -154,8 +154,12 @@ class Loop:
             **self.memory,
         }
 
-    def _collected(self, batch: Batch) -> Sampled:
-        """Waits for a batch and its rewards."""
+    def _collected(self, batch: Batch, after: Sequence[Batch] = ()) -> Sampled:
+        """Waits for a batch and its rewards. after: batches sent before it, whose rewards are called before its own: they must
+        have been sampled when the clock of those calls starts.
+        """
+        for earlier in after:
+            earlier.headers(self.config.ray.rollout_timeout_s)
         headers = self._headers(batch)
         probe_gap, install_s = self.policies.confirm(batch.policy_version)
         scoring = time.perf_counter()
@@ -173,18 +177,32 @@ class Loop:
         )
 
     def _filled_up(self, sampled: Sampled) -> Sampled:
-        """With max_resamples: other prompts in place of groups without signal, so often at most, by the engines' policy."""
+        """With max_resamples: other prompts in place of groups without signal, so often at most, by the newest policy sent."""
+        version = self.version_for(min(self.step + self.config.ray.max_staleness, self.plan.total_steps - 1))
         for attempt in range(1, self.config.ray.max_resamples + 1):
             advantages = self._advantages(sampled.scores, sampled.rewards)
             missing = self.plan.prompts_per_step - sum(map(has_signal, advantages))
-            if missing == 0:
+            draw = random.Random(f"{self.config.seed}/{self.step}/{attempt}")
+            rows = other_rows(self.prompts.train, sampled.rows, missing, draw)
+            if not rows:
                 break
             self._wake()
-            assert self.policies.installed is not None, "a batch was sampled before"
-            rows = rows_of_step(self.prompts.train, self.step, missing, self.config.seed + attempt)
-            more = self._send(rows, self._sampling(), self.step, self.policies.installed, attempt)
-            sampled = sampled.and_more(self._collected(more))
+            self.policies.install(version)
+            seed = draw.randrange(MAX_SEED)
+            sampled = sampled.and_more(self._collected(self._send(rows, self._sampling(), version, seed), self.in_flight))
         return sampled
+
+    def _credit(self, scores: list[list[Scores]], rewards: list[list[float | None]]) -> list[list[float | None]]:
+        """Advantages, [groups][G]. With max_resamples, groups without signal count nowhere (DAPO, arXiv:2503.14476, eq. 11)."""
+        advantages = self._advantages(scores, rewards)
+        if not self.config.ray.max_resamples:
+            return advantages
+        kept = [g for g, row in enumerate(advantages) if has_signal(row)]
+        among_them = self._advantages([scores[g] for g in kept], [rewards[g] for g in kept])
+        nowhere: list[list[float | None]] = [[None] * len(row) for row in rewards]
+        for g, row in zip(kept, among_them, strict=True):
+            nowhere[g] = row
+        return nowhere
 
     def _shares(self, advantages: Sequence[Sequence[float | None]], headers: Sequence[RolloutHeader]) -> list[Share]:
         return shares(
@@ -213,7 +231,7 @@ class Loop:
             version = self.version_for(number)
             self.policies.install(version)
             rows = rows_of_step(self.prompts.train, number, self.plan.prompts_per_step, self.config.seed)
-            self.in_flight.append(self._send(rows, self._sampling(), number, version))
+            self.in_flight.append(self._send(rows, self._sampling(), version, self._seed_of(number), number))
 
     def evaluate(self) -> Evaluation:
         """Greedy answers of the newest policy to every held-out prompt."""
@@ -224,7 +242,9 @@ class Loop:
         self.policies.install(version)
         trl = self.config.trl
         greedy = SamplingSpec(1, trl.max_completion_length, temperature=0.0, extra=trl.generation_kwargs or {})
-        answers = self._collected(self._send(self.prompts.held_out, greedy, self.step, version))
+        batch = self._send(self.prompts.held_out, greedy, version, self._seed_of(self.step))
+        answers = self._collected(batch, self.in_flight)
+        self._ensure_rewarded(answers)
         scores, rewards = answers.scores, answers.rewards
         record = self._rollout_record(answers.headers, scores, rewards, rewards)
         if self.samples:
@@ -239,15 +259,21 @@ class Loop:
             total=len(judged),
         )
 
-    def _send(self, rows: Sequence[Any], sampling: SamplingSpec, number: int, version: int, attempt: int = 0) -> Batch:
+    def _seed_of(self, number: int) -> int:
+        return (self.config.seed * 1_000_003 + number) % MAX_SEED
+
+    def _send(
+        self, rows: Sequence[Row], sampling: SamplingSpec, version: int, seed: int, number: int | None = None
+    ) -> Batch:
+        """number: the step that trains on it; None = this one, or none."""
         return send(
             self.actors.engines,
             self.scorer,
             rows,
             sampling,
-            number=number,
+            number=self.step if number is None else number,
             policy_version=version,
-            seed=(self.config.seed * 1_000_003 + attempt * 10_007 + number) % MAX_SEED,
+            seed=seed,
         )
 
     def _headers(self, batch: Batch) -> list[RolloutHeader]:
@@ -287,25 +313,27 @@ class Loop:
         )
 
     def _combined(self, scores: list[list[Scores]], headers: Sequence[RolloutHeader]) -> list[list[float | None]]:
-        """Weighted rewards, [groups][G]. A group that a function failed on is dropped; if all are, the job stops."""
+        """Weighted rewards, [groups][G]. A group that a function failed on is dropped."""
         weights = self._weights()
         sizes = [len(lengths) for header in headers for lengths in header.completion_tokens]
-        failures = [score for group in scores for score in group if score.failure]
-        rewards: list[list[float | None]] = []
-        for group, size in zip(scores, sizes, strict=True):
-            if any(score.failure for score in group):
-                rewards.append([None] * size)
-            else:
-                rewards.append(combine_rewards({s.function: s.rewards for s in group}, weights))
+        return [
+            [None] * size
+            if any(score.failure for score in group)
+            else combine_rewards({s.function: s.rewards for s in group}, weights)
+            for group, size in zip(scores, sizes, strict=True)
+        ]
+
+    def _ensure_rewarded(self, sampled: Sampled) -> None:
+        """Tells of calls that failed. Raises RewardError when no completion of all has a reward."""
+        failures = [score for group in sampled.scores for score in group if score.failure]
         summary = f"every reward of step {self.step + 1} is None"
         if failures:
             first = failures[0]
             summary = f"reward {first.function} failed on {len(failures)} calls of step {self.step + 1}: {first.failure}"
-        if all(reward is None for group in rewards for reward in group):
+        if all(reward is None for group in sampled.rewards for reward in group):
             raise RewardError(f"{summary}. No completion has a reward, so there is nothing to learn from")
         if failures:
             self.warn(f"{summary}; their completions were dropped")
-        return rewards
 
     def _advantages(self, scores: list[list[Scores]], rewards: list[list[float | None]]) -> list[list[float | None]]:
         """Of each completion, [groups][G]; rewards: of `_combined`."""

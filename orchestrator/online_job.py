@@ -119,7 +119,8 @@ class _Job:
             specs = reward_specs(self.config, self.plan)
             scorer = Scorer(self.plan, group, specs, self.config.ray.reward_timeout_s)
             with self.display.phase("loading rewards, trainer and engines"):
-                scorer.wait_ready()
+                for note in scorer.wait_ready():
+                    self.display.warn(note)
                 cluster.ask_ranks(
                     actors.trainers, "set_probe", probe, doing="loading its model", timeout_s=cluster.START_TIMEOUT_S
                 )
@@ -195,7 +196,9 @@ class _Job:
                 older.extend(loop.policies.published[version])
         try:
             with storage.new_folder(path) as folder:
-                self._ask(loop.actors, "save", str(folder), *older, doing="saving a checkpoint")
+                ranks = enumerate(loop.actors.trainers)  # the first one writes the older policies
+                saves = [trainer.save.remote(str(folder), *(older if rank == 0 else ())) for rank, trainer in ranks]
+                cluster.fetch_ranks(saves, "saving a checkpoint", self.config.ray.rollout_timeout_s)
                 job = identity(self.config, self.prompts)
                 state = {"step": loop.step, "evaluations": self.evaluations, "job": job}
                 storage.write_json(folder / storage.STATE, state)
@@ -237,6 +240,7 @@ def identity(config: JobConfig, prompts: PromptSet) -> dict[str, Any]:
         "trl.num_generations": config.trl.num_generations,
         "trl.vllm_sync_interval": config.trl.vllm_sync_interval,
         "ray.max_staleness": config.ray.max_staleness,
+        "ray.max_resamples": config.ray.max_resamples,
         "engines": engines(config),
         "ray_num_workers": config.ray_num_workers,
         "shards": sharding.kind(config),

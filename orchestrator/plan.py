@@ -172,6 +172,11 @@ def engines(config: JobConfig) -> int:
     return ranks(config) if colocated(config) else config.ray.engines
 
 
+def _loses(config: JobConfig, plan: Plan) -> bool:
+    """Whether weights are trained in a dtype with fewer bits than a small update needs, and nowhere kept in fp32."""
+    return config.adapter is None and plan.dtype == "bfloat16" and not config.deepspeed
+
+
 def _sync(config: JobConfig) -> str:
     if config.adapter is None:
         return "weights"
@@ -202,10 +207,12 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
         for bundle, node in zip(plan.bundles, plan.placement, strict=True)
     ]
     rewards = [_described_reward(config, plan, name) for name in trl.reward_funcs or []]
+    lost = "            small updates vanish in bfloat16; bf16: false keeps them, and so does deepspeed"
     unused = plan.gpu and config.ray.kv_cache_gib is not None
     return [
         f"model       {config.base_model}, {plan.dtype}",
         f"adapter     {described_adapter(config, plan.dtype)}",
+        *([lost] if _loses(config, plan) else []),
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"placement   one placement group, {plan.strategy}",
         *(f"            {line}" for line in [*held, *rewards]),

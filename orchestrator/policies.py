@@ -88,7 +88,7 @@ class Policies:
         return max(gaps), max(seconds)
 
     def forget(self, needed: Sequence[int]) -> None:
-        """Drops versions that nothing will install again; their buffers leave the object store."""
+        """Drops versions that nothing will install again; their buckets leave the object store."""
         self.published = {v: p for v, p in self.published.items() if v in needed or v == self.installed}
 
 

@@ -69,7 +69,7 @@ class TrlConfig:
         "server"  # server: engines have their own placement | colocate: they share the trainers' GPUs
     )
     vllm_enable_sleep_mode: bool = False
-    vllm_lora_sync: bool = True  # only the LoRA weights travel to the engines
+    vllm_lora_sync: bool = True  # what is trained travels to the engines, whatever this says
     vllm_sync_interval: int = 1  # optimizer steps between two policy versions on the engines
     num_generations: int = 8  # completions per prompt: the group size G
     max_completion_length: int = 256  # tokens
@@ -138,7 +138,8 @@ class RayConfig:
     engine_cpus: int = 1  # CPUs per engine
     engine_gpus: float | None = None  # GPUs per engine; none = tensor_parallel_size with GPUs, 0 without
     max_staleness: int = 0  # policy versions a rollout may lag behind; 0 = on-policy
-    max_resamples: int = 0  # times a step that other prompts replace groups without signal; 0 = they are left out
+    # times a step that other prompts replace groups without signal; above 0 these count nowhere, at 0 in the loss's mean
+    max_resamples: int = 0
     sync: str = "auto"  # auto | fused: merged into the weights | adapter: a LoRA slot of vLLM
     sync_bucket_mib: int = 1024  # MiB of a policy that are gathered and sent at once
     reward_timeout_s: float = 60.0  # seconds per call of a reward function

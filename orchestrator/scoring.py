@@ -58,10 +58,12 @@ class Scorer:
         self.timeout_s = timeout_s
         self.functions = [_Function(spec, cluster.start_reward(plan, group, spec)) for spec in specs]
 
-    def wait_ready(self) -> None:
-        """Returns once all are imported, loaded or have answered. Raises RewardError or ConfigError for one that cannot be."""
-        for function in self.functions:
-            self._wait_ready(function)
+    def wait_ready(self) -> list[str]:
+        """Returns once all are imported, loaded or have answered, with what a person must know of them.
+
+        Raises RewardError or ConfigError for one that cannot be.
+        """
+        return [note for function in self.functions if (note := self._wait_ready(function))]
 
     def submit(self, rows: Sequence[Row], group_refs: Sequence[Any]) -> list[list[Call]]:
         """Queues the calls of one batch: [functions][groups]. They run in the order of submission."""
@@ -127,10 +129,11 @@ class Scorer:
             if call is not without:
                 self._call(function, call)
 
-    def _wait_ready(self, function: _Function) -> None:
+    def _wait_ready(self, function: _Function) -> str | None:
         imported = isinstance(function.spec, RewardSpec)
         limit_s = cluster.PLACEMENT_TIMEOUT_S if imported else cluster.START_TIMEOUT_S
-        cluster.fetch(function.actor.ready.remote(), f"reward {function.spec.path}", limit_s)
+        note: str | None = cluster.fetch(function.actor.ready.remote(), f"reward {function.spec.path}", limit_s)
+        return note
 
     def _queue(self, function: _Function, call: Call) -> Call:
         self._call(function, call)

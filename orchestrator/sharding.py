@@ -100,7 +100,7 @@ def problems(config: JobConfig) -> Iterator[Problem]:
 
 
 def _online_problems(config: JobConfig) -> Iterator[Problem]:
-    """Where switching adapters, or publishing one, would not see the shards."""
+    """Where switching to the reference, or publishing, would not see the shards."""
     if kind(config) and config.trl.beta and (config.lora_model_dir or config.adapter is None):
         second, key = ("second adapter", "lora_model_dir") if config.adapter else ("second model", "trl.beta")
         text = f"the KL term's {second} cannot be in shards yet; use trl.beta: 0, or neither deepspeed nor fsdp"

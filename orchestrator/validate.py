@@ -179,8 +179,8 @@ def _grpo(config: JobConfig) -> Iterator[Problem]:
     elif trl.reward_weights is not None and len(trl.reward_weights) != len(trl.reward_funcs):
         counts = f"{len(trl.reward_weights)} weights for {len(trl.reward_funcs)} reward_funcs"
         yield Problem("trl.reward_weights", f"{counts}; give one weight per function, in the same order")
-    if config.ray.sync == "adapter" and config.adapter is None:
-        yield Problem("ray.sync", "is adapter, but all weights are trained, and there is none; remove it, or add adapter: lora")
+    if config.adapter is None:
+        yield from _all_weights(config)
     yield from judges.problems(config)
     if CODE in (trl.reward_funcs or []) and config.ray.sandbox.time_s >= config.ray.reward_timeout_s:
         text = f"is {config.ray.sandbox.time_s:g}, no less than ray.reward_timeout_s, in which a group's programs all run"
@@ -215,6 +215,16 @@ def _grpo(config: JobConfig) -> Iterator[Problem]:
         yield Problem("ray.sync", text)
     yield from _engines(config)
     yield from _whole_groups(config)
+
+
+def _all_weights(config: JobConfig) -> Iterator[Problem]:
+    """What speaks of an adapter where there is none: a forgotten `adapter: lora` would train all weights."""
+    for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules", "peft_use_rslora"):
+        if value_of(config, key):
+            yield Problem(key, "is set, but adapter is not, so all weights would be trained; add adapter: lora, or remove it")
+    if config.ray.sync != "auto":
+        text = f"is {config.ray.sync}, a way for adapters, but all weights are trained; remove it, or add adapter: lora"
+        yield Problem("ray.sync", text)
 
 
 def _engines(config: JobConfig) -> Iterator[Problem]:

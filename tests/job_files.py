@@ -22,6 +22,7 @@ datasets:
 trl:
   reward_funcs: [sums.exact]
 """  # 13 lines: what a test appends begins at line 14
+FULL_GRPO = "".join(line for line in GRPO.splitlines(True) if not line.startswith(("adapter", "lora_")))
 SFT = "base_model: org/model\nlearning_rate: 1e-5\ndatasets: [{path: d.jsonl, type: alpaca}]\n"
 
 

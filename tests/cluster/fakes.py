@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from actors import snapshot
 from actors.specs import SamplingSpec
 from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader
 
@@ -19,12 +20,14 @@ class FakeEngine:
         self.lie = lie
         self.headers: list[SnapshotHeader] = []
 
-    def install(self, header: SnapshotHeader, buffer: Any) -> InstallReceipt:
+    def install(self, header: SnapshotHeader, *buckets: Any) -> InstallReceipt:
+        """Takes what carries the digest of the bytes that came, as a real one."""
         first = not self.headers
         self.headers.append(header)
+        digest = snapshot.joined([snapshot.digest(bucket) for bucket in buckets])
         before = self.lie == "before" and not first
         served = self.headers[0] if self.lie == "nothing" else self.headers[-2 if before else -1]
-        return InstallReceipt(header.version, header.digest, served.probe_logprobs, 0.0)
+        return InstallReceipt(header.version, digest, served.probe_logprobs, 0.0)
 
     def versions(self) -> list[int]:
         return [header.version for header in self.headers]

@@ -1,6 +1,7 @@
 """The loop on real Ray with a real trainer of a tiny model and engines that sample at random."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import ray
 
 from actors.errors import ActorError, SyncError
 from actors.ranks import meeting_place
-from actors.specs import RankSpec, RewardSpec
+from actors.specs import RankSpec, RewardSpec, TrainerSpec
 from actors.trainer import Trainer
 from orchestrator.cluster import Actors
 from orchestrator.data import PromptSet, Row
@@ -30,7 +31,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
-def loop(folder: str, *, staleness: int = 0, interval: int = 1, lies: tuple[str, ...] = ("",), ranks: int = 1) -> Loop:
+def loop(
+    folder: str,
+    *,
+    staleness: int = 0,
+    interval: int = 1,
+    lies: tuple[str, ...] = ("",),
+    ranks: int = 1,
+    spec: TrainerSpec | None = None,
+) -> Loop:
     config = JobConfig(rl="grpo", base_model=folder, learning_rate=1e-2, bf16=False, max_steps=STEPS)
     config.micro_batch_size = 8 // ranks
     config.ray_num_workers = ranks
@@ -43,7 +52,7 @@ def loop(folder: str, *, staleness: int = 0, interval: int = 1, lies: tuple[str,
     plan = make_plan(config, [Node("a", {"CPU": 8.0})], len(rows))
     address = meeting_place()
     trainers = tuple(
-        ray.remote(Trainer).options(num_cpus=0).remote(trainer_spec(folder), RankSpec(rank, ranks, address))
+        ray.remote(Trainer).options(num_cpus=0).remote(spec or trainer_spec(folder), RankSpec(rank, ranks, address))
         for rank in range(ranks)
     )
     ray.get([trainer.set_probe.remote([5, 9, 12, 30, 7]) for trainer in trainers])
@@ -140,6 +149,46 @@ def test_replacing_ends_where_nothing_has_a_signal(cluster: None, llama: str) ->
     made.config.trl.reward_weights = [0.0]
     record = made.advance()
     assert (record["groups"], record["groups_without_signal"], record["grad_norm"]) == (8, 8, 0.0)
+
+
+def test_a_reward_that_fails_on_a_replacement_costs_that_group(
+    cluster: None, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never the step, whose other groups are good."""
+    made = loop(llama, staleness=1)
+    made.config.ray.max_resamples = 20
+    combined = made._combined
+    calls = iter(range(100))
+
+    def none_for_replacements(scores: Any, headers: Any) -> Any:
+        rewards = combined(scores, headers)
+        if next(calls) == 1:
+            return [[None] * len(row) for row in rewards]
+        return rewards if len(rewards) < 2 else [rewards[0], [0.0] * len(rewards[1])]  # the second one has no signal
+
+    monkeypatch.setattr(made, "_combined", none_for_replacements)
+    record = made.advance()
+    assert record["samples_dropped"] >= 4 and record["grad_norm"] > 0.0
+
+
+def test_all_weights_go_to_the_engines_in_buckets(cluster: None, llama: str, tmp_path: Path) -> None:
+    """By two ranks, one of which has them; each bucket written over the last one. A checkpoint brings older policies back."""
+    spec = replace(trainer_spec(llama), lora=None, bucket_bytes=4096)
+    made = loop(llama, ranks=2, staleness=1, lies=("", ""), spec=spec)
+    records = [made.advance() for _ in range(3)]
+    assert made.policies.buckets > 5
+    assert [record["policy_version"] for record in records] == [1, 2, 3]
+    older = [part for v in made.versions_needed() if v != 3 for part in made.policies.published[v]]
+    ray.get([t.save.remote(str(tmp_path / "c"), *older) for t in made.actors.trainers])
+    expected = [made.advance()["loss"] for _ in range(2)]
+
+    resumed = loop(llama, ranks=2, staleness=1, lies=("", ""), spec=spec)
+    resumed.policies.published.clear()
+    for header, *buckets in ray.get([t.restore.remote(str(tmp_path / "c")) for t in resumed.actors.trainers])[0]:
+        resumed.policies.add(header, *map(ray.put, buckets))
+    resumed.step = 3
+    resumed.start()
+    assert [resumed.advance()["loss"] for _ in range(2)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_two_ranks_learn_as_one_does_and_the_death_of_one_ends_the_job(cluster: None, llama: str) -> None:

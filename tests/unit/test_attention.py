@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen2ForCausalLM
 
 from actors import attention, model
 from actors.errors import ConfigError
@@ -17,14 +17,18 @@ SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_a
 
 def test_layers_through_which_completions_would_meet_are_refused() -> None:
     llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **SHAPE))
-    attention.ensure_can_pack(llama, "a llama")
+    attention.ensure_can_pack(llama.config, "a llama")
+    attention.ensure_told(llama, "a llama")
     llama.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ConfigError, match="base_model: a hybrid has layers of the kind linear_attention"):
-        attention.ensure_can_pack(llama, "a hybrid")
+        attention.ensure_can_pack(llama.config, "a hybrid")
     llama.config.layer_types = None
+    llama.config.attn_logit_softcapping = 50.0
+    with pytest.raises(ConfigError, match="base_model: a gemma caps its attention's scores"):
+        attention.ensure_can_pack(llama.config, "a gemma")
     llama._supports_attention_backend = False
     with pytest.raises(ConfigError, match="base_model: its own has attention of its own"):
-        attention.ensure_can_pack(llama, "its own")
+        attention.ensure_told(llama, "its own")
 
 
 def test_a_window_that_holds_a_sequence_changes_nothing(tmp_path: Path) -> None:
@@ -46,6 +50,11 @@ def test_a_window_that_holds_a_sequence_changes_nothing(tmp_path: Path) -> None:
         for i in range(2):
             alone_T, _ = alone_logprobs(policy, group, i, 1.0)
             torch.testing.assert_close(logprobs_BT[i, : len(alone_T)], alone_T, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_of_one_kind_of_layer_may_have_a_window(tmp_path: Path) -> None:
+    MistralConfig(sliding_window=64, num_hidden_layers=1, **SHAPE).save_pretrained(tmp_path)
+    assert model.attention_window(ModelSpec(str(tmp_path), "float32")) == 64
 
 
 def test_a_model_that_sees_everything_has_no_window(tmp_path: Path) -> None:

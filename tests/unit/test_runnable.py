@@ -13,7 +13,7 @@ from orchestrator.config import dump, load
 from orchestrator.plan import Node, make_plan
 from orchestrator.rewards import ensure_rewards, reward_models, reward_specs
 from orchestrator.runnable import ensure_runnable, keys
-from tests.job_files import GRPO, SFT, grpo, messages, write
+from tests.job_files import FULL_GRPO, GRPO, SFT, grpo, messages, write
 
 
 @pytest.mark.parametrize("tables", [online_keys, dataset_keys], ids=lambda tables: tables.__name__)
@@ -261,16 +261,19 @@ def test_rewards_that_are_normalized_first_leave_scale_rewards_nothing_to_do(
 
 
 def test_full_fine_tuning_has_no_adapter_to_put_into_a_slot(tmp_path: Path) -> None:
-    full = GRPO.replace("adapter: lora\n", "")
-    ensure_runnable(load(write(tmp_path, full)))
-    with pytest.raises(ConfigError, match="ray.sync: is adapter, but all weights are trained"):
-        load(write(tmp_path, full + "ray: {sync: adapter}\n"))
+    ensure_runnable(load(write(tmp_path, FULL_GRPO)))
+    with pytest.raises(ConfigError, match="ray.sync: is fused, a way for adapters, but all weights are trained"):
+        load(write(tmp_path, FULL_GRPO + "ray: {sync: fused}\n"))
+
+
+def test_a_forgotten_adapter_trains_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lora_r: is set, but adapter is not, so all weights would be trained"):
+        load(write(tmp_path, GRPO.replace("adapter: lora\n", "")))
 
 
 def test_a_second_model_in_shards_is_refused(tmp_path: Path) -> None:
-    full = GRPO.replace("adapter: lora\n", "") + "fsdp_version: 2\nrl_beta: 0.1\n"
     with pytest.raises(ConfigError, match="trl.beta: the KL term's second model cannot be in shards yet"):
-        ensure_runnable(load(write(tmp_path, full)))
+        ensure_runnable(load(write(tmp_path, FULL_GRPO + "fsdp_version: 2\nrl_beta: 0.1\n")))
 
 
 @pytest.mark.parametrize(
