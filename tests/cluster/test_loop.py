@@ -122,15 +122,15 @@ def test_evaluation_asks_the_newest_policy_and_training_goes_on_with_its_own(clu
 def test_groups_without_signal_are_replaced(cluster: None, llama: str, tmp_path: Path) -> None:
     """By other prompts' groups, which the trainer gets and the replaced ones' not; the same ones when it is done again."""
 
-    def learn(folder: Path) -> list[dict[str, float]]:
+    def learn(folder: Path, steps: int) -> list[dict[str, float]]:
         made = loop(llama, lies=("", ""), staleness=1)
         made.config.ray.max_resamples = 20
         made.samples = Samples(folder, print)
-        records = [made.advance() for _ in range(STEPS)]
+        records = [made.advance() for _ in range(steps)]
         made.samples.finish()
         return records
 
-    records = learn(tmp_path / "a")
+    records = learn(tmp_path / "a", 4)
     assert all(record["groups"] - record["groups_without_signal"] == 2 for record in records)
     assert max(record["groups"] for record in records) > 2, "no group had to be replaced"
     for record in records:
@@ -139,8 +139,8 @@ def test_groups_without_signal_are_replaced(cluster: None, llama: str, tmp_path:
         assert len(lines) == 4 * record["groups"]
         replaced = [line["advantage"] is None for line in lines]
         assert sum(replaced) == 4 * record["groups_without_signal"] and all(line["advantage"] != 0.0 for line in lines)
-    again = learn(tmp_path / "b")
-    assert [record["loss"] for record in again] == pytest.approx([record["loss"] for record in records], abs=1e-6)
+    again = learn(tmp_path / "b", 2)
+    assert [record["loss"] for record in again] == pytest.approx([record["loss"] for record in records[:2]], abs=1e-6)
 
 
 def test_replacing_ends_where_nothing_has_a_signal(cluster: None, llama: str) -> None:
