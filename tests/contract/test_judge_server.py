@@ -27,7 +27,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = Path(tmp_path_factory.mktemp("server")) / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", hub.resolve(SMOLLM2.name)]
+    # Not `vllm serve`, which asks for the version of a package named vllm, and on a CPU it has another name.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", hub.resolve(SMOLLM2.name)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "small", "--max-model-len", "256"]
     with log.open("w") as file:
         server = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"})
