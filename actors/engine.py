@@ -7,7 +7,7 @@ both wait in the queue. A new way to install a snapshot goes into install.py and
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class RolloutEngine:
         folder = hub.resolve(spec.model.name)
         self.base = BaseWeights(folder, model.quantized_weights(spec.model), spec.model.quantization)
         self.expected = model.expected_shapes(spec.model, spec.lora)
-        self.rank, self.scaling = (spec.lora.r, model.scaling(spec.lora)) if spec.lora else (0, 0.0)
+        self.rank, self.scaling = model.rank_and_scaling(spec.lora)
         self.installed: dict[int, Installed] = {}  # by version, latest install last; that one is served
         # No slot is used twice: vLLM keys adapters and prefix cache on it, and would serve what it had there.
         self.slots = itertools.count(1)
@@ -145,7 +145,7 @@ class RolloutEngine:
 
     def _place(self, policy: Installed) -> None:
         if self.spec.lora is None:
-            self._load(policy)
+            self._load(policy.header.entries, policy.buckets)
         elif self.spec.sync == "fused":
             self._fuse(policy.header.entries, policy.buckets, policy.header.scaling)
         else:
@@ -163,13 +163,12 @@ class RolloutEngine:
             if self.spec.lora is None:
                 self._worker("eagleray_pack_heads")
 
-    def _load(self, policy: Installed) -> None:
+    def _load(self, entries: Sequence[TensorEntry], buckets: Sequence[Bucket]) -> None:
         """Bucket by bucket, so that what goes to the workers of a tensor parallel engine is never all of it at once."""
         self._worker("eagleray_begin")
         try:
-            for number, bucket in enumerate(policy.buckets):
-                entries = snapshot.entries_of(policy.header.entries, number)
-                self._worker("eagleray_load", [replace(entry, bucket=0) for entry in entries], bucket)
+            for number, bucket in enumerate(buckets):
+                self._worker("eagleray_load", snapshot.entries_of(entries, number), bucket)
         finally:
             self._worker("eagleray_finish")  # on all workers, also when one of them failed
         self._worker("eagleray_pack_heads")

@@ -64,9 +64,9 @@ class PolicyInstaller:
         initialize_layerwise_reload(self.model_runner.get_model())
 
     def eagleray_load(self, entries: Sequence[TensorEntry], bucket: Bucket) -> None:
-        """Loads the weights of one bucket of a snapshot. entries: of that bucket, which they count as their first."""
+        """Loads the weights of one bucket of a snapshot. entries: of that bucket."""
         runner = self.model_runner
-        tensors = snapshot.unpack(entries, bucket).items()
+        tensors = snapshot.views(entries, bucket).items()
         self._load((name, tensor.to(runner.device, runner.model_config.dtype)) for name, tensor in tensors)
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -29,10 +29,7 @@ def load_tokenizer(model: ModelSpec) -> Any:
 
 def attention_heads(model: ModelSpec) -> int:
     """Of the model's config.json."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
-    return int(config.get_text_config().num_attention_heads)
+    return int(_config(model).get_text_config().num_attention_heads)
 
 
 def attention_window(model: ModelSpec) -> int | None:
@@ -40,13 +37,17 @@ def attention_window(model: ModelSpec) -> int | None:
 
     Raises ConfigError for a model that packed rows are not for, as far as that file tells.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code).get_text_config()
+    config = _config(model).get_text_config()
     attention.ensure_can_pack(config, model.name)
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)  # a model of one kind may have none
     return int(window) if window and (kinds is None or "sliding_attention" in kinds) else None
+
+
+def _config(model: ModelSpec) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
 
 
 def task_of(method: str | None) -> str:
@@ -109,17 +110,22 @@ def keep_gradients(base: Any) -> None:
 
 def quantized_weights(model: ModelSpec) -> frozenset[str]:
     """Names of the weights that bitsandbytes quantizes, from the model's config.json alone; none without `quantization`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.quantizers.base import get_keys_to_not_convert
 
     if model.quantization is None:
         return frozenset()
-    config = AutoConfig.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
+    config = _config(model)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     left = set(get_keys_to_not_convert(base))
     linear = (name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear))
     return frozenset(f"{name}.weight" for name in linear if name not in left)
+
+
+def rank_and_scaling(lora: LoraSpec | None) -> tuple[int, float]:
+    """As a snapshot's header has them: zeros where there is no LoRA."""
+    return (lora.r, scaling(lora)) if lora else (0, 0.0)
 
 
 def scaling(lora: LoraSpec) -> float:
@@ -202,9 +208,8 @@ def trained_parameters(policy: Any) -> dict[str, Any]:
 def expected_shapes(model: ModelSpec, lora: LoraSpec | None, task: str = "CAUSAL_LM") -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor that is trained, from the model's config.json alone: no weights are read."""
     from peft import get_peft_model
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(hub.resolve(model.name), trust_remote_code=model.trust_remote_code)
+    config = _config(model)
     if task == "SEQ_CLS":
         config.num_labels = 1
     with torch.device("meta"):

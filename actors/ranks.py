@@ -86,7 +86,7 @@ def share(arguments: Any, policy: Any, make_optimizer: Callable[[list[Any]], Any
 
 
 def trained(policy: Any) -> list[Any]:
-    return [p for p in policy.parameters() if p.requires_grad]
+    return list(model.trained_parameters(policy).values())
 
 
 class WholeCopies:

@@ -83,8 +83,7 @@ def unpack(entries: Sequence[TensorEntry], *held: Bucket) -> dict[str, torch.Ten
     """Views into the buckets, by name. They share their memory: clone before anything writes to them."""
     tensors: dict[str, torch.Tensor] = {}
     for number, bucket in enumerate(held):
-        inside = entries_of(entries, number)
-        tensors |= {entry.name: view for entry, view in zip(inside, _views(inside, bucket), strict=True)}
+        tensors |= views(entries_of(entries, number), bucket)
     return tensors
 
 
@@ -93,13 +92,11 @@ def entries_of(entries: Sequence[TensorEntry], bucket: int) -> list[TensorEntry]
     return [entry for entry in entries if entry.bucket == bucket]
 
 
-def _views(entries: Sequence[TensorEntry], buffer: Bucket) -> list[torch.Tensor]:
-    flat = torch.frombuffer(buffer, dtype=torch.uint8) if buffer.size else torch.empty(0, dtype=torch.uint8)
-    views = []
-    for entry in entries:
-        piece = flat[entry.offset : entry.offset + entry.nbytes]
-        views.append(piece.view(getattr(torch, entry.dtype)).view(entry.shape))
-    return views
+def views(entries: Sequence[TensorEntry], bucket: Bucket) -> dict[str, torch.Tensor]:
+    """As `unpack`, of one bucket and its own entries."""
+    flat = torch.frombuffer(bucket, dtype=torch.uint8) if bucket.size else torch.empty(0, dtype=torch.uint8)
+    pieces = ((entry, flat[entry.offset : entry.offset + entry.nbytes]) for entry in entries)
+    return {entry.name: piece.view(getattr(torch, entry.dtype)).view(entry.shape) for entry, piece in pieces}
 
 
 def validate(
@@ -155,13 +152,14 @@ def _examine(entries: Sequence[TensorEntry], buffer: Bucket) -> tuple[str, list[
     not_finite = []
     # An overflow of the sum is an answer here, not a mishap.
     with np.errstate(over="ignore", invalid="ignore"):
-        for entry, view in zip(entries, _views(entries, buffer), strict=True):
+        tensors = views(entries, buffer)
+        for entry in entries:
             end = entry.offset + entry.nbytes
             whole.update(buffer.data[digested:end])
             digested = end
             # A sum is not finite when any element is not; unlike isfinite().all() it makes no temporary of the same
             # size. numpy works in this thread, as in pack.
-            if not np.isfinite(np.add.reduce(view.float().view(-1).numpy())):
+            if not np.isfinite(np.add.reduce(tensors[entry.name].float().view(-1).numpy())):
                 not_finite.append(entry.name)
     whole.update(buffer.data[digested:])
     return whole.hexdigest(), not_finite

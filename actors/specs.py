@@ -20,7 +20,7 @@ class ModelSpec:
     name: str  # a hub name or a folder
     dtype: str  # bfloat16 | float32
     trust_remote_code: bool = False
-    attn_implementation: str | None = None  # of transformers; None = its default. Completions have a way of their own
+    attn_implementation: str | None = None  # of dataset jobs, by transformers' name; None = its default
     quantization: str | None = None  # nf4 | int8: bitsandbytes, of the frozen base; None = none
     sharded: bool = False  # by FSDP2
 

@@ -224,11 +224,12 @@ class Trainer:
         probe_logprobs = tuple(model.sequence_logprobs(self.shared.model, self.probe))
         if self.spec.shares_gpu:
             device.release_cache()  # of what was gathered
+        rank, scaling = model.rank_and_scaling(self.spec.lora)
         yield SnapshotHeader(
             version=self.version,
             base_model=self.spec.model.name,
-            rank=self.spec.lora.r if self.spec.lora else 0,
-            scaling=model.scaling(self.spec.lora) if self.spec.lora else 0.0,
+            rank=rank,
+            scaling=scaling,
             entries=tuple(entries),
             nbytes=nbytes,
             digest=snapshot.joined(digests),

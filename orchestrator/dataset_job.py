@@ -27,7 +27,7 @@ from orchestrator.data import ensure_usable
 from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
 from orchestrator.display import DATASET_COLUMNS, Display
 from orchestrator.environment import worker_environment
-from orchestrator.jobs import RunResult, lora_spec, metrics_log, quantization, tell_stop
+from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, trained_lora
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
 from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare, stream
@@ -288,7 +288,7 @@ def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Pat
         model=ModelSpec(
             config.base_model, plan.dtype, config.trust_remote_code, plan.attention, quantization(config), sharded == "fsdp"
         ),
-        lora=lora_spec(config) if config.adapter else None,
+        lora=trained_lora(config),
         train_files=rows.train.files,
         held_out_files=rows.held_out.files,
         packed=packs(config),

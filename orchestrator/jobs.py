@@ -51,8 +51,13 @@ def _kept(name: str) -> Path:
     return path.resolve()
 
 
+def trained_lora(config: JobConfig) -> LoraSpec | None:
+    """The adapter's shape; None = all weights are trained."""
+    return lora_spec(config) if config.adapter else None
+
+
 def lora_spec(config: JobConfig) -> LoraSpec:
-    """The adapter's shape."""
+    """The shape of an adapter that there is."""
     targets = config.lora_target_modules
     if config.lora_target_linear or not targets:
         targets = "all-linear"

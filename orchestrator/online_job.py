@@ -17,7 +17,7 @@ from orchestrator.config import dump
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
 from orchestrator.display import Display
 from orchestrator.grpo import Evaluation, Loop
-from orchestrator.jobs import RunResult, lora_spec, metrics_log, quantization, tell_stop
+from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, trained_lora
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Node, Plan, completions_per_step, describe, engines, ensure_placeable, make_plan
 from orchestrator.policies import Policies
@@ -263,7 +263,7 @@ def trainer_spec(config: JobConfig, plan: Plan) -> TrainerSpec:
     trl = config.trl
     return TrainerSpec(
         model=model_spec(config, plan),
-        lora=lora_spec(config) if config.adapter else None,
+        lora=trained_lora(config),
         optimizer=OptimizerSpec(
             learning_rate=config.learning_rate,
             scheduler=config.lr_scheduler,
@@ -302,7 +302,7 @@ def engine_spec(config: JobConfig, plan: Plan) -> EngineSpec:
     vllm = config.vllm
     return EngineSpec(
         model=model_spec(config, plan),
-        lora=lora_spec(config) if config.adapter else None,
+        lora=trained_lora(config),
         sync=plan.sync,
         tensor_parallel=plan.tensor_parallel,
         sleeps=plan.sleeps,

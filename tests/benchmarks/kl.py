@@ -11,7 +11,6 @@ engine's (k3 of http://joschu.net/blog/kl-approx.html).
 
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
@@ -74,16 +73,8 @@ class MergingTrainer(Trainer):
 class WholeWeightsEngine(RolloutEngine):
     """The engine, and a way to load weights into it as they are."""
 
-    def load(self, entries: Any, buffer: Any) -> None:
-        self.llm.collective_rpc(_load, args=(entries, buffer))
-        self.llm.reset_prefix_cache()
-
-
-def _load(worker: Any, entries: Any, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-    runner = worker.model_runner
-    weights = {name: tensor.to(runner.device) for name, tensor in snapshot.unpack(entries, buffer).items()}
-    with torch.no_grad():
-        runner.reload_weights(weights_iterator=iter(weights.items()))
+    def load(self, entries: Any, bucket: Any) -> None:
+        self._load(entries, (bucket,))
 
 
 def run(pairs: int) -> list[Row]:

@@ -80,7 +80,7 @@ class Publisher:
         self.buffer: NDArray[np.uint8] | None = None
 
     def publish(self) -> tuple[SnapshotHeader, NDArray[np.uint8]]:
-        """As Trainer.publish, without the probe."""
+        """What Trainer.publish does for an adapter, without the probe."""
         self.version += 1
         entries, buffer, digest = snapshot.pack(self.tensors, self.buffer)
         self.buffer = buffer

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -160,3 +161,12 @@ def test_targets_that_the_model_lacks_are_an_error(folder: str) -> None:
 def test_the_tokenizer_is_the_one_beside_the_weights(folder: str) -> None:
     assert model.load_tokenizer(ModelSpec(folder, "float32"))("w7 w9")["input_ids"] == [7, 9]
     assert (Path(folder) / "tokenizer.json").is_file()
+
+
+def test_weights_under_other_names_than_the_files_cannot_go_to_the_engines(tmp_path: Path) -> None:
+    spec = ModelSpec(save_llama(tmp_path), "float32")
+    model.ensure_checkpoint_names(spec)
+    file = tmp_path / "model.safetensors"
+    save_file({name.replace("layers.1.mlp", "layers.1.experts"): tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ConfigError, match=r"has no model\.layers\.1\.mlp\.down_proj\.weight in its files.*add adapter: lora"):
+        model.ensure_checkpoint_names(spec)

@@ -227,3 +227,10 @@ def test_a_worker_may_ask_for_any_resource_that_ray_counts() -> None:
     assert any("trainer 0: 2 CPU + 1 fast_disk on a" in line for line in describe(job(), plan))
     missing = make_plan(job(resources_per_worker=asked), LAPTOP, 10)
     assert "trainer 0 needs 2 CPU + 1 fast_disk" in missing.problems[0]
+
+
+@pytest.mark.parametrize(("changes", "warned"), [({}, True), ({"adapter": "lora"}, False), ({"bf16": False}, False)])
+def test_updates_that_bfloat16_loses_are_told_of(changes: dict[str, Any], warned: bool) -> None:
+    config = job(**{"bf16": True, **changes})
+    lines = describe(config, make_plan(config, TWO_GPUS, 100))
+    assert any("small updates vanish in bfloat16" in line for line in lines) == warned

@@ -1,6 +1,7 @@
 """The trainer on a tiny model, against plain torch on one completion at a time and against itself after a restart."""
 
 import pickle
+import re
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors import model
+from actors.adapter import WEIGHTS_FILE
+from actors.errors import CheckpointError
 from actors.specs import LossSpec, OptimizerSpec, TrainerSpec
 from actors.trainer import Trainer
 from actors.types import RolloutGroup, TrainStats
@@ -338,3 +342,13 @@ def test_max_grad_norm_0_clips_nothing(folder: str) -> None:
     unclipped, off = weights_after(1e9), weights_after(0.0)
     assert all(torch.equal(tensor, unclipped[name]) for name, tensor in off.items())
     assert any(tensor.abs().sum() > 0 for name, tensor in off.items() if "lora_B" in name)
+
+
+def test_a_checkpoint_without_all_that_is_trained_is_refused(folder: str, tmp_path: Path) -> None:
+    trainer = make(trainer_spec(folder))
+    trainer.save(str(tmp_path))
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    lost = min(tensors)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=f"1 trained tensors are missing, first {re.escape(lost)}"):
+        make(trainer_spec(folder)).restore(str(tmp_path))
