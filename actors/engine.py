@@ -1,7 +1,7 @@
 """The actor that samples: one vLLM engine in this process, the policy versions it serves, and their proofs.
 
-Calls run in the order in which they were made, so a batch is sampled by the version installed before it, also when
-both wait in the queue. A new way to install a snapshot goes into install.py and into `_place` here.
+Groups are sampled side by side, each with the version that its call names. The driver installs a version before it asks for
+it, and when nothing is sampled. A new way to install a snapshot goes into install.py and into `_place` here.
 """
 
 import itertools
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from actors import device, hub, model, snapshot
+from actors.decoder import Decoder
 from actors.errors import SyncError
 from actors.install import BaseWeights
 from actors.snapshot import Bucket
@@ -73,6 +74,7 @@ class RolloutEngine:
             disable_log_stats=True,
             **lora,
         )
+        self.decoder = Decoder(self.llm.llm_engine)
         self.tokenizer = self.llm.get_tokenizer()
         self.asleep = False
 
@@ -96,13 +98,16 @@ class RolloutEngine:
         self.asleep = False
         return device.free_gib()
 
-    def install(self, header: SnapshotHeader, *buckets: Bucket) -> InstallReceipt:
+    async def install(self, header: SnapshotHeader, *buckets: Bucket) -> InstallReceipt:
         """Serves a published policy from now on, and says what its probe gives.
 
-        Raises SyncError when the snapshot is not whole or does not fit; what was served before is then served still,
+        Raises SyncError when the snapshot is not whole or does not fit, and while groups are sampled: weights would change
+        under them, and vLLM's LoRA layers cannot compute a probe beside them. What was served before is then served still,
         exactly.
         """
         started = time.perf_counter()
+        if self.decoder.waiting:
+            raise SyncError(f"policy version {header.version} came while {len(self.decoder.waiting)} groups are sampled")
         digest = snapshot.validate(
             header,
             buckets,
@@ -135,12 +140,12 @@ class RolloutEngine:
         if self.spec.sync == "adapter":
             for old in gone:
                 self._worker("eagleray_remove_adapter", old.slot)
-        probe = tuple(self.probe_logprobs())
+        probe = tuple(await self.probe_logprobs())
         return InstallReceipt(header.version, digest, probe, time.perf_counter() - started)
 
     @property
     def version(self) -> int | None:
-        """The version served now; None = the base model, before the first install."""
+        """The version installed last; None = the base model, before the first install."""
         return next(reversed(self.installed), None)
 
     def _place(self, policy: Installed) -> None:
@@ -181,68 +186,75 @@ class RolloutEngine:
     def _worker(self, method: str, *args: Any) -> None:
         self.llm.collective_rpc(method, args=args)
 
-    def _lora_request(self) -> Any:
-        if self.spec.sync != "adapter" or self.version is None:
+    def _lora_request(self, version: int | None) -> Any:
+        if self.spec.sync != "adapter" or version is None:
             return None
         from vllm.lora.request import LoRARequest
 
         # vLLM keys its prefix cache on name and path; the path is never read, since the slot is loaded already.
-        slot = self.installed[self.version].slot
-        return LoRARequest(f"policy-{self.version}", slot, f"object-store/{slot}")
+        slot = self.installed[version].slot
+        return LoRARequest(f"policy-{version}", slot, f"object-store/{slot}")
 
-    def probe_logprobs(self) -> list[float]:
-        """log p(token | tokens before it) of the probe under the served policy, at temperature 1."""
+    async def probe_logprobs(self) -> list[float]:
+        """log p(token | tokens before it) of the probe under the version installed last, at temperature 1."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        output = self.llm.generate(
-            {"prompt_token_ids": self.probe},
-            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
-            use_tqdm=False,
-            lora_request=self._lora_request(),
-        )[0]
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        output = await self.decoder.output(self.probe, params, self._lora_request(self.version))
         return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], self.probe[1:], strict=True)]
 
-    def generate(self, prompts: Sequence[Any], sampling: SamplingSpec, seed: int) -> tuple[Any, ...]:
-        """Samples `num_generations` completions of each prompt with the served version.
+    async def sample(
+        self, prompt: Any, sampling: SamplingSpec, seed: int, version: int | None = None
+    ) -> tuple[RolloutHeader, RolloutGroup]:
+        """Samples `num_generations` completions of one prompt, to be called with two returns.
 
-        prompts: chat messages (a list) or plain text (a str). seed decides every draw: the same seed, prompts and
-        policy give the same completions. Returns a RolloutHeader, then one RolloutGroup a prompt, to be called with as
-        many returns.
+        prompt: chat messages (a list) or plain text (a str). seed decides the draws, whatever else is sampled beside them:
+        the same seed, prompt and policy give the same completions. version: None = that installed last. Raises SyncError
+        for a version that this engine does not serve.
         """
-        from vllm import SamplingParams
-
+        version = self.version if version is None else version
+        # Weights in the model itself are one version's, of slots there are several.
+        served = self.installed if self.spec.sync == "adapter" else [self.version]
+        if version is not None and version not in served:
+            raise SyncError(f"policy version {version} was asked for, served is {self.version}")
         started = time.perf_counter()
-        version = self.version if self.version is not None else 0
-        self._worker("eagleray_seed", seed)
-        params = SamplingParams(
-            n=sampling.num_generations,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            logprobs=0,  # of the sampled token alone
-            **sampling.extra,  # type: ignore[arg-type]
-        )
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": self.token_ids(prompt)} for prompt in prompts],
-            params,
-            use_tqdm=False,
-            lora_request=self._lora_request(),
-        )
-        groups = [_group(output, version) for output in outputs]
+        params = sampling_params(sampling, seed)
+        output = await self.decoder.output(self.token_ids(prompt), params, self._lora_request(version))
+        group = _group(output, version or 0)
         header = RolloutHeader(
-            policy_version=version,
-            prompt_tokens=tuple(len(g.prompt_ids) for g in groups),
-            completion_tokens=tuple(tuple(len(ids) for ids in g.completion_ids) for g in groups),
-            truncated=tuple(g.truncated for g in groups),
+            policy_version=group.policy_version,
+            prompt_tokens=len(group.prompt_ids),
+            completion_tokens=tuple(len(ids) for ids in group.completion_ids),
+            truncated=group.truncated,
             seconds=time.perf_counter() - started,
         )
-        return (header, *groups)
+        return header, group
 
     def token_ids(self, prompt: Any) -> list[int]:
         """A prompt's tokens, with the chat template where it is a conversation."""
         return prompt_token_ids(self.tokenizer, prompt, self.spec.chat_template_kwargs)
+
+
+def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
+    """vLLM's parameters of one group; completion i draws with `seed` + i."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=sampling.num_generations,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=seed,
+        logprobs=0,  # of the sampled token alone
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        **sampling.extra,  # type: ignore[arg-type]
+    )
 
 
 def prompt_token_ids(tokenizer: Any, prompt: Any, chat_template_kwargs: Mapping[str, object]) -> list[int]:

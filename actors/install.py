@@ -41,10 +41,6 @@ class PolicyInstaller:
 
     model_runner: Any
 
-    def eagleray_seed(self, seed: int) -> None:
-        """Decides the draws from here on; workers of one engine draw alike."""
-        torch.manual_seed(seed)
-
     def eagleray_fuse(
         self, base: BaseWeights, entries: Sequence[TensorEntry], buckets: Sequence[Bucket], scaling: float
     ) -> None:

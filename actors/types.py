@@ -28,12 +28,12 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class RolloutHeader:
-    """What the driver sees of the groups of one engine's call."""
+    """What the driver sees of a group."""
 
     policy_version: int
-    prompt_tokens: tuple[int, ...]  # [groups]
-    completion_tokens: tuple[tuple[int, ...], ...]  # [groups][G]: tokens of each completion
-    truncated: tuple[tuple[bool, ...], ...]  # [groups][G]
+    prompt_tokens: int
+    completion_tokens: tuple[int, ...]  # [G]: tokens of each completion
+    truncated: tuple[bool, ...]  # [G]
     seconds: float  # inside the engine
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -76,18 +76,38 @@ def interruptible() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def wait(ref: Any, timeout_s: float) -> bool:
-    """Whether the value behind a ref is there within the limit. Raises Interrupted."""
+class Meanwhile(Protocol):
+    """Work that goes on while the driver waits for something else."""
+
+    def refs(self) -> list[Any]:
+        """What it waits for."""
+
+    def look(self) -> bool:
+        """Acts on those that have ended."""
+
+
+def wait(ref: Any, timeout_s: float, meanwhile: Meanwhile | None = None) -> bool:
+    """Whether the value behind a ref is there within the limit. Raises Interrupted, and as `meanwhile` does."""
     deadline = time.monotonic() + timeout_s
-    while True:
-        if _signals:
-            raise Interrupted(_signals.pop())
-        left = deadline - time.monotonic()
-        ready, _ = ray.wait([ref], timeout=max(0.0, min(POLL_S, left)), fetch_local=False)
-        if ready:
-            return True
-        if left <= 0:
+    while not ended([ref]):
+        if time.monotonic() > deadline:
             return False
+        wait_any([ref, *(meanwhile.refs() if meanwhile else [])], max(0.0, deadline - time.monotonic()))
+        if meanwhile:
+            meanwhile.look()
+    return True
+
+
+def ended(refs: Sequence[Any]) -> list[Any]:
+    """Those of the refs behind which there is a value, or a failure, now."""
+    return list(ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)[0]) if refs else []
+
+
+def wait_any(refs: Sequence[Any], timeout_s: float = POLL_S) -> None:
+    """Returns when one of the refs has a value, and after POLL_S at the latest. Raises Interrupted."""
+    if _signals:
+        raise Interrupted(_signals.pop())
+    ray.wait(list(refs), num_returns=1, timeout=min(POLL_S, timeout_s), fetch_local=False)
 
 
 @dataclass(frozen=True)
@@ -272,8 +292,8 @@ def ask_ranks(trainers: Sequence[Any], method: str, *args: Any, doing: str, time
     return fetch_ranks([getattr(trainer, method).remote(*args) for trainer in trainers], doing, timeout_s)
 
 
-def fetch_ranks(refs: Sequence[Any], doing: str, timeout_s: float) -> Any:
-    """Rank 0's answer, when every rank has one. Raises as `fetch` does.
+def fetch_ranks(refs: Sequence[Any], doing: str, timeout_s: float, meanwhile: Meanwhile | None = None) -> Any:
+    """Rank 0's answer, when every rank has one. Raises as `fetch` and `meanwhile` do.
 
     One rank's end makes the others fail in their collectives, so after the first failure the others get a moment, and
     what a rank said for people, or that one died, is told rather than that one lost its peer.
@@ -282,10 +302,10 @@ def fetch_ranks(refs: Sequence[Any], doing: str, timeout_s: float) -> Any:
     waiting = {ref: f"trainer {rank}" if len(refs) > 1 else "the trainer" for rank, ref in enumerate(refs)}
     failures: list[EaglerayError] = []
     while waiting:
-        _, pending = ray.wait(list(waiting), num_returns=1, timeout=POLL_S, fetch_local=False)
-        if _signals:
-            raise Interrupted(_signals.pop())
-        done = [ref for ref in waiting if ref not in pending]
+        wait_any([*waiting, *(meanwhile.refs() if meanwhile else [])])
+        if meanwhile:
+            meanwhile.look()
+        done = ended(list(waiting))
         late = time.monotonic() > deadline
         for ref in list(waiting) if late else done:
             who = f"{waiting.pop(ref)}, {doing}"

@@ -82,6 +82,7 @@ IDLE: dict[str, str] = {
             "ray.engine_cpus",
             "ray.engine_gpus",
             "ray.max_staleness",
+            "ray.late_steps",
             "ray.sync",
             "ray.reward_timeout_s",
             "ray.sandbox",

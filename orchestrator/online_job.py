@@ -19,7 +19,7 @@ from orchestrator.display import Display
 from orchestrator.grpo import Evaluation, Loop
 from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, trained_lora
 from orchestrator.metrics import MetricsLog
-from orchestrator.plan import Node, Plan, completions_per_step, describe, engines, ensure_placeable, make_plan
+from orchestrator.plan import Node, Plan, completions_per_step, describe, ensure_placeable, make_plan
 from orchestrator.policies import Policies
 from orchestrator.rewards import ensure_rewards, reward_models, reward_specs
 from orchestrator.samples import Samples
@@ -198,9 +198,9 @@ class _Job:
             with storage.new_folder(path) as folder:
                 ranks = enumerate(loop.actors.trainers)  # the first one writes the older policies
                 saves = [trainer.save.remote(str(folder), *(older if rank == 0 else ())) for rank, trainer in ranks]
-                cluster.fetch_ranks(saves, "saving a checkpoint", self.config.ray.rollout_timeout_s)
+                cluster.fetch_ranks(saves, "saving a checkpoint", self.config.ray.rollout_timeout_s, loop.rollouts)
                 job = identity(self.config, self.prompts)
-                state = {"step": loop.step, "evaluations": self.evaluations, "job": job}
+                state = {"step": loop.step, "evaluations": self.evaluations, "in_flight": loop.state(), "job": job}
                 storage.write_json(folder / storage.STATE, state)
             checkpoints.prune(self.output_dir, self.config.save_total_limit)
         except (OSError, ActorError) as error:
@@ -215,7 +215,7 @@ class _Job:
         )
         for header, *buckets in older:
             loop.policies.add(header, *map(cluster.keep, buckets))
-        loop.step = state["step"]
+        loop.resume(state["step"], state["in_flight"])
         self.evaluations = list(state["evaluations"])
         for past in self.evaluations:
             self.display.evaluation(past["label"], past["record"], past["solved"], past["total"])
@@ -240,8 +240,8 @@ def identity(config: JobConfig, prompts: PromptSet) -> dict[str, Any]:
         "trl.num_generations": config.trl.num_generations,
         "trl.vllm_sync_interval": config.trl.vllm_sync_interval,
         "ray.max_staleness": config.ray.max_staleness,
+        "ray.late_steps": config.ray.late_steps,
         "ray.max_resamples": config.ray.max_resamples,
-        "engines": engines(config),
         "ray_num_workers": config.ray_num_workers,
         "shards": sharding.kind(config),
         "completions a step": completions_per_step(config),

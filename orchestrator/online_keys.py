@@ -37,9 +37,9 @@ ACTS_ON = frozenset({
     "trl.chat_template_kwargs", "trl.log_completions", "vllm.tensor_parallel_size", "vllm.data_parallel_size",
     "vllm.gpu_memory_utilization", "vllm.max_model_len", "vllm.dtype", "vllm.enable_prefix_caching",
     "vllm.enforce_eager", "ray.engines", "ray.trainer_cpus", "ray.engine_cpus", "ray.engine_gpus",
-    "ray.max_staleness", "ray.sync", "ray.reward_timeout_s", "ray.sandbox", "ray.judges", "ray.rollout_timeout_s",
-    "ray.importance_sampling_cap", "ray.sync_bucket_mib", "ray.max_resamples", "ray.kv_cache_gib", "ray.max_bad_rows",
-    "ray.placement",
+    "ray.max_staleness", "ray.late_steps", "ray.sync", "ray.reward_timeout_s", "ray.sandbox", "ray.judges",
+    "ray.rollout_timeout_s", "ray.importance_sampling_cap", "ray.sync_bucket_mib", "ray.max_resamples", "ray.kv_cache_gib",
+    "ray.max_bad_rows", "ray.placement",
 })
 DATASET_ACTS_ON = frozenset({
     "path", "type", "name", "split", "data_files", "ds_type", "revision",

@@ -57,7 +57,8 @@ class Plan:
     engine_threads: int | None  # of each engine
     prompts_per_step: int
     completions_per_step: int
-    prompts_per_engine: int  # at most
+    prompts_per_engine: int  # an equal share
+    groups_per_engine: int  # at an engine at once, at most: as many wait in its queue as it decodes
     max_num_seqs: int
     max_model_len: int
     gpu_memory_utilization: float
@@ -108,6 +109,7 @@ def make_plan(
     if config.warmup_ratio:
         warmup = ceil(config.warmup_ratio * total_steps)
     per_engine = ceil(prompts / engines(config))
+    max_num_seqs = min(per_engine * config.trl.num_generations, MAX_NUM_SEQS)
     engine_share = min(1.0, _engine_gpus(config, gpu))
     trainer_threads, engine_threads, reward_threads = _threads(config, nodes, len(reward_models))
     return Plan(
@@ -126,7 +128,8 @@ def make_plan(
         prompts_per_step=prompts,
         completions_per_step=completions,
         prompts_per_engine=per_engine,
-        max_num_seqs=min(per_engine * config.trl.num_generations, MAX_NUM_SEQS),
+        groups_per_engine=2 * ceil(max_num_seqs / config.trl.num_generations),
+        max_num_seqs=max_num_seqs,
         max_model_len=config.vllm.max_model_len or config.sequence_len,
         gpu_memory_utilization=config.vllm.gpu_memory_utilization * (engine_share if gpu else 1.0),
         steps_per_epoch=steps_per_epoch,
@@ -219,14 +222,15 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
         f"batch       {config.micro_batch_size} micro_batch_size x {config.gradient_accumulation_steps} "
         f"gradient_accumulation_steps x {ranks(config)} ray_num_workers = {plan.completions_per_step} completions a step",
         f"            = {plan.prompts_per_step} prompts x {trl.num_generations} num_generations, "
-        f"up to {plan.prompts_per_engine} prompts per engine ({engines(config)} engine(s))",
+        f"dealt by load to {engines(config)} engine(s), {plan.prompts_per_engine} each if they are equal",
         f"tokens      sequence_len {config.sequence_len}, completions up to {trl.max_completion_length}, "
         f"at most {plan.completions_per_step * trl.max_completion_length} completion tokens a step",
         f"steps       {plan.total_steps} ({plan.rows} prompts, {plan.steps_per_epoch:.1f} steps an epoch), "
         f"checkpoint every {plan.save_steps}",
         f"sharding    {sharding.described(config)}",
         *([f"colocate    {_colocation(plan)}"] if plan.colocate else []),
-        f"sync        {plan.sync}, max_staleness {config.ray.max_staleness}",
+        f"sync        {plan.sync}, max_staleness {config.ray.max_staleness}"
+        + (f", of which a group may be late by {config.ray.late_steps}" if config.ray.late_steps else ""),
         *(["kv cache    vllm.gpu_memory_utilization decides; ray.kv_cache_gib is for engines on CPUs"] if unused else []),
         f"loss        {trl.loss_type}, beta {trl.beta}, importance sampling cap {config.ray.importance_sampling_cap}",
     ]

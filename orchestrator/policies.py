@@ -1,7 +1,6 @@
-"""Published policy versions: which are kept, which one the engines serve, and the proof that they serve it.
+"""Published policy versions: which are kept, how they come to the engines, and the proof that an engine serves one.
 
-An install is queued at each engine behind what it samples now and before what is sampled next. Its proof is checked
-before the first rollout of that version is used, so a staleness above 0 never waits for a receipt.
+An engine gets no prompt for a version before its proof has been checked.
 """
 
 import time
@@ -31,8 +30,9 @@ class Policies:
         self.published: dict[int, tuple[Any, ...]] = {}  # by version: header, and refs of its buckets
         self.buckets = 1
         self.bases: dict[str, Sequence[float]] = {}  # the probe under the base models: what a dead sync serves
-        self.installed: int | None = None
-        self.receipts: dict[int, list[Any]] = {}  # refs not checked yet
+        self.newest: int | None = None  # that an engine was asked to install
+        self.asked: dict[int, int] = {}  # by engine, the version that it was asked to install last
+        self.costs: dict[int, tuple[float, float]] = {}  # by version, of all engines: probe gap and seconds, the largest
 
     def learn_base(self) -> None:
         """Asks what the base model says of the probe, and how a policy comes; before the first install."""
@@ -47,11 +47,12 @@ class Policies:
             who = "engine 0, computing the probe"
             self.bases["the base model before it was quantized"] = cluster.fetch(ref, who, self.timeout_s)
 
-    def publish(self) -> tuple[SnapshotHeader, float]:
+    def publish(self, meanwhile: cluster.Meanwhile | None = None) -> tuple[SnapshotHeader, float]:
         """The trainer's current policy becomes a version; returns its header and the seconds it took."""
         started = time.perf_counter()
         refs = [trainer.publish.options(num_returns=self.buckets + 1).remote() for trainer in self.actors.trainers]
-        header: SnapshotHeader = cluster.fetch_ranks([of_rank[-1] for of_rank in refs], "publishing the policy", self.timeout_s)
+        headers = [of_rank[-1] for of_rank in refs]
+        header: SnapshotHeader = cluster.fetch_ranks(headers, "publishing the policy", self.timeout_s, meanwhile)
         self.add(header, *refs[0][:-1])
         return header, time.perf_counter() - started
 
@@ -59,37 +60,36 @@ class Policies:
         """Keeps a version under its number."""
         self.published[header.version] = (header, *bucket_refs)
 
-    def install(self, version: int) -> None:
-        """Queues the install of a version at every engine, unless it is what they serve."""
-        if version == self.installed:
-            return
-        self.receipts[version] = [engine.install.remote(*self.published[version]) for engine in self.actors.engines]
-        self.installed = version
+    def install(self, index: int, version: int) -> Any:
+        """Asks an engine to serve a version; returns the ref of its receipt."""
+        self.newest = version if self.newest is None else max(version, self.newest)
+        self.asked[index] = version
+        return self.actors.engines[index].install.remote(*self.published[version])
 
-    def confirm(self, version: int) -> tuple[float, float]:
-        """Waits for the receipts of a version and checks them. Raises SyncError when a proof fails.
+    def confirm(self, index: int, ref: Any) -> int:
+        """Checks the receipt of an engine's last install; returns its version. Raises SyncError when the proof fails."""
+        version = self.asked[index]
+        who = f"engine {index}, installing policy version {version}"
+        receipt: InstallReceipt = cluster.fetch(ref, who, self.timeout_s)
+        header = self.published[version][0]
+        others: dict[str, Sequence[float]] = {
+            f"version {v}": other[0].probe_logprobs
+            for v, other in self.published.items()
+            if other[0].digest != header.digest
+        }
+        others |= self.bases
+        gap = check_proof(header, receipt, others, self.tolerance, who)
+        worst, slowest = self.costs.get(version, (0.0, 0.0))
+        self.costs[version] = max(gap, worst), max(receipt.seconds, slowest)
+        return version
 
-        Returns the worst probe gap in nats a token and the slowest install in seconds; 0, 0 when it was confirmed
-        before.
-        """
-        gaps, seconds = [0.0], [0.0]
-        for index, ref in enumerate(self.receipts.pop(version, [])):
-            who = f"engine {index}, installing policy version {version}"
-            receipt: InstallReceipt = cluster.fetch(ref, who, self.timeout_s)
-            header = self.published[version][0]
-            others: dict[str, Sequence[float]] = {
-                f"version {v}": other[0].probe_logprobs
-                for v, other in self.published.items()
-                if other[0].digest != header.digest
-            }
-            others |= self.bases
-            gaps.append(check_proof(header, receipt, others, self.tolerance, who))
-            seconds.append(receipt.seconds)
-        return max(gaps), max(seconds)
+    def cost(self, version: int) -> tuple[float, float]:
+        """The worst probe gap of a version in nats a token, and its slowest install in seconds; 0, 0 when told before."""
+        return self.costs.pop(version, (0.0, 0.0))
 
     def forget(self, needed: Sequence[int]) -> None:
         """Drops versions that nothing will install again; their buckets leave the object store."""
-        self.published = {v: p for v, p in self.published.items() if v in needed or v == self.installed}
+        self.published = {v: p for v, p in self.published.items() if v in needed or v == self.newest}
 
 
 def check_proof(

@@ -8,7 +8,7 @@ from actors.errors import ActorError
 from actors.samples import SampleWriter
 from actors.types import Scores
 from orchestrator import cluster
-from orchestrator.data import Row
+from orchestrator.rollouts import Group
 
 WRITE_TIMEOUT_S = 60
 Numbers = Sequence[Sequence[float | None]]  # [groups][G]
@@ -26,15 +26,15 @@ class Samples:
     def save(
         self,
         name: str,
-        rows: Sequence[Row],
-        group_refs: Sequence[Any],
+        groups: Sequence[Group],
         scores: Sequence[Sequence[Scores]],
         rewards: Numbers,
         advantages: Numbers,
     ) -> None:
         """Queues a file; tells of the ones before it that could not be written."""
         self._look(0.0)
-        prompts = [row.prompt for row in rows]
+        prompts = [group.row.prompt for group in groups]
+        group_refs = [group.group_ref for group in groups]
         path = str(self.folder / f"{name}.jsonl")
         self.pending.append(self.writer.write.remote(path, prompts, scores, rewards, advantages, *group_refs))
 

@@ -138,6 +138,9 @@ class RayConfig:
     engine_cpus: int = 1  # CPUs per engine
     engine_gpus: float | None = None  # GPUs per engine; none = tensor_parallel_size with GPUs, 0 without
     max_staleness: int = 0  # policy versions a rollout may lag behind; 0 = on-policy
+    # of max_staleness: steps that a group which takes long may come after its own batch, others in its place; max_staleness
+    # less this is how many batches are sampled ahead
+    late_steps: int = 0
     # times a step that other prompts replace groups without signal; above 0 these count nowhere, at 0 in the loss's mean
     max_resamples: int = 0
     sync: str = "auto"  # auto | fused: merged into the weights | adapter: a LoRA slot of vLLM

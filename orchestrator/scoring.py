@@ -1,6 +1,6 @@
 """Reward calls: one process per function, reward model or judge, one group a call, in order, each with a time limit.
 
-Calls are queued when their rollouts are requested and start as the groups appear in the object store. A call that
+Calls are queued as their groups are sampled. A call that
 raises is a failure of its group; one that outlasts its limit or takes its process down is too, and the process is
 replaced and the calls behind it are made again. Rewards are never made up.
 """
@@ -56,6 +56,7 @@ class Scorer:
         self.plan = plan
         self.group = group
         self.timeout_s = timeout_s
+        self.meanwhile: cluster.Meanwhile | None = None  # what goes on while scores are waited for
         self.functions = [_Function(spec, cluster.start_reward(plan, group, spec)) for spec in specs]
 
     def wait_ready(self) -> list[str]:
@@ -65,23 +66,23 @@ class Scorer:
         """
         return [note for function in self.functions if (note := self._wait_ready(function))]
 
-    def submit(self, rows: Sequence[Row], group_refs: Sequence[Any]) -> list[list[Call]]:
-        """Queues the calls of one batch: [functions][groups]. They run in the order of submission."""
-        return [
-            [self._queue(function, Call(row, ref)) for row, ref in zip(rows, group_refs, strict=True)]
-            for function in self.functions
-        ]
+    def submit(self, row: Row, group_ref: Any) -> list[Call]:
+        """Queues the calls for one group that has been sampled: one a function. They run in the order of submission."""
+        return [self._queue(function, Call(row, group_ref)) for function in self.functions]
 
-    def collect(self, calls: Sequence[Sequence[Call]]) -> list[list[Scores]]:
-        """The scores of a batch, [groups][functions]; its groups must have been sampled, since time runs from now."""
-        for function, own in zip(self.functions, calls, strict=True):
-            self._settle(function, own[-1])
-        return [[call.settled() for call in of_group] for of_group in zip(*calls, strict=True)]
+    def collect(
+        self, calls: Sequence[Sequence[Call]], meanwhile: cluster.Meanwhile | None = None
+    ) -> list[list[Scores]]:
+        """The scores of groups, [groups][functions], from their calls; a function's clock runs from now, call by call."""
+        self.meanwhile = meanwhile
+        for number, function in enumerate(self.functions):
+            self._settle(function, [of_group[number] for of_group in calls])
+        return [[call.settled() for call in of_group] for of_group in calls]
 
-    def _settle(self, function: _Function, last: Call) -> None:
-        """Gives scores to every call up to `last`, also to those of batches queued before it."""
+    def _settle(self, function: _Function, calls: Sequence[Call]) -> None:
+        """Gives scores to these calls, and to all that were queued before the last of them."""
         lost = 0
-        while last.scores is None:
+        while any(call.scores is None for call in calls):
             call = function.pending[0]  # all before it have ended, so it runs now
             if lost == MAX_LOST_IN_A_ROW:
                 call.scores = self._failure(function, f"not called, after {lost} calls in a row were lost")
@@ -110,7 +111,7 @@ class Scorer:
 
     def _outcome(self, call: Call) -> Scores | str:
         """What a call gave, or why it gave nothing."""
-        if not cluster.wait(call.ref, self.timeout_s):
+        if not cluster.wait(call.ref, self.timeout_s, self.meanwhile):
             return f"did not return within ray.reward_timeout_s = {self.timeout_s:g} s"
         try:
             scores: Scores = ray.get(call.ref)

@@ -214,6 +214,7 @@ def _grpo(config: JobConfig) -> Iterator[Problem]:
         text = "a slot adds to the engines' own base, which must be rounded as the trainer's quantized one; use fused"
         yield Problem("ray.sync", text)
     yield from _engines(config)
+    yield from _late(config)
     yield from _whole_groups(config)
 
 
@@ -245,6 +246,14 @@ def _engines(config: JobConfig) -> Iterator[Problem]:
     if config.trl.vllm_enable_sleep_mode and config.ray.max_staleness > 0:
         text = "engines that sleep while the trainer computes cannot sample ahead; use 0, or remove vllm_enable_sleep_mode"
         yield Problem("ray.max_staleness", text)
+
+
+def _late(config: JobConfig) -> Iterator[Problem]:
+    """Groups can come late where others are there in their place."""
+    late, staleness = config.ray.late_steps, config.ray.max_staleness
+    if late and late >= staleness:
+        text = f"is {late}, but ray.max_staleness is {staleness}: no batch is sampled ahead then; use at most {staleness - 1}"
+        yield Problem("ray.late_steps", text if staleness > 1 else f"needs ray.max_staleness {late + 1} or more")
 
 
 def _whole_groups(config: JobConfig) -> Iterator[Problem]:

@@ -120,6 +120,7 @@ RANGES: dict[str, Rule] = {
     "ray.engine_cpus": AT_LEAST_1,
     "ray.engine_gpus": NOT_NEGATIVE,
     "ray.max_staleness": NOT_NEGATIVE,
+    "ray.late_steps": NOT_NEGATIVE,
     "ray.reward_timeout_s": POSITIVE,
     "ray.rollout_timeout_s": POSITIVE,
     "ray.sync_bucket_mib": AT_LEAST_1,

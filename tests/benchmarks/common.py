@@ -78,7 +78,7 @@ class BareEngine(RolloutEngine):
     """The engine, and vLLM in the same process without anything around it."""
 
     def bare(self, prompts: Sequence[Any], sampling: SamplingSpec, seed: int, cold: bool = False) -> float:
-        """Seconds of `LLM.generate` alone, on token ids, with the parameters that `generate` uses.
+        """Seconds of `LLM.generate` alone, on token ids, with the parameters that `sample` uses, but for its seed.
 
         cold: the prefix cache is emptied before and after, as an install does.
         """
@@ -90,7 +90,7 @@ class BareEngine(RolloutEngine):
             self.llm.reset_prefix_cache()
         torch.manual_seed(seed)
         started = time.perf_counter()
-        self.llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora_request())
+        self.llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora_request(self.version))
         seconds = time.perf_counter() - started
         if cold:
             self.llm.reset_prefix_cache()
@@ -140,6 +140,12 @@ def start(cls: type, *args: Any, gpu: float = 0.0, threads: int = THREADS) -> An
     actor = ray.remote(cls).options(**options).remote(*args)
     ray.get(actor.__ray_ready__.remote())
     return actor
+
+
+def sampled(engine: Any, prompts: Sequence[Any], sampling: SamplingSpec, seed: int) -> list[Any]:
+    """Refs of the groups that an engine's actor is asked for, one a prompt."""
+    call = engine.sample.options(num_returns=2)
+    return [call.remote(prompt, sampling, 1000 * (seed * len(prompts) + i))[1] for i, prompt in enumerate(prompts)]
 
 
 def in_turn(pairs: int, *sides: Callable[[], float]) -> list[tuple[float, ...]]:

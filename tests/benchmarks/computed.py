@@ -24,8 +24,7 @@ def run(pairs: int) -> list[Row]:
     with common.session():
         engine = common.start(BareEngine, common.engine_spec(STEP, "fused", 0.3), PROBE, gpu=0.4)
         for seed in range(pairs):
-            refs = engine.generate.options(num_returns=1 + STEP.prompts).remote(STEP.messages(), sampling, seed)
-            groups: list[RolloutGroup] = ray.get(refs)[1:]
+            groups: list[RolloutGroup] = ray.get(common.sampled(engine, STEP.messages(), sampling, seed))
             rewards = [common.reward([[{"content": text}] for text in group.texts]) for group in groups]
             advantages = group_advantages(rewards, "group")
             trained = [group for group, row in zip(groups, advantages, strict=True) if any(row)]

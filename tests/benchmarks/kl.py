@@ -90,8 +90,8 @@ def run(pairs: int) -> list[Row]:
         def kl(engine: Any) -> tuple[float, ...]:
             found = []
             for seed in range(pairs):
-                refs = engine.generate.options(num_returns=1 + STEP.prompts).remote(STEP.messages(), loop.sampling, seed)
-                found.append(float(ray.get(trainer.kl.remote(*refs[1:]))))
+                refs = common.sampled(engine, STEP.messages(), loop.sampling, seed)
+                found.append(float(ray.get(trainer.kl.remote(*refs))))
             return tuple(found)
 
         fused = kl(engine)

@@ -1,6 +1,6 @@
 """Sampling through the engine's actor, against `LLM.generate` in the same process.
 
-Ours: from the call until the header and every group lie in the object store, with tokenizing, log-probabilities and texts
+Ours: from the first call until every header and group lie in the object store, with tokenizing, log-probabilities and texts
 as the trainer and the rewards get them. Bare: the clock is inside the actor, around `LLM.generate` on token ids with the
 same sampling parameters. The prefix cache is warm on both sides.
 """
@@ -18,9 +18,9 @@ def run(pairs: int) -> list[Row]:
         engine = common.start(BareEngine, common.engine_spec(STEP, "fused", 0.8), PROBE, gpu=1)
 
         def through_actor() -> None:
-            refs = engine.generate.options(num_returns=1 + len(prompts)).remote(prompts, sampling, 0)
+            refs = common.sampled(engine, prompts, sampling, seed=0)
             ray.wait(refs, num_returns=len(refs), fetch_local=False)
-            ray.get(refs[0])  # the header; raises what the engine raised
+            ray.get(refs[-1])  # raises what the engine raised
 
         def bare() -> float:
             return float(ray.get(engine.bare.remote(prompts, sampling, 0)))

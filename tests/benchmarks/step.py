@@ -55,13 +55,11 @@ class Loop:
         self.sync()
 
     def sample(self) -> None:
-        """Asks every engine for its share, to come after what it was asked before."""
+        """Asks every engine for its share."""
         self.seed += 1
         self.groups = []
-        for engine, prompts in zip(self.engines, self.shares, strict=True):
-            generate = engine.generate.options(num_returns=1 + len(prompts))
-            _, *groups = generate.remote(prompts, self.sampling, self.seed)
-            self.groups += groups
+        for index, (engine, prompts) in enumerate(zip(self.engines, self.shares, strict=True)):
+            self.groups += common.sampled(engine, prompts, self.sampling, self.seed * len(self.engines) + index)
 
     def train(self) -> None:
         """Scores and learns from what was sampled last."""
@@ -80,6 +78,8 @@ class Loop:
         """The trainer's policy into the engines."""
         bucket_ref, header_ref = self.trainer.publish.options(num_returns=2).remote()
         header = ray.get(header_ref)
+        if self.groups:  # a batch that is sampled ahead is sampled with one policy
+            ray.wait(self.groups, num_returns=len(self.groups), fetch_local=False)
         for receipt in ray.get([engine.install.remote(header, bucket_ref) for engine in self.engines]):
             if (receipt.version, receipt.digest) != (header.version, header.digest):
                 raise RuntimeError(f"an engine serves {receipt.version}, published was {header.version}")

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,13 @@ from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHe
 class FakeEngine:
     """Samples random tokens, and answers the probe with what the trainer said of the version it holds."""
 
-    def __init__(self, lie: str = "") -> None:
+    def __init__(self, lie: str = "", takes_s: float = 0.0, more_s: Mapping[str, float] | None = None) -> None:
+        """takes_s: for each group, one after the other. more_s: by prompt."""
         self.lie = lie
+        self.takes_s = takes_s
+        self.more_s = more_s or {}
         self.headers: list[SnapshotHeader] = []
+        self.sampled: list[tuple[Any, int]] = []
 
     def install(self, header: SnapshotHeader, *buckets: Any) -> InstallReceipt:
         """Takes what carries the digest of the bytes that came, as a real one."""
@@ -32,26 +36,26 @@ class FakeEngine:
     def versions(self) -> list[int]:
         return [header.version for header in self.headers]
 
-    def generate(self, prompts: Sequence[Any], sampling: SamplingSpec, seed: int) -> tuple[Any, ...]:
+    def sample(self, prompt: Any, sampling: SamplingSpec, seed: int, version: int) -> tuple[RolloutHeader, RolloutGroup]:
+        self.sampled.append((prompt, self.headers[-1].version))
+        time.sleep(self.takes_s + self.more_s.get(prompt, 0.0))
         rng = np.random.default_rng(seed)
-        version = self.headers[-1].version
-        groups = []
-        for prompt in prompts:
-            ids = tuple(rng.integers(3, 48, rng.integers(1, 6), dtype=np.int32) for _ in range(sampling.num_generations))
-            groups.append(
-                RolloutGroup(
-                    version,
-                    np.arange(3, 8, dtype=np.int32),
-                    ids,
-                    tuple(np.full(len(i), -3.0, np.float32) for i in ids),
-                    (False,) * len(ids),
-                    tuple(f"{prompt} {i.sum()}" for i in ids),
-                )
-            )
-        lengths = tuple(tuple(len(ids) for ids in group.completion_ids) for group in groups)
-        said = -1 if self.lie == "version" else version
-        prompt_lengths = tuple(len(group.prompt_ids) for group in groups)
-        return (RolloutHeader(said, prompt_lengths, lengths, tuple(g.truncated for g in groups), 0.0), *groups)
+        ids = tuple(rng.integers(3, 48, rng.integers(1, 6), dtype=np.int32) for _ in range(sampling.num_generations))
+        group = RolloutGroup(
+            self.headers[-1].version,
+            np.arange(3, 8, dtype=np.int32),
+            ids,
+            tuple(np.full(len(i), -3.0, np.float32) for i in ids),
+            (False,) * len(ids),
+            tuple(f"{prompt} {i.sum()}" for i in ids),
+        )
+        said = -1 if self.lie == "version" else group.policy_version
+        seconds = self.takes_s * max(map(len, ids))
+        return RolloutHeader(said, len(group.prompt_ids), tuple(map(len, ids)), group.truncated, seconds), group
+
+    def done(self) -> list[tuple[Any, int]]:
+        """Prompts and versions, in the order in which they were sampled."""
+        return self.sampled
 
 
 def parity(completions: list[str], **_: Any) -> list[float]:

@@ -37,9 +37,12 @@ def loop(
     staleness: int = 0,
     interval: int = 1,
     lies: tuple[str, ...] = ("",),
+    engines: tuple[Any, ...] = (),
+    late: int = 0,
     ranks: int = 1,
     spec: TrainerSpec | None = None,
 ) -> Loop:
+    """engines: actors, instead of those that lie as they are told."""
     config = JobConfig(rl="grpo", base_model=folder, learning_rate=1e-2, bf16=False, max_steps=STEPS)
     config.micro_batch_size = 8 // ranks
     config.ray_num_workers = ranks
@@ -47,7 +50,9 @@ def loop(
     config.trl.vllm_sync_interval = interval
     config.trl.reward_funcs = ["tests.cluster.fakes.parity"]
     config.ray.max_staleness = staleness
-    config.ray.engines = len(lies)
+    config.ray.late_steps = late
+    engines = engines or tuple(ray.remote(FakeEngine).remote(lie) for lie in lies)
+    config.ray.engines = len(engines)
     rows = tuple(Row(f"w{i} w{i + 1}", {}, "") for i in range(3, 13))
     plan = make_plan(config, [Node("a", {"CPU": 8.0})], len(rows))
     address = meeting_place()
@@ -56,7 +61,6 @@ def loop(
         for rank in range(ranks)
     )
     ray.get([trainer.set_probe.remote([5, 9, 12, 30, 7]) for trainer in trainers])
-    engines = tuple(ray.remote(FakeEngine).remote(lie) for lie in lies)
     actors = Actors(trainers, engines)
     scorer = Scorer(plan, None, [RewardSpec("tests.cluster.fakes.parity", ())], 30.0)
     scorer.wait_ready()
@@ -94,6 +98,54 @@ def test_prompts_are_dealt_to_all_engines(cluster: None, llama: str) -> None:
     result = made.evaluate()
     assert result.total == 2
     assert [ray.get(engine.versions.remote()) for engine in made.actors.engines] == [[0, 1], [0, 1]]
+
+
+def test_an_engine_gets_prompts_by_its_pace(cluster: None, llama: str) -> None:
+    fast, slow = (ray.remote(FakeEngine).remote(takes_s=takes_s) for takes_s in (0.01, 0.1))
+    made = loop(llama, engines=(fast, slow))
+    made.plan = replace(made.plan, prompts_per_step=10)
+    for _ in range(4):
+        made.advance()
+    counts = [len(ray.get(engine.done.remote())) for engine in (fast, slow)]
+    assert sum(counts) == 40
+    assert counts[1] <= 5 + 3 * 3, "half of the first batch, whose paces are unknown, and then about a tenth"
+
+
+def test_what_waits_goes_to_who_is_done_first(cluster: None, llama: str) -> None:
+    """Also within the first batch: the engine that is held by one long completion gets nothing more."""
+    held = ray.remote(FakeEngine).remote(more_s={f"w{i} w{i + 1}": 0.5 for i in range(3, 13)})
+    free = ray.remote(FakeEngine).remote()
+    made = loop(llama, engines=(held, free))
+    made.plan = replace(made.plan, prompts_per_step=10)
+    made.rollouts.most = 1
+    made.advance()
+    assert [len(ray.get(engine.done.remote())) for engine in (held, free)] == [1, 9]
+
+
+def test_a_long_completion_does_not_hold_its_batch(cluster: None, llama: str, tmp_path: Path) -> None:
+    """Others are trained in its place, it comes later with its version, and nothing is trained twice or staler than allowed."""
+    made = loop(llama, staleness=2, late=1, lies=("", ""))
+    long = made._batch(1)[0].row.prompt
+    engines = tuple(ray.remote(FakeEngine).remote(more_s={long: 1.5}) for _ in range(2))
+    made = loop(llama, staleness=2, late=1, engines=engines)
+    made.samples = Samples(tmp_path, print)
+    records, states = [], []
+    for _ in range(STEPS):
+        records.append(made.advance())
+        states.append(made.state())
+    made.samples.finish()
+    taken = []
+    for step in range(1, STEPS + 1):
+        lines = [json.loads(line) for line in (tmp_path / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()]
+        taken.append([(line["prompt"], line["policy_version"]) for line in lines[::4]])
+    expected = [(group.row.prompt, group.policy_version) for number in range(STEPS) for group in made._batch(number)]
+    assert sorted(pair for step in taken for pair in step) == sorted(expected)
+    assert (long, 0) in taken[2], "it was not late, so nothing is shown"
+    assert max(record["staleness"] for record in records) == 2
+    assert states[1][0] == [1, 0], "a resumed job asks for it again"
+    made.resume(2, states[1])
+    assert [(group.number, group.place) for group in made.in_flight] == [tuple(pair) for pair in states[1]]
+    assert made.in_flight[0].row.prompt == long and made.in_flight[0].policy_version == 0
 
 
 @pytest.mark.parametrize("lies", [("before",), ("", "nothing")])
@@ -146,7 +198,7 @@ def test_groups_without_signal_are_replaced(cluster: None, llama: str, tmp_path:
 def test_replacing_ends_where_nothing_has_a_signal(cluster: None, llama: str) -> None:
     made = loop(llama)
     made.config.ray.max_resamples = 3
-    made.config.trl.reward_weights = [0.0]
+    made.tally.weights = dict.fromkeys(made.tally.weights, 0.0)
     record = made.advance()
     assert (record["groups"], record["groups_without_signal"], record["grad_norm"]) == (8, 8, 0.0)
 
@@ -157,7 +209,7 @@ def test_a_reward_that_fails_on_a_replacement_costs_that_group(
     """And never the step, whose other groups are good."""
     made = loop(llama, staleness=1)
     made.config.ray.max_resamples = 20
-    combined = made._combined
+    combined = made.tally.combined
     calls = iter(range(100))
 
     def none_for_replacements(scores: Any, headers: Any) -> Any:
@@ -166,7 +218,7 @@ def test_a_reward_that_fails_on_a_replacement_costs_that_group(
             return [[None] * len(row) for row in rewards]
         return rewards if len(rewards) < 2 else [rewards[0], [0.0] * len(rewards[1])]  # the second one has no signal
 
-    monkeypatch.setattr(made, "_combined", none_for_replacements)
+    monkeypatch.setattr(made.tally, "combined", none_for_replacements)
     record = made.advance()
     assert record["samples_dropped"] >= 4 and record["grad_norm"] > 0.0
 
@@ -180,13 +232,14 @@ def test_all_weights_go_to_the_engines_in_buckets(cluster: None, llama: str, tmp
     assert [record["policy_version"] for record in records] == [1, 2, 3]
     older = [part for v in made.versions_needed() if v != 3 for part in made.policies.published[v]]
     ray.get([t.save.remote(str(tmp_path / "c"), *older) for t in made.actors.trainers])
+    state = made.state()
     expected = [made.advance()["loss"] for _ in range(2)]
 
     resumed = loop(llama, ranks=2, staleness=1, lies=("", ""), spec=spec)
     resumed.policies.published.clear()
     for header, *buckets in ray.get([t.restore.remote(str(tmp_path / "c")) for t in resumed.actors.trainers])[0]:
         resumed.policies.add(header, *map(ray.put, buckets))
-    resumed.step = 3
+    resumed.resume(3, state)
     resumed.start()
     assert [resumed.advance()["loss"] for _ in range(2)] == pytest.approx(expected, abs=1e-6)
 
@@ -239,12 +292,13 @@ def test_a_resumed_loop_repeats_the_uninterrupted_one(cluster: None, llama: str,
     run_to(stopped, 3)
     older = [part for v in stopped.versions_needed() if v != 3 for part in stopped.policies.published[v]]
     ray.get(stopped.actors.trainers[0].save.remote(str(tmp_path), *older))
+    state = stopped.state()
 
     resumed = loop(llama, staleness=staleness)
     resumed.policies.published.clear()
     for header, buffer in ray.get(resumed.actors.trainers[0].restore.remote(str(tmp_path))):
         resumed.policies.add(header, ray.put(buffer))
-    resumed.step = 3
+    resumed.resume(3, state)
     resumed.start()
     keys = ("step", "loss", "reward", "grad_norm", "staleness", "completion_tokens")
     repeated = [{key: record[key] for key in keys} for record in run_to(resumed, STEPS)]

@@ -2,8 +2,10 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,7 +20,7 @@ from actors.types import RolloutGroup
 from orchestrator.data import Row
 from orchestrator.plan import Node, make_plan
 from orchestrator.schema import JobConfig
-from orchestrator.scoring import Scorer
+from orchestrator.scoring import Call, Scorer
 from tests.chat_server import chat_server
 from tests.tiny import save_reward_llama
 
@@ -39,6 +41,10 @@ def scorer(path: str, timeout_s: float) -> Scorer:
     return made
 
 
+def submit(made: Scorer, rows: Sequence[Row], refs: Sequence[Any]) -> list[list[Call]]:
+    return [made.submit(row, ref) for row, ref in zip(rows, refs, strict=True)]
+
+
 def rows(*kinds: str) -> list[Row]:
     return [Row("p", {"kind": kind}, "") for kind in kinds]
 
@@ -48,8 +54,8 @@ def test_a_failing_call_costs_its_group_alone(cluster: None) -> None:
     ref = ray.put(GROUP)
     kinds = ["good", "raise", "good", "hang", "good", "exit", "good", "short"]
     later = ["good", "good"]  # of the next batch, queued behind the call that hangs
-    first = made.submit(rows(*kinds), [ref] * len(kinds))
-    second = made.submit(rows(*later), [ref] * len(later))
+    first = submit(made, rows(*kinds), [ref] * len(kinds))
+    second = submit(made, rows(*later), [ref] * len(later))
     scores = [group[0] for group in made.collect(first)]
     assert [score.rewards for score in scores[::2]] == [(1.0, 1.0)] * 4
     assert [score.rewards for score in scores[1::2]] == [()] * 4
@@ -64,10 +70,10 @@ def test_a_failing_call_costs_its_group_alone(cluster: None) -> None:
 def test_calls_that_always_hang_are_given_up(cluster: None) -> None:
     made = scorer("tests.cluster.fakes.hangs_on_bad", 1.0)
     ref = ray.put(GROUP)
-    scores = made.collect(made.submit(rows(*["hang"] * 6), [ref] * 6))
+    scores = made.collect(submit(made, rows(*["hang"] * 6), [ref] * 6))
     assert ["did not return" in (group[0].failure or "") for group in scores] == [True, True] + [False] * 4
     assert "not called, after 2 calls in a row" in (scores[-1][0].failure or "")
-    assert made.collect(made.submit(rows("good"), [ref]))[0][0].rewards == (1.0, 1.0)
+    assert made.collect(submit(made, rows("good"), [ref]))[0][0].rewards == (1.0, 1.0)
 
 
 def test_a_function_that_does_not_exist(cluster: None) -> None:
@@ -86,7 +92,7 @@ def test_a_reward_model_scores_beside_a_function_and_is_started_again(cluster: N
     made.wait_ready()
     prompts = [Row("w13 ", {}, ""), Row([{"role": "user"}], {}, ""), Row("w13 ", {}, "")]
     ref = ray.put(group)
-    scores = made.collect(made.submit(prompts, [ref] * 3))
+    scores = made.collect(submit(made, prompts, [ref] * 3))
     for by_model, by_function in (scores[0], scores[2]):
         assert by_model.rewards == pytest.approx(expected, abs=1e-5)
         assert by_function.rewards == (1.0, 0.0)
@@ -95,7 +101,7 @@ def test_a_reward_model_scores_beside_a_function_and_is_started_again(cluster: N
     for process in psutil.Process().children(recursive=True):
         if process.name().startswith("ray::RewardModelWorker"):
             os.kill(process.pid, signal.SIGKILL)
-    scores = made.collect(made.submit(prompts[:1], [ref]))
+    scores = made.collect(submit(made, prompts[:1], [ref]))
     assert scores[0][0].rewards == pytest.approx(expected, abs=1e-5)
 
 
@@ -116,7 +122,7 @@ def test_a_judge_has_its_key_and_other_rewards_do_not(cluster: None, monkeypatch
         made = Scorer(PLAN, None, specs, 30.0)
         made.wait_ready()
         groups = [ray.put(replace(GROUP, texts=(f"a {i}", f"b {i + 1}"))) for i in range(4)]
-        calls = made.submit([Row("p", {"name": "KIND_KEY"}, "")] * 4, groups)
+        calls = submit(made, [Row("p", {"name": "KIND_KEY"}, "")] * 4, groups)
         scores = made.collect(calls)
     assert [by_judge.rewards for by_judge, _ in scores] == [(i / 10, (i + 1) / 10) for i in range(4)]
     assert [by_function.rewards for _, by_function in scores] == [(1.0, None)] * 4
@@ -136,5 +142,5 @@ def test_a_program_that_hangs_costs_its_own_reward_alone(cluster: None) -> None:
     made.wait_ready()
     group = ray.put(replace(GROUP, texts=("x = 1", "while True: pass")))
     rows = [Row("p", {"test_list": ["assert x == 1"]}, ""), Row("p", {}, "")]
-    (first,), (second,) = made.collect(made.submit(rows, [group] * 2))
+    (first,), (second,) = made.collect(submit(made, rows, [group] * 2))
     assert (first.rewards, second.rewards) == ((1.0, 0.0), (None, None))

@@ -4,9 +4,10 @@ The references are transformers and PEFT: the adapter merged into the weights fo
 for `weights` the saved model. A new way to install is a name in SYNCS and its reference in `reference`.
 """
 
+import asyncio
 import gc
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from actors.errors import SyncError
 from actors.packing import Sample, pack_row
 from actors.specs import EngineSpec, LoraSpec, LossSpec, OptimizerSpec, SamplingSpec, TrainerSpec
 from actors.trainer import Trainer
-from actors.types import RolloutGroup, SnapshotHeader
+from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader
 from tests.tiny import SMOLLM2, fill_adapter, published
 
 SYNCS = ("fused", "adapter", "weights")
@@ -118,12 +119,31 @@ def policies(engine: RolloutEngine, request: pytest.FixtureRequest) -> Policies:
 def untouched(engine: RolloutEngine) -> tuple[list[float], list[list[int]]]:
     """Probe and greedy answers of an engine that has installed nothing. Asked for by the first test."""
     assert engine.version is None
-    return engine.probe_logprobs(), greedy(engine)
+    return probed(engine), greedy(engine)
+
+
+def sampled(
+    engine: RolloutEngine, prompts: Sequence[Any], sampling: SamplingSpec, seed: int
+) -> list[tuple[RolloutHeader, RolloutGroup]]:
+    """Groups that are decoded side by side."""
+
+    async def together() -> list[tuple[RolloutHeader, RolloutGroup]]:
+        return await asyncio.gather(*(engine.sample(p, sampling, seed + 1000 * i) for i, p in enumerate(prompts)))
+
+    return asyncio.run(together())
+
+
+def installed(engine: RolloutEngine, header: SnapshotHeader, *buckets: Any) -> InstallReceipt:
+    return asyncio.run(engine.install(header, *buckets))
+
+
+def probed(engine: RolloutEngine) -> list[float]:
+    return asyncio.run(engine.probe_logprobs())
 
 
 def greedy(engine: RolloutEngine) -> list[list[int]]:
-    _, *groups = engine.generate(PROMPTS, SamplingSpec(1, NEW_TOKENS, temperature=0.0), seed=0)
-    return [group.completion_ids[0].tolist() for group in groups]
+    answers = sampled(engine, PROMPTS, SamplingSpec(1, NEW_TOKENS, temperature=0.0), seed=0)
+    return [group.completion_ids[0].tolist() for _, group in answers]
 
 
 def transformers_greedy(reference: Any, engine: RolloutEngine) -> list[list[int]]:
@@ -207,16 +227,16 @@ def test_a_first_install_that_fails_leaves_the_base(
 ) -> None:
     break_install(engine, monkeypatch, where)
     with pytest.raises(SyncError, match=r"version 1 could not be installed \(MemoryError: no room\)"):
-        engine.install(*policies.snapshots[1])
+        installed(engine, *policies.snapshots[1])
     assert engine.version is None
-    assert (engine.probe_logprobs(), greedy(engine)) == untouched
+    assert (probed(engine), greedy(engine)) == untouched
 
 
 def test_version_0_is_the_base(
     engine: RolloutEngine, policies: Policies, untouched: tuple[list[float], list[list[int]]]
 ) -> None:
     header, *buckets = policies.snapshots[0]
-    receipt = engine.install(header, *buckets)
+    receipt = installed(engine, header, *buckets)
     assert (receipt.version, receipt.digest, engine.version) == (0, header.digest, 0)
     assert receipt.probe_logprobs == pytest.approx(untouched[0], abs=1e-6)
     assert greedy(engine) == untouched[1]
@@ -227,7 +247,7 @@ def test_an_installed_policy_answers_as_peft_does(
     engine: RolloutEngine, policies: Policies, untouched: tuple[list[float], list[list[int]]], version: int
 ) -> None:
     header, *buckets = policies.snapshots[version]
-    receipt = engine.install(header, *buckets)
+    receipt = installed(engine, header, *buckets)
     expected = reference(policies, version, engine.spec.sync)
     answers = greedy(engine)
     assert answers == transformers_greedy(expected, engine)
@@ -244,15 +264,15 @@ def test_the_snapshot_is_not_written_to(engine: RolloutEngine, policies: Policie
     views = [bucket.view() for bucket in buckets]
     for view in views:
         view.flags.writeable = False  # as it comes from the object store
-    first, second = engine.install(header, *views), engine.install(header, *views)
+    first, second = installed(engine, header, *views), installed(engine, header, *views)
     assert snapshot.joined([snapshot.digest(bucket) for bucket in buckets]) == header.digest == first.digest
     assert first.probe_logprobs == second.probe_logprobs
 
 
 def test_an_older_version_comes_back_exactly(engine: RolloutEngine, policies: Policies) -> None:
-    first = [engine.install(*policies.snapshots[version]).probe_logprobs for version in (0, 1, 2)]
+    first = [installed(engine, *policies.snapshots[version]).probe_logprobs for version in (0, 1, 2)]
     answers = greedy(engine)
-    again = {version: engine.install(*policies.snapshots[version]) for version in (1, 0, 2)}
+    again = {version: installed(engine, *policies.snapshots[version]) for version in (1, 0, 2)}
     for version, receipt in again.items():
         assert (receipt.version, receipt.probe_logprobs) == (version, first[version])
     assert engine.version == 2 and greedy(engine) == answers
@@ -261,11 +281,11 @@ def test_an_older_version_comes_back_exactly(engine: RolloutEngine, policies: Po
 def test_a_version_with_other_contents_replaces_its_namesake(engine: RolloutEngine, policies: Policies) -> None:
     """As when a trainer goes back to a checkpoint and trains the same versions anew."""
     second, *buckets = policies.snapshots[2]
-    expected = engine.install(second, *buckets).probe_logprobs
+    expected = installed(engine, second, *buckets).probe_logprobs
     answers = greedy(engine)
-    engine.install(*policies.snapshots[1])
+    installed(engine, *policies.snapshots[1])
     assert greedy(engine) != answers
-    receipt = engine.install(replace(second, version=1), *buckets)
+    receipt = installed(engine, replace(second, version=1), *buckets)
     assert (receipt.version, receipt.probe_logprobs, greedy(engine)) == (1, expected, answers)
 
 
@@ -277,33 +297,33 @@ def with_nan(header: SnapshotHeader, *buckets: NDArray[np.uint8]) -> Snapshot:
 
 
 def test_a_refused_snapshot_leaves_the_old_policy_exactly(engine: RolloutEngine, policies: Policies) -> None:
-    before, answers = engine.install(*policies.snapshots[1]), greedy(engine)
+    before, answers = installed(engine, *policies.snapshots[1]), greedy(engine)
     with pytest.raises(SyncError, match="holds NaN or infinity"):
-        engine.install(*with_nan(*policies.snapshots[2]))
+        installed(engine, *with_nan(*policies.snapshots[2]))
     with pytest.raises(SyncError, match="bytes arrived of"):
-        engine.install(*policies.snapshots[2][:-1], policies.snapshots[2][-1][:-1])
+        installed(engine, *policies.snapshots[2][:-1], policies.snapshots[2][-1][:-1])
     assert engine.version == 1
-    assert (tuple(engine.probe_logprobs()), greedy(engine)) == (before.probe_logprobs, answers)
+    assert (tuple(probed(engine)), greedy(engine)) == (before.probe_logprobs, answers)
 
 
 @pytest.mark.parametrize(("where", "next_version"), [("first", 1), ("half way", 2)], ids=["same version", "next version"])
 def test_an_install_that_fails_leaves_the_old_policy_exactly(
     engine: RolloutEngine, policies: Policies, monkeypatch: pytest.MonkeyPatch, where: str, next_version: int
 ) -> None:
-    before, answers = engine.install(*policies.snapshots[1]), greedy(engine)
+    before, answers = installed(engine, *policies.snapshots[1]), greedy(engine)
     break_install(engine, monkeypatch, where)
     header, *buckets = policies.snapshots[2]
     with pytest.raises(SyncError, match="no room.*serves version 1 as before"):
-        engine.install(replace(header, version=next_version), *buckets)
+        installed(engine, replace(header, version=next_version), *buckets)
     assert engine.version == 1
-    assert (tuple(engine.probe_logprobs()), greedy(engine)) == (before.probe_logprobs, answers)
-    after = engine.install(header, *buckets)  # and the next one goes in as if nothing had been
+    assert (tuple(probed(engine)), greedy(engine)) == (before.probe_logprobs, answers)
+    after = installed(engine, header, *buckets)  # and the next one goes in as if nothing had been
     assert after.probe_logprobs == pytest.approx(header.probe_logprobs, abs=LOGPROB_TOLERANCE)
 
 
 def test_old_slots_are_removed(engine: RolloutEngine, policies: Policies) -> None:
     for version in (0, 1, 2, 2, 1, 0, 1):
-        engine.install(*policies.snapshots[version])
+        installed(engine, *policies.snapshots[version])
         assert len(engine.installed) <= POLICIES
         if engine.spec.sync == "adapter":
             assert slots(engine) == {policy.slot for policy in engine.installed.values()}
@@ -315,27 +335,80 @@ def completions(groups: list[RolloutGroup]) -> list[list[list[int]]]:
 
 
 def test_the_seed_decides_every_draw(engine: RolloutEngine, policies: Policies) -> None:
-    engine.install(*policies.snapshots[1])
+    """Whatever is sampled beside it, and whoever was first."""
+    installed(engine, *policies.snapshots[1])
     sampling = SamplingSpec(4, NEW_TOKENS)
     found = []
     for seed in (7, 8, 7):
-        header, *groups = engine.generate(PROMPTS, sampling, seed)
-        found.append(completions(groups))
-        assert header.policy_version == 1 and all(group.policy_version == 1 for group in groups)
-        assert header.completion_tokens == tuple(tuple(len(ids) for ids in group) for group in found[-1])
-        assert header.truncated == tuple(group.truncated for group in groups)
+        answers = sampled(engine, PROMPTS, sampling, seed)
+        found.append(completions([group for _, group in answers]))
+        for header, group in answers:
+            assert header.policy_version == group.policy_version == 1
+            assert (header.prompt_tokens, header.truncated) == (len(group.prompt_ids), group.truncated)
+            assert header.completion_tokens == tuple(map(len, group.completion_ids))
     assert found[0] == found[2] != found[1]
     assert len({tuple(ids) for ids in found[0][2]}) > 1, "the completions of a prompt do not differ"
+    alone = sampled(engine, PROMPTS[2:], sampling, 7 + 1000 * 2)
+    assert completions([alone[0][1]]) == found[0][2:]
+
+
+def test_versions_are_sampled_side_by_side(engine: RolloutEngine, policies: Policies) -> None:
+    """Where an engine has slots; where it has not, it samples with no version but the last."""
+    answers = {}
+    for version in (1, 2):
+        installed(engine, *policies.snapshots[version])
+        answers[version] = greedy(engine)
+    assert answers[1] != answers[2]
+
+    async def both() -> list[Any]:
+        spec = SamplingSpec(1, NEW_TOKENS, temperature=0.0)
+        calls = [engine.sample(prompt, spec, 0, version) for version in (1, 2) for prompt in PROMPTS]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    found = asyncio.run(both())
+    older, newer = found[: len(PROMPTS)], found[len(PROMPTS) :]
+    assert [group.completion_ids[0].tolist() for _, group in newer] == answers[2]
+    if engine.spec.sync == "adapter":
+        assert [group.completion_ids[0].tolist() for _, group in older] == answers[1]
+        assert [header.policy_version for header, _ in older] == [1] * len(PROMPTS)
+    else:
+        assert all(isinstance(error, SyncError) and "version 1 was asked for" in str(error) for error in older)
+
+
+def test_nothing_is_installed_under_a_completion(engine: RolloutEngine, policies: Policies) -> None:
+    header, *buckets = policies.snapshots[1]
+    installed(engine, header, *buckets)
+    answers = greedy(engine)
+
+    async def both() -> list[Any]:
+        spec = SamplingSpec(1, NEW_TOKENS, temperature=0.0)
+        calls = [engine.sample(prompt, spec, 0) for prompt in PROMPTS]
+        return await asyncio.gather(*calls, engine.install(*policies.snapshots[2]), return_exceptions=True)
+
+    *found, receipt = asyncio.run(both())
+    assert [group.completion_ids[0].tolist() for _, group in found] == answers
+    assert engine.version == 1 and "policy version 2 came while 3 groups are sampled" in str(receipt)
+
+
+def test_a_step_that_fails_fails_all_that_wait(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves the next ones their engine."""
+    step = engine.decoder.engine.step
+    monkeypatch.setattr(engine.decoder.engine, "step", fails_once(step, 2))
+    with pytest.raises(MemoryError):
+        sampled(engine, PROMPTS, SamplingSpec(1, NEW_TOKENS), seed=0)
+    assert not engine.decoder.waiting
+    while engine.decoder.engine.has_unfinished_requests():
+        step()
 
 
 def test_sampled_logprobs_are_the_trainers(engine: RolloutEngine, policies: Policies) -> None:
     temperature = 0.7  # not 1: both sides must apply it
     prompts = [*PROMPTS, LONG_PROMPT]
     sampling = SamplingSpec(3, NEW_TOKENS, temperature=temperature)
-    engine.install(*policies.snapshots[1])
-    engine.generate(prompts, sampling, seed=3)  # leaves another policy's keys and values in the prefix cache
-    engine.install(*policies.snapshots[2])  # which the trainer still holds
-    _, *groups = engine.generate(prompts, sampling, seed=3)
+    installed(engine, *policies.snapshots[1])
+    sampled(engine, prompts, sampling, seed=3)  # leaves another policy's keys and values in the prefix cache
+    installed(engine, *policies.snapshots[2])  # which the trainer still holds
+    groups = [group for _, group in sampled(engine, prompts, sampling, seed=3)]
     assert len(groups[-1].prompt_ids) > engine.llm.llm_engine.vllm_config.cache_config.block_size
     row = pack_row(groups, [Sample(g, i, 1.0) for g in range(len(groups)) for i in range(3)])
     with torch.no_grad():
@@ -347,8 +420,8 @@ def test_sampled_logprobs_are_the_trainers(engine: RolloutEngine, policies: Poli
 
 
 def test_groups_hold_what_was_sampled(engine: RolloutEngine, policies: Policies) -> None:
-    engine.install(*policies.snapshots[0])
-    _, *groups = engine.generate(PROMPTS, SamplingSpec(2, 24), seed=1)
+    installed(engine, *policies.snapshots[0])
+    groups = [group for _, group in sampled(engine, PROMPTS, SamplingSpec(8, 24), seed=1)]
     ended = 0
     for prompt, group in zip(PROMPTS, groups, strict=True):
         assert group.prompt_ids.tolist() == engine.token_ids(prompt)

@@ -1,5 +1,6 @@
 """An engine of two processes that hold the model together installs and proves policies as one process does."""
 
+import asyncio
 import gc
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,15 @@ def test_two_processes_serve_what_the_trainer_has(tmp_path: Path, sync: str) -> 
     trainer.set_probe(PROBE)
     small: dict[str, Any] = {"enforce_eager": True, "gpu_memory_utilization": 0.3}
     engine = RolloutEngine(EngineSpec(spec, LORA, sync, max_model_len=128, max_num_seqs=8, tensor_parallel=2, **small), PROBE)
-    assert engine.probe_logprobs() == pytest.approx(trainer.base_logprobs(), abs=TOLERANCE)
+    assert asyncio.run(engine.probe_logprobs()) == pytest.approx(trainer.base_logprobs(), abs=TOLERANCE)
     for version in (1, 2):
         fill_adapter(trainer.policy, seed=version, size=0.015 * version)
         trainer.version = version
         header, buffer = published(trainer)
-        receipt = engine.install(header, buffer.copy())
+        receipt = asyncio.run(engine.install(header, buffer.copy()))
         assert receipt.probe_logprobs == pytest.approx(header.probe_logprobs, abs=TOLERANCE)
         assert max(abs(a - b) for a, b in zip(header.probe_logprobs, trainer.base_logprobs(), strict=True)) > 5 * TOLERANCE
-    drawn = [engine.generate(["Once upon a time"], SamplingSpec(4, 16), seed=seed)[1].texts for seed in (3, 3, 4)]
+    drawn = [asyncio.run(engine.sample("Once upon a time", SamplingSpec(4, 16), seed))[1].texts for seed in (3, 3, 4)]
     assert drawn[0] == drawn[1] != drawn[2], "the seed decides every draw"
     engine.llm.llm_engine.engine_core.shutdown()
     del engine.llm

@@ -1,0 +1,42 @@
+"""Requests to one vLLM engine that are decoded side by side, each awaited by itself.
+
+vLLM's own `LLM.generate` returns when the last of its requests has ended, and takes no others meanwhile. Here an engine is
+stepped for as long as anybody waits, and who asks later joins the batch.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+
+class Decoder:
+    """Steps an engine in the event loop of its callers: nothing else of theirs runs during a step."""
+
+    def __init__(self, engine: Any) -> None:
+        """engine: vLLM's LLMEngine."""
+        self.engine = engine
+        self.names = itertools.count()
+        self.waiting: dict[str, asyncio.Future[Any]] = {}
+        self.stepping: asyncio.Task[None] | None = None
+
+    async def output(self, token_ids: Sequence[int], params: Any, lora_request: Any = None) -> Any:
+        """vLLM's RequestOutput of one prompt, when all its completions have ended. Raises what vLLM raises."""
+        name = str(next(self.names))
+        self.engine.add_request(name, {"prompt_token_ids": list(token_ids)}, params, lora_request=lora_request)
+        self.waiting[name] = asyncio.get_running_loop().create_future()
+        if self.stepping is None or self.stepping.done():
+            self.stepping = asyncio.create_task(self._step())
+        return await self.waiting[name]
+
+    async def _step(self) -> None:
+        try:
+            while self.waiting:
+                await asyncio.sleep(0)  # those who were answered go on, and new requests come in
+                for output in self.engine.step():
+                    if output.finished:
+                        self.waiting.pop(output.request_id).set_result(output)
+        except Exception as error:  # whatever it is, nobody may wait for ever
+            waiting, self.waiting = self.waiting, {}
+            for future in waiting.values():
+                future.set_exception(error)
