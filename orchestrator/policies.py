@@ -30,7 +30,6 @@ class Policies:
         self.published: dict[int, tuple[Any, ...]] = {}  # by version: header, and refs of its buckets
         self.buckets = 1
         self.bases: dict[str, Sequence[float]] = {}  # the probe under the base models: what a dead sync serves
-        self.newest: int | None = None  # that an engine was asked to install
         self.asked: dict[int, int] = {}  # by engine, the version that it was asked to install last
         self.costs: dict[int, tuple[float, float]] = {}  # by version, of all engines: probe gap and seconds, the largest
 
@@ -62,7 +61,6 @@ class Policies:
 
     def install(self, index: int, version: int) -> Any:
         """Asks an engine to serve a version; returns the ref of its receipt."""
-        self.newest = version if self.newest is None else max(version, self.newest)
         self.asked[index] = version
         return self.actors.engines[index].install.remote(*self.published[version])
 
@@ -88,8 +86,12 @@ class Policies:
         return self.costs.pop(version, (0.0, 0.0))
 
     def forget(self, needed: Sequence[int]) -> None:
-        """Drops versions that nothing will install again; their buckets leave the object store."""
-        self.published = {v: p for v, p in self.published.items() if v in needed or v == self.newest}
+        """Drops versions that nothing will install again; their buckets leave the object store.
+
+        What engines were asked for last stays: its proof may still be under way, and the next one must differ from it.
+        """
+        kept = {*needed, *self.asked.values()}
+        self.published = {v: p for v, p in self.published.items() if v in kept}
 
 
 def check_proof(
