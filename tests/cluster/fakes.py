@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHe
 class FakeEngine:
     """Samples random tokens, and answers the probe with what the trainer said of the version it holds."""
 
-    def __init__(self, lie: str = "", takes_s: float = 0.0, more_s: Mapping[str, float] | None = None) -> None:
-        """takes_s: for each group, one after the other. more_s: by prompt."""
+    def __init__(self, lie: str = "", takes_s: float = 0.0, held: str = "", until: str = "") -> None:
+        """takes_s: for each group, one after the other. held: a prompt that takes until there is a file `until`."""
         self.lie = lie
         self.takes_s = takes_s
-        self.more_s = more_s or {}
+        self.held, self.until = held, until
         self.headers: list[SnapshotHeader] = []
         self.sampled: list[tuple[Any, int]] = []
 
@@ -38,7 +37,9 @@ class FakeEngine:
 
     def sample(self, prompt: Any, sampling: SamplingSpec, seed: int, version: int) -> tuple[RolloutHeader, RolloutGroup]:
         self.sampled.append((prompt, self.headers[-1].version))
-        time.sleep(self.takes_s + self.more_s.get(prompt, 0.0))
+        time.sleep(self.takes_s)
+        while prompt == self.held and not os.path.exists(self.until):
+            time.sleep(0.05)
         rng = np.random.default_rng(seed)
         ids = tuple(rng.integers(3, 48, rng.integers(1, 6), dtype=np.int32) for _ in range(sampling.num_generations))
         group = RolloutGroup(

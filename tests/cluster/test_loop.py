@@ -113,7 +113,7 @@ def test_an_engine_gets_prompts_by_its_pace(cluster: None, llama: str) -> None:
 
 def test_what_waits_goes_to_who_is_done_first(cluster: None, llama: str) -> None:
     """Also within the first batch: the engine that is held by one long completion gets nothing more."""
-    held = ray.remote(FakeEngine).remote(more_s={f"w{i} w{i + 1}": 0.5 for i in range(3, 13)})
+    held = ray.remote(FakeEngine).remote(takes_s=2.0)
     free = ray.remote(FakeEngine).remote()
     made = loop(llama, engines=(held, free))
     made.plan = replace(made.plan, prompts_per_step=10)
@@ -126,11 +126,14 @@ def test_a_long_completion_does_not_hold_its_batch(cluster: None, llama: str, tm
     """Others are trained in its place, it comes later with its version, and nothing is trained twice or staler than allowed."""
     made = loop(llama, staleness=2, late=1, lies=("", ""))
     long = made._batch(1)[0].row.prompt
-    engines = tuple(ray.remote(FakeEngine).remote(more_s={long: 1.5}) for _ in range(2))
+    until = tmp_path / "ends"
+    engines = tuple(ray.remote(FakeEngine).remote(held=long, until=str(until)) for _ in range(2))
     made = loop(llama, staleness=2, late=1, engines=engines)
     made.samples = Samples(tmp_path, print)
     records, states = [], []
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        if step == 2:
+            until.touch()
         records.append(made.advance())
         states.append(made.state())
     made.samples.finish()
