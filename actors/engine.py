@@ -78,6 +78,9 @@ class RolloutEngine:
         self.tokenizer = self.llm.get_tokenizer()
         self.asleep = False
 
+    def __repr__(self) -> str:  # what the dashboard and Ray's logs call it
+        return f"engine of {self.spec.model.name}, sync {self.spec.sync}"
+
     def ready(self) -> None:
         """Returns once the engine can take calls."""
 

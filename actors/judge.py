@@ -42,6 +42,9 @@ class JudgeWorker:
         self.places = asyncio.Semaphore(spec.concurrency)
         self.asked: OrderedDict[str, asyncio.Task[float | None]] = OrderedDict()
 
+    def __repr__(self) -> str:  # what the dashboard and Ray's logs call it
+        return f"{self.spec.path}: {self.spec.model} at {self.spec.url}"
+
     async def ready(self) -> None:
         """Returns once the judge has answered a question. Raises RewardError for one that cannot be asked."""
         from openai import APIConnectionError, AuthenticationError, OpenAIError, PermissionDeniedError

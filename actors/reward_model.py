@@ -35,6 +35,9 @@ class RewardModelWorker:
         # The reward is read at the last token that is not this one.
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
+    def __repr__(self) -> str:  # what the dashboard and Ray's logs call it
+        return f"reward model {self.spec.path}"
+
     def ready(self) -> None:
         """Returns once the model is loaded: calls are timed from then on."""
 

@@ -48,6 +48,9 @@ class RewardWorker:
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.takes = {p.name for p in parameters}
 
+    def __repr__(self) -> str:  # what the dashboard and Ray's logs call it
+        return f"reward {self.spec.path}"
+
     def ready(self) -> str | None:
         """Returns once the function is imported: calls are timed from then on. What a person must know of it, or None."""
         if "sandbox_limits" in self.takes and not sandbox.has_namespaces():

@@ -64,6 +64,9 @@ class Trainer:
         self.buckets = snapshot.buckets(self.shared.nbytes(), spec.bucket_bytes)  # names of what is published
         self.buffer: Bucket | None = None  # of the last publish
 
+    def __repr__(self) -> str:  # what the dashboard and Ray's logs call it
+        return f"trainer {self.rank.rank} of {self.rank.world}: {self.spec.model.name}"
+
     def set_probe(self, token_ids: Sequence[int]) -> None:
         """The sequence whose log-probabilities prove a sync; at least two tokens. Before anything is trained or restored."""
         self.probe = tuple(token_ids)

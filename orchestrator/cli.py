@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(args.command(args))
     except EaglerayError as error:
-        print(f"eagleray: {error}", file=sys.stderr)
+        print(f"eagleray: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -80,6 +80,12 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _top(args: argparse.Namespace) -> int:
+    from orchestrator.top import top
+
+    return top(args.output_dir, args.address, args.once)
+
+
 def _merge(args: argparse.Namespace) -> int:
     from orchestrator.merge import merge
 
@@ -107,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="Draw the curves of a run to OUTPUT_DIR/report.png.")
     report.add_argument("output_dir", metavar="OUTPUT_DIR")
     report.set_defaults(command=_report)
+    top = commands.add_parser("top", help="Watch a run while it goes: its curves, its actors and its warnings.")
+    top.add_argument("output_dir", metavar="OUTPUT_DIR", nargs="?", help="of a run; none = the newest run of a cluster")
+    top.add_argument("--address", help="of the cluster's dashboard, such as http://127.0.0.1:8265")
+    top.add_argument("--once", action="store_true", help="print one frame, also into a pipe")
+    top.set_defaults(command=_top)
     merge = commands.add_parser("merge", help="Write the adapter of a run and its base model as one model.")
     merge.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or one of its checkpoints")
     merge.add_argument("--into", metavar="FOLDER", help="where to; by default OUTPUT_DIR/merged")

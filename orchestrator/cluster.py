@@ -2,7 +2,8 @@
 
 Ray Train's workers and Ray Data's tasks are started by those libraries, from dataset_job.py and prepare.py.
 
-Every wait has a limit and turns what Ray raises into a message for a person. A new kind of actor gets a function here.
+Every wait has a limit and turns what Ray raises into a message for a person, which begins with the actor's name. A new kind
+of actor gets a function here, and its role a word in ROLES of dashboard.py.
 """
 
 import logging
@@ -12,9 +13,11 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -30,6 +33,7 @@ from actors.reward_model import RewardModelWorker
 from actors.rewards import RewardWorker
 from actors.specs import EngineSpec, JudgeSpec, RankSpec, RewardModelSpec, RewardSpec, TrainerSpec
 from actors.trainer import Trainer
+from orchestrator.dashboard import STARTED_AGAIN
 from orchestrator.environment import actor_environment
 from orchestrator.plan import BOTH, ENGINE, TRAINER, Node, Plan
 
@@ -51,6 +55,7 @@ class Interrupted(BaseException):
 
 
 _signals: list[int] = []  # received and not yet acted on
+_starts: Counter[str] = Counter()  # of actors by name: Ray gives a name away once
 
 
 @contextmanager
@@ -111,6 +116,19 @@ def wait_any(refs: Sequence[Any], timeout_s: float = POLL_S) -> None:
 
 
 @dataclass(frozen=True)
+class Connection:
+    """The cluster that this driver is connected to."""
+
+    job_id: str  # Ray's, of this driver
+    node_id: str  # where the driver runs
+    logs: Path  # Ray's folder of logs there, which the dashboard shows
+    dashboard: str | None  # its address, with http://
+
+    def __str__(self) -> str:
+        return f"{self.dashboard} (its token: ray get-auth-token)" if self.dashboard else "no dashboard"
+
+
+@dataclass(frozen=True)
 class Actors:
     """Handles of everything that a plan placed."""
 
@@ -132,8 +150,8 @@ def nodes() -> list[Node]:
 
 
 @contextmanager
-def connected() -> Iterator[str]:
-    """Joins the cluster of RAY_ADDRESS, or starts one on this machine; yields where its dashboard is.
+def connected() -> Iterator[Connection]:
+    """Joins the cluster of RAY_ADDRESS, or starts one on this machine.
 
     Only a cluster that was asked for is joined: Ray itself would attach to any that runs here.
     """
@@ -153,8 +171,12 @@ def connected() -> Iterator[str]:
     if threading.current_thread() is threading.main_thread():
         # Ray puts two of its own in its place: one in Python, which exits, and one in front of it, which prints a stack.
         signal.signal(signal.SIGTERM, on_sigterm)
+    _starts.clear()
+    here = ray.get_runtime_context()
+    logs = Path(context.address_info["session_dir"], "logs")
+    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
     try:
-        yield f"http://{context.dashboard_url} (its token: ray get-auth-token)" if context.dashboard_url else "no dashboard"
+        yield Connection(here.get_job_id(), here.get_node_id(), logs, dashboard)
     finally:
         ray.shutdown()
 
@@ -184,7 +206,7 @@ def start_actors(
     environment = {"env_vars": actor_environment("trainer", plan, None)}
     trainers = [
         ray.remote(Trainer)
-        .options(runtime_env=environment, **_in_bundle(plan, group, index))
+        .options(runtime_env=environment, **_called(_rank(rank, len(ranks_at))), **_in_bundle(plan, group, index))
         .remote(trainer, RankSpec(rank, len(ranks_at), address))
         for rank, index in enumerate(ranks_at)
     ]
@@ -194,10 +216,9 @@ def start_actors(
     environment = {"env_vars": actor_environment("engine", plan, kv_cache_gib)}
     engines = [
         ray.remote(RolloutEngine)
-        .options(runtime_env=environment, **_in_bundle(plan, group, index))
+        .options(runtime_env=environment, **_called(f"engine {number}"), **_in_bundle(plan, group, index))
         .remote(engine, probe)
-        for index, bundle in enumerate(plan.bundles)
-        if bundle.role in (ENGINE, BOTH)
+        for number, index in enumerate(i for i, bundle in enumerate(plan.bundles) if bundle.role in (ENGINE, BOTH))
     ]
     return Actors(tuple(trainers), tuple(engines))
 
@@ -215,7 +236,8 @@ def start_reward(plan: Plan, group: Any, spec: RewardSpec | RewardModelSpec | Ju
 
     A judge gets its key from the environment of this process.
     """
-    options: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": actor_environment("reward", plan, None)}}
+    environment = {"env_vars": actor_environment("reward", plan, None)}
+    options: dict[str, Any] = {"num_cpus": 0, "runtime_env": environment, **_called(f"reward {spec.path}")}
     if isinstance(spec, RewardSpec):
         return ray.remote(RewardWorker).options(**options).remote(spec)
     if isinstance(spec, JudgeSpec):
@@ -238,9 +260,15 @@ def _in_bundle(plan: Plan, group: Any, index: int) -> dict[str, Any]:
     }
 
 
-def start_free(cls: type) -> Any:
+def start_free(cls: type, name: str) -> Any:
     """Starts an actor that reserves nothing."""
-    return ray.remote(cls).options(num_cpus=0).remote()
+    return ray.remote(cls).options(num_cpus=0, **_called(name)).remote()
+
+
+def _called(name: str) -> dict[str, str]:
+    """The option that gives an actor its name in the dashboard, in `eagleray top` and in messages."""
+    _starts[name] += 1
+    return {"name": name if _starts[name] == 1 else f"{name}{STARTED_AGAIN}{_starts[name]}"}
 
 
 def pause(seconds: float) -> None:
@@ -299,7 +327,7 @@ def fetch_ranks(refs: Sequence[Any], doing: str, timeout_s: float, meanwhile: Me
     what a rank said for people, or that one died, is told rather than that one lost its peer.
     """
     deadline = time.monotonic() + timeout_s
-    waiting = {ref: f"trainer {rank}" if len(refs) > 1 else "the trainer" for rank, ref in enumerate(refs)}
+    waiting = {ref: _rank(rank, len(refs)) for rank, ref in enumerate(refs)}
     failures: list[EaglerayError] = []
     while waiting:
         wait_any([*waiting, *(meanwhile.refs() if meanwhile else [])])
@@ -308,7 +336,7 @@ def fetch_ranks(refs: Sequence[Any], doing: str, timeout_s: float, meanwhile: Me
         done = ended(list(waiting))
         late = time.monotonic() > deadline
         for ref in list(waiting) if late else done:
-            who = f"{waiting.pop(ref)}, {doing}"
+            who = f"{'the ' if len(refs) == 1 else ''}{waiting.pop(ref)}, {doing}"
             if ref not in done:
                 failures.append(ActorError(NO_ANSWER.format(who=who, timeout_s=timeout_s)))
                 continue
@@ -322,6 +350,10 @@ def fetch_ranks(refs: Sequence[Any], doing: str, timeout_s: float, meanwhile: Me
         died = (error for error in failures if " died: " in str(error))
         raise next(own, None) or next(died, failures[0])
     return ray.get(refs[0])
+
+
+def _rank(rank: int, world: int) -> str:
+    return f"trainer {rank}" if world > 1 else "trainer"
 
 
 def fetch_each(refs: Any, who: str, timeout_s: float) -> Iterator[Any]:

@@ -33,6 +33,7 @@ from orchestrator.plan import Node, ensure_placeable
 from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare, stream
 from orchestrator.schema import JobConfig
 from orchestrator.sharding import kind
+from orchestrator.watch import watched
 
 MAX_RESTARTS = 5  # of a job with a range of workers
 POLL_S = 0.5  # how often the driver asks for new records
@@ -64,14 +65,16 @@ def run(config: JobConfig, display: Display) -> RunResult:
             for aside in checkpoints.set_newer_aside(resume, step, output_dir):
                 display.note(f"a checkpoint of a later step than the one resumed from lies in {aside} now")
         (output_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
-        with cluster.interruptible(), ExitStack() as stack:
+        with cluster.interruptible(), watched(config, display) as watch, ExitStack() as stack:
             with display.phase("starting Ray"):
-                dashboard = stack.enter_context(cluster.connected())
+                here = stack.enter_context(cluster.connected())
+            stack.enter_context(watch.on(here))
             plan = make_dataset_plan(config, cluster.nodes(), device.fastest_dtype(gpu=False))
             ensure_placeable(plan.problems)
             title = f"{METHOD_NAMES[config.rl]}: {config.base_model} -> {output_dir}"
-            display.header(title, [*describe(config, plan), f"dashboard   {dashboard}"])
+            display.header(title, [*describe(config, plan), f"dashboard   {here}"])
             rows = stack.enter_context(prepared_rows(config, output_dir, display))
+            watch.planned(plan.total_steps(config, rows.train.rows), step)
             result = _Training(config, plan, rows, output_dir, display).run(resume, step, marker)
         return result
 
@@ -124,8 +127,8 @@ class _Training:
         self.total = plan.total_steps(config, rows.train.rows)
 
     def run(self, resume: Path | None, step: int, marker: str) -> RunResult:
-        reports = cluster.start_free(Reports)
-        quarantine = cluster.start_free(Quarantine) if self.config.streaming else None
+        reports = cluster.start_free(Reports, "reports")
+        quarantine = cluster.start_free(Quarantine, "quarantine") if self.config.streaming else None
         self.step = step
         log = metrics_log(self.config, step, self.display)
         if resume is not None:
@@ -186,7 +189,7 @@ class _Training:
         """At the first start there is nothing to take back."""
         self.starts += 1
         if self.starts > 1:
-            self.display.note(f"Ray Train has started the workers again; they go on after step {step}")
+            self.display.warn(f"Ray Train has started the workers again; they go on after step {step}")
             log.go_back(step)
             self.step = step
             self.evaluations = [record for record in self.evaluations if record["step"] <= step]

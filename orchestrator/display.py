@@ -46,6 +46,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def gib(count: float) -> str:
+    """Bytes as `1.5 GiB`."""
+    return f"{count / 2**30:.1f} GiB"
+
+
 def duration(seconds: float) -> str:
     """Seconds for people, in at most two units: `8s`, `4m05s`, `2h07m`, `3d04h`."""
     s = round(seconds)
@@ -124,9 +129,11 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.columns = ONLINE_COLUMNS  # a job of another shape sets its own
+        self.listener: Callable[[str, str], object] = lambda kind, text: None  # hears what is waited for, and warnings
         if console is None:
             # Asked here, since rich would take FORCE_COLOR, common in job environments, for a terminal.
             console = Console(force_terminal=sys.stdout is not None and sys.stdout.isatty())
+        self.steps_done = 0
         self._console = console
         self._live = console.is_terminal and not console.is_dumb_terminal
         self._lost = False
@@ -152,6 +159,7 @@ class Display:
         only until the first step's row: from then on the rows tell that the run moves.
         """
         self._phases.append(_Phase(name, time.monotonic()))
+        self.listener("phase", name)
         if self._live:
             self._guard(self._start_spinner)
         elif self._rows == 0 and name not in self._announced:
@@ -175,7 +183,7 @@ class Display:
 
     def step(self, record: Record, max_steps: int) -> None:
         """One row of the table; a metric that the record lacks, or that is NaN, shows as `-`. The record must hold `step`."""
-        step = int(record["step"])
+        step = self.steps_done = int(record["step"])
         if "step_s" in record:
             self._step_s.append(record["step_s"])
         left_s = (max_steps - step) * sum(self._step_s) / len(self._step_s) if self._step_s else math.nan
@@ -212,6 +220,7 @@ class Display:
 
     def warn(self, text: str) -> None:
         """A line that people should act on."""
+        self.listener("warning", text)
         self._print(f"warning: {text}", "yellow")
 
     def summary(self, title: str, lines: Sequence[str]) -> None:

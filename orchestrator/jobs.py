@@ -83,7 +83,7 @@ def metrics_log(config: JobConfig, resumed_from: int, display: Display) -> Metri
     output_dir = Path(config.output_dir)
     name = config.ray_run_name or output_dir.name
     run = wandb_run.WandbRun(config, name, resumed_from > 0, display) if wandb_run.wanted(config) else None
-    return MetricsLog(output_dir, name, resumed_from, config.use_tensorboard, run)
+    return MetricsLog(output_dir, name, resumed_from, config.use_tensorboard, run, config.rl or "sft")
 
 
 def tell_stop(display: Display, output_dir: Path, step: int) -> None:

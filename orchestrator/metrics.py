@@ -1,10 +1,9 @@
 """What a run measures: the table of every metric, and the log that keeps them.
 
-`METRICS` is the one place that names a metric: the driver may only write names that stand there, the Ray gauges
-take their descriptions from it, and `report.py` and `display.py` read records by those names. A new metric is a
-line in the table. `MetricsLog` writes each record up to four times: a line of `metrics.jsonl` (the record that lasts
-and that a resumed run continues), TensorBoard, Weights & Biases, and Ray's metrics, which Prometheus knows as
-`ray_eagleray_<name>`.
+`METRICS` is the one place that names a metric: the driver may only write names that stand there, and `report.py`,
+`display.py` and `top.py` read records by those names. A new metric is a line in the table, and one in that of
+`ray_metrics.py`. `MetricsLog` writes each record up to four times: a line of `metrics.jsonl` (the record that lasts
+and that a resumed run continues), TensorBoard, Weights & Biases, and Ray's metrics, which Prometheus collects.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-import ray
-from ray.util.metrics import Gauge
-
 from actors.errors import EaglerayError
+from orchestrator.ray_metrics import RayMetrics
 from orchestrator.wandb_run import WandbRun
 
 if TYPE_CHECKING:
@@ -150,11 +147,11 @@ class MetricsLog:
         resumed_from: int = 0,
         use_tensorboard: bool = True,
         wandb: WandbRun | None = None,
+        method: str = "",
     ) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         self.path = output_dir / METRICS_FILE
-        self._run = run
-        self._gauges: dict[str, Gauge] = {}
+        self._ray = RayMetrics(run, method, METRICS)
         self._tensorboard: SummaryWriter | None = None
         self._use_tensorboard = use_tensorboard
         self._wandb = wandb
@@ -192,10 +189,8 @@ class MetricsLog:
             self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.write({name: value for name, value in record.items() if name != "step"}, step)
-        if ray.is_initialized():
-            for name, (key, function) in entries.items():
-                tags = {"run": self._run} | ({"function": function} if function else {})
-                self._gauge(key).set(float(record[name]), tags=tags)
+        for name, (key, function) in entries.items():
+            self._ray.write(key, function, float(record[name]))
 
     def keep_result(self) -> None:
         """Tells Weights & Biases that the result lies in output_dir."""
@@ -217,16 +212,6 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=error is not None)
-
-    def _gauge(self, key: str) -> Gauge:
-        """The gauge of a table key: `eval/reward` is `eagleray_eval_reward`."""
-        if key not in self._gauges:
-            unit, meaning = METRICS[key]
-            # A family is a gauge of its own, eagleray_reward_by_function: Ray wants every tag set in every sample.
-            name = "eagleray_" + key.replace("/*", "_by_function").replace("/", "_")
-            tag_keys = ("run", "function") if key.endswith("/*") else ("run",)
-            self._gauges[key] = Gauge(name, description=f"{meaning} [{unit}]", tag_keys=tag_keys)
-        return self._gauges[key]
 
 
 def _line(kind: Kind, record: Mapping[str, float]) -> str:

@@ -26,6 +26,7 @@ from orchestrator.samples import Samples
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
 from orchestrator.source import Problem
+from orchestrator.watch import watched
 
 PROBE_FILLER = range(100, 100 + PROBE_TOKENS)  # token ids that every vocabulary has, for probes of very short prompts
 
@@ -73,13 +74,15 @@ def run(config: JobConfig, display: Display) -> RunResult:
             for aside in checkpoints.set_newer_aside(resume, state["step"], output_dir):
                 display.note(f"a checkpoint of a later step than the one resumed from lies in {aside} now")
         _write_inputs(config, prompts, output_dir)
-        with cluster.interruptible(), ExitStack() as stack:
+        with cluster.interruptible(), watched(config, display) as watch, ExitStack() as stack:
             with display.phase("starting Ray"):
-                dashboard = stack.enter_context(cluster.connected())
+                here = stack.enter_context(cluster.connected())
+            stack.enter_context(watch.on(here))
             plan = resolved(config, cluster.nodes(), prompts)
+            watch.planned(plan.total_steps, state["step"] if resume else 0)
             ensure_placeable(plan.problems)
             title = f"GRPO: {config.base_model} -> {output_dir}"
-            display.header(title, [*describe(config, plan), f"dashboard   {dashboard}"])
+            display.header(title, [*describe(config, plan), f"dashboard   {here}"])
             return _Job(config, plan, prompts, output_dir, display).run(probe, resume, marker)
 
 

@@ -20,7 +20,7 @@ class Samples:
     def __init__(self, output_dir: Path, warn: Callable[[str], None]) -> None:
         self.folder = output_dir / "rollouts"
         self.warn = warn
-        self.writer = cluster.start_free(SampleWriter)
+        self.writer = cluster.start_free(SampleWriter, "samples")
         self.pending: list[Any] = []
 
     def save(

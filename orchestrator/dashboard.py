@@ -1,0 +1,195 @@
+"""What Ray's dashboard says of a job: its actors, its nodes, their logs.
+
+Over HTTP, with the token that Ray finds for itself: looking joins no cluster and asks nothing of an actor, so it disturbs no
+job, and it works from another machine and when an actor is gone. `top.py` and `crash.py` look through here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.errors import ActorError
+
+# The first word of every actor's name, in the order in which people look for them. Ray Train's workers are `worker RANK`.
+ROLES = ("trainer", "worker", "engine", "reward", "samples", "reports", "quarantine")
+STARTED_AGAIN = ", start "  # and a number: in the name of an actor that takes another one's place
+TIMEOUT_S = 10.0
+MAX_ACTORS = 10_000  # the most that Ray tells of at once
+TRAIN_WORKER = "RayTrainWorker"  # the class of Ray Train's workers, which have no name
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node, with what it says of itself every few seconds."""
+
+    node_id: str
+    name: str
+    memory_used: int  # bytes, of the machine or of its container
+    memory_total: int  # bytes
+    gpu_memory: tuple[tuple[int, int], ...]  # MiB used and in all, a GPU each
+    alive: bool = True
+
+
+@dataclass(frozen=True)
+class Actor:
+    """One actor of a job as it is now; `restarts` counts those before it that had its name."""
+
+    actor_id: str
+    name: str  # such as: engine 0
+    class_name: str
+    state: str  # Ray's: PENDING_CREATION, ALIVE, RESTARTING, DEAD ...
+    node_id: str
+    pid: int
+    restarts: int
+    memory: int | None = None  # bytes resident; None where Ray does not know it, as of a dead one
+    gpu_memory: int | None = None  # MiB
+    death: str = ""  # why it is dead, in Ray's words
+
+    @property
+    def killed(self) -> bool:
+        """Whether it died without anybody's having asked for it."""
+        return self.state == "DEAD" and "ray.kill" not in self.death and "INTENDED" not in self.death
+
+
+class Dashboard:
+    """The dashboard at an address such as http://127.0.0.1:8265. Every method raises ActorError when it does not answer."""
+
+    def __init__(self, address: str) -> None:
+        from ray.util.state.api import StateApiClient
+
+        self.address = address
+        try:
+            self._client = StateApiClient(address=address)
+        except Exception as error:
+            raise _silent(address, error) from error
+
+    def actors(self, job_id: str) -> list[Actor]:
+        """The job's actors that have a role, the newest of each name, in order of name."""
+        listed = self._listed("actors", job_id)
+        processes = self._json("/logical/actors")["data"]["actors"]
+        rows = [row for row in listed if row["class_name"] == TRAIN_WORKER]
+        ranks = self._train_ranks(job_id) if rows else {}
+        for row in rows:
+            rank = ranks.get(row["actor_id"])
+            row["name"] = f"worker {rank}" if rank is not None else f"worker of pid {row['pid']}"
+        return named([row for row in listed if (row["name"] or "").split(" ")[0] in ROLES], processes)
+
+    def machines(self) -> dict[str, Machine]:
+        """The cluster's nodes, by id."""
+        return {machine.node_id: machine for machine in map(_machine, self._json("/nodes", view="summary")["data"]["summary"])}
+
+    def log(self, actor_id: str, suffix: str, lines: int) -> str:
+        """The last lines of what an actor's process wrote, also of a dead one. suffix: out | err."""
+        return self._text(actor_id=actor_id, suffix=suffix, lines=lines)
+
+    def files(self, node_id: str, pattern: str) -> list[str]:
+        """Names in a node's folder of logs."""
+        groups = self._json("/api/v0/logs", node_id=node_id, glob=pattern)["data"]["result"]
+        return sorted({name for names in groups.values() for name in names})
+
+    def file(self, node_id: str, name: str, lines: int = -1) -> str:
+        """The last lines of a file in a node's folder of logs; -1: all."""
+        return self._text(node_id=node_id, filename=name, lines=lines)
+
+    def running_jobs(self) -> list[str]:
+        """Ids of the drivers that are connected, oldest first."""
+        found = self._json("/api/v0/jobs", detail="true", limit=MAX_ACTORS)["data"]["result"]["result"]
+        return sorted(row["job_id"] for row in found if row["job_id"] and row["status"] == "RUNNING")
+
+    def _listed(self, resource: str, job_id: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self._json(
+            f"/api/v0/{resource}",
+            detail="true",
+            limit=MAX_ACTORS,
+            filter_keys="job_id",
+            filter_predicates="=",
+            filter_values=job_id,
+        )["data"]["result"]["result"]
+        return rows
+
+    def _train_ranks(self, job_id: str) -> dict[str, int]:
+        """Ranks of Ray Train's workers by actor id; nothing where Ray Train does not say."""
+        try:
+            runs = self._json("/api/train/v2/runs/v1")["train_runs"]
+        except (ActorError, KeyError):
+            return {}
+        attempts = [attempt for run in runs if run["job_id"] == job_id for attempt in run["attempts"]]
+        return {worker["actor_id"]: worker["world_rank"] for attempt in attempts for worker in attempt["workers"]}
+
+    def _json(self, path: str, **params: Any) -> dict[str, Any]:
+        response = self._get(path, params)
+        try:
+            answer: dict[str, Any] = response.json()
+            return answer
+        except ValueError as error:
+            raise _silent(self.address, error) from error
+
+    def _text(self, **params: Any) -> str:
+        # A log may hold bytes that are no text, and Ray's own word for those is an error.
+        text: str = self._get("/api/v0/logs/file", {"format": "text", "errors": "replace", **params}).text
+        return text
+
+    def _get(self, path: str, params: Mapping[str, Any]) -> Any:
+        try:
+            response = self._client._do_request("GET", path, params=params, timeout=TIMEOUT_S)
+            response.raise_for_status()
+        except Exception as error:  # the fault boundary: of requests, and of Ray's tokens
+            raise _silent(self.address, error) from error
+        return response
+
+
+def named(rows: Sequence[Mapping[str, Any]], processes: Mapping[str, Mapping[str, Any]]) -> list[Actor]:
+    """The newest actor of each name. rows: of the state API; processes: by actor id, of the page Actors."""
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: _started(row, processes)):
+        by_name.setdefault(row["name"].split(STARTED_AGAIN)[0], []).append(row)
+    found = []
+    for name in sorted(by_name, key=lambda name: (ROLES.index(name.split(" ")[0]), len(name), name)):
+        *before, row = by_name[name]
+        process = processes.get(row["actor_id"]) or {}
+        death = (row["death_cause"] or {}).get("actor_died_error_context") or row["death_cause"] or {}
+        found.append(
+            Actor(
+                actor_id=row["actor_id"],
+                name=name,
+                class_name=row["class_name"],
+                state=row["state"],
+                node_id=row["node_id"] or "",
+                pid=row["pid"] or 0,
+                restarts=len(before) + int(row["num_restarts"] or 0),
+                memory=((process.get("processStats") or {}).get("memoryInfo") or {}).get("rss"),
+                gpu_memory=_gpu_memory(process, row["pid"]),
+                death=str(death.get("error_message") or ""),
+            )
+        )
+    return found
+
+
+def _started(row: Mapping[str, Any], processes: Mapping[str, Mapping[str, Any]]) -> tuple[bool, int, int]:
+    """Orders the actors of one name: by time where it is known, and by the number in a name that was had before."""
+    at = int((processes.get(row["actor_id"]) or {}).get("startTime") or 0)
+    again = row["name"].split(STARTED_AGAIN)[1:]
+    return (not at, int(again[0]) if again else 1, at)
+
+
+def _gpu_memory(process: Mapping[str, Any], pid: int | None) -> int | None:
+    used = [
+        int(one["gpuMemoryUsage"])
+        for gpu in process.get("gpus") or []
+        for one in gpu.get("processesPids") or []
+        if one["pid"] == pid
+    ]
+    return sum(used) if used else None
+
+
+def _machine(row: Mapping[str, Any]) -> Machine:
+    raylet = row["raylet"]
+    total, available = (row.get("mem") or [0, 0])[:2]
+    gpus = tuple((int(gpu["memoryUsed"]), int(gpu["memoryTotal"])) for gpu in row.get("gpus") or [])
+    name = row.get("hostname") or raylet.get("nodeManagerHostname") or raylet["nodeManagerAddress"]
+    return Machine(raylet["nodeId"], name, int(total - available), int(total), gpus, raylet.get("state") == "ALIVE")
+
+
+def _silent(address: str, error: Exception) -> ActorError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ActorError(f"Ray's dashboard at {address} does not answer ({reason})")
