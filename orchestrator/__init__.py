@@ -32,7 +32,16 @@
     starting_adapter.py the adapter that a job starts from, and whether the job agrees with it
     metrics.py      what a run measures
     wandb_run.py    the same as a run of Weights & Biases
+    ray_metrics.py  the same for Prometheus
     display.py      what it shows
+    journal.py      what it tells besides: its start, phases, warnings and end
+    watch.py        a run under watch: its journal, and its report when it fails
+    crash.py        that report
+    causes.py       what usually lies behind a failure
+    dashboard.py    what Ray's dashboard says of a job, over HTTP
+    sightings.py    a run as seen from its folder or from a dashboard
+    frame.py        a sighting as text
+    top.py          `eagleray top`
     report.py       its curves
     merge.py        its adapter and the base model as one model
     submit.py       the same job through Ray's job API

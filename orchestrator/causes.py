@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cause:
-    """pattern: a regular expression, looked for in the exception, then in why Ray says that the actor died, then in its log."""
+    """pattern: a regular expression, looked for in the exception, then in why Ray says that the actor died, then in its log.
+
+    A symptom says what happened rather than why, so what is found further on goes before it.
+    """
 
     name: str
     pattern: str
     cause: str
     remedy: str
+    symptom: bool = False
 
 
 CAUSES = (
@@ -26,7 +30,7 @@ CAUSES = (
     ),
     Cause(
         "reward",
-        r"errors\.RewardError|every reward of step \d+ is None",
+        r"errors\.RewardError(?!.* ended its process)",
         "a reward function, reward model or judge gave nothing that can be learned from",
         "call the function on one row by hand; its own message is above, and what it printed is in its log",
     ),
@@ -124,10 +128,11 @@ CAUSES = (
         r"Connection (?:closed|reset) by peer|Broken pipe",
         "a rank lost another one that had ended before",
         "look at the other ranks in the table of actors: the first one to die says why",
+        symptom=True,
     ),
     Cause(
         "node-lost",
-        r"node.{0,90}(?:has died|was terminated|is dead|marked dead|preempted)|NodeDiedError|unexpected.* node",
+        r"node.{0,90}(?:has died|was terminated|is dead|marked dead|preempted)|NodeDiedError",
         "the node of an actor is gone",
         "see whether it was preempted or restarted; auto_resume_from_checkpoints: true goes on when it is back",
     ),
@@ -142,6 +147,7 @@ CAUSES = (
         r"did not answer within",
         "an actor hangs, or its work takes longer than the job allows",
         "its stack is in the dashboard under Actors; ray.rollout_timeout_s gives it longer",
+        symptom=True,
     ),
     Cause(
         "segfault",
@@ -150,14 +156,29 @@ CAUSES = (
         "the end of its log names the library; without CUDA graphs (vllm.enforce_eager: true) an engine has less of it",
     ),
     Cause(
+        "reward-ended",
+        r"reward \S+ failed on .* ended its process",
+        "a reward function takes its process down with it",
+        "look for sys.exit and os._exit in it, and for a library that crashes; its log may end with the reason",
+        symptom=True,
+    ),
+    Cause(
         "killed",
         r"Worker exit type: SYSTEM_ERROR",
         "its process was ended from outside: by the kernel when memory ran out, or by somebody (SIGKILL)",
         "`dmesg | grep -i oom` on its node tells which; the report has the node's memory now",
+        symptom=True,
     ),
 )
 
 
+# What Ray says of every process that ended by itself: causes that it does not know to be true.
+GUESSES = re.compile(r"Some common causes include: \(1\).*")
+
+
 def likely(*texts: str) -> Cause | None:
-    """The first cause that fits the first text that any fits; None for a failure that the table does not know."""
-    return next((cause for text in texts for cause in CAUSES if re.search(cause.pattern, text)), None)
+    """The cause that fits the first of the texts, unless it is a symptom; None for a failure that the table does not know."""
+    known = [GUESSES.sub("", text) for text in texts]
+    found = [next((cause for cause in CAUSES if re.search(cause.pattern, text)), None) for text in known]
+    causes = [cause for cause in found if cause]
+    return next((cause for cause in causes if not cause.symptom), causes[0] if causes else None)

@@ -33,6 +33,7 @@ from actors.reward_model import RewardModelWorker
 from actors.rewards import RewardWorker
 from actors.specs import EngineSpec, JudgeSpec, RankSpec, RewardModelSpec, RewardSpec, TrainerSpec
 from actors.trainer import Trainer
+from orchestrator.causes import GUESSES
 from orchestrator.dashboard import STARTED_AGAIN
 from orchestrator.environment import actor_environment
 from orchestrator.plan import BOTH, ENGINE, TRAINER, Node, Plan
@@ -309,7 +310,7 @@ def fetch(ref: Any, who: str, timeout_s: float) -> Any:
         if isinstance(error, RayTaskError):
             text = f"{who} failed: {type(error.cause).__name__}: {error.cause}\n{_tail(str(error))}"
         elif isinstance(error, RayActorError):
-            text = f"{who} died: {_last_line(str(error))}"
+            text = f"{who} died: {GUESSES.sub('', _last_line(str(error))).strip()}"
         else:
             text = f"{who} is lost: {type(error).__name__}: {_last_line(str(error))}"
         raise ActorError(text) from error

@@ -87,14 +87,8 @@ def to_blame(message: str, actors: Sequence[Actor]) -> Actor | None:
 
 def cause_of(error: BaseException, evidence: Evidence) -> Cause | None:
     """What probably lies behind it: by the exception, by Ray's word on the death, by the log."""
-    blamed = evidence.blamed
-    said = "".join(traceback.format_exception(error))
-    log = "\n".join(evidence.logs.values())
-    # That a process was killed is the least that can be said, so a log that says more goes first.
-    particular = likely(*(text for text in (said, blamed.death if blamed else "", log)))
-    if particular and particular.name == "killed":
-        return likely(log) or particular
-    return particular
+    death = evidence.blamed.death if evidence.blamed else ""
+    return likely("".join(traceback.format_exception(error)), death, "\n".join(evidence.logs.values()))
 
 
 def write(output_dir: Path, error: BaseException, evidence: Evidence, place: Place) -> str:
@@ -166,14 +160,13 @@ def _facts(error: BaseException, evidence: Evidence, place: Place, cause: Cause 
 
 def _report(error: BaseException, evidence: Evidence, place: Place, cause: Cause | None) -> str:
     actor, machine = evidence.blamed, evidence.machine
-    gone = "not known any more: the process is gone" if actor and actor.state == "DEAD" else "not known"
     facts = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "run": f"{place.run}: {place.method} of {place.model}",
-        "step": f"{_when(place)}; {place.doing}" if place.doing else _when(place),
+        "step": _when(place) if place.doing in ("", _when(place)) else f"{_when(place)}; {place.doing}",
         "actor": _where(evidence),
         "role": f"{actor.name.split(' ')[0]} ({actor.class_name}), {actor.state}, {actor.restarts} restarts" if actor else "",
-        "memory of the process": (gib(actor.memory) if actor.memory else gone) if actor else "",
+        "memory of the process": _memory_of_process(actor) if actor else "",
         "memory of the node": _memory(machine) if machine else "",
         "Ray says": actor.death if actor else "",
         "not known": evidence.missing,
@@ -202,6 +195,13 @@ def _table(evidence: Evidence) -> str:
             f"| {actor.name} | {actor.state} | {machine.name if machine else '-'} | {actor.pid} | {memory} | {actor.restarts} |"
         )
     return "\n".join(lines)
+
+
+def _memory_of_process(actor: Actor) -> str:
+    if actor.memory is None:
+        return "not known any more: the process is gone" if actor.state == "DEAD" else "not known"
+    gpu = f", and {gib(actor.gpu_memory * 2**20)} of a GPU" if actor.gpu_memory else ""
+    return f"{gib(actor.memory)}{gpu}{', the last time that it was looked at' if actor.state == 'DEAD' else ''}"
 
 
 def _memory(machine: Machine) -> str:

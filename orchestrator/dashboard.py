@@ -1,12 +1,16 @@
 """What Ray's dashboard says of a job: its actors, its nodes, their logs.
 
-Over HTTP, with the token that Ray finds for itself: looking joins no cluster and asks nothing of an actor, so it disturbs no
-job, and it works from another machine and when an actor is gone. `top.py` and `crash.py` look through here.
+Over HTTP, with Ray's token: looking joins no cluster and asks nothing of an actor, so it disturbs no job, and it works from
+another machine and when an actor is gone. `top.py` and `crash.py` look through here.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import requests
 
 from actors.errors import ActorError
 
@@ -43,7 +47,7 @@ class Actor:
     restarts: int
     memory: int | None = None  # bytes resident; None where Ray does not know it, as of a dead one
     gpu_memory: int | None = None  # MiB
-    death: str = ""  # why it is dead, in Ray's words
+    death: str = ""  # why it is dead, or the one that it took the place of, in Ray's words
 
     @property
     def killed(self) -> bool:
@@ -55,13 +59,9 @@ class Dashboard:
     """The dashboard at an address such as http://127.0.0.1:8265. Every method raises ActorError when it does not answer."""
 
     def __init__(self, address: str) -> None:
-        from ray.util.state.api import StateApiClient
-
-        self.address = address
-        try:
-            self._client = StateApiClient(address=address)
-        except Exception as error:
-            raise _silent(address, error) from error
+        self.address = (address if "://" in address else f"http://{address}").rstrip("/")
+        self._session = requests.Session()
+        self._session.headers.update(_token())
 
     def actors(self, job_id: str) -> list[Actor]:
         """The job's actors that have a role, the newest of each name, in order of name."""
@@ -117,24 +117,31 @@ class Dashboard:
         return {worker["actor_id"]: worker["world_rank"] for attempt in attempts for worker in attempt["workers"]}
 
     def _json(self, path: str, **params: Any) -> dict[str, Any]:
-        response = self._get(path, params)
         try:
-            answer: dict[str, Any] = response.json()
+            answer: dict[str, Any] = self._get(path, params).json()
             return answer
-        except ValueError as error:
-            raise _silent(self.address, error) from error
+        except requests.JSONDecodeError as error:
+            raise ActorError(f"what answers at {self.address} is no dashboard of Ray") from error
 
     def _text(self, **params: Any) -> str:
-        # A log may hold bytes that are no text, and Ray's own word for those is an error.
-        text: str = self._get("/api/v0/logs/file", {"format": "text", "errors": "replace", **params}).text
-        return text
+        response = self._get("/api/v0/logs/file", {"format": "text", **params})
+        response.encoding = "utf-8"  # and what is no text, such as a progress bar cut in half, is replaced
+        return response.text
 
-    def _get(self, path: str, params: Mapping[str, Any]) -> Any:
+    def _get(self, path: str, params: Mapping[str, Any]) -> requests.Response:
         try:
-            response = self._client._do_request("GET", path, params=params, timeout=TIMEOUT_S)
-            response.raise_for_status()
-        except Exception as error:  # the fault boundary: of requests, and of Ray's tokens
-            raise _silent(self.address, error) from error
+            response = self._session.get(self.address + path, params=params, timeout=TIMEOUT_S)
+        except requests.RequestException as error:
+            reason = type(error).__name__  # its text is the stack of three libraries
+            raise ActorError(f"Ray's dashboard at {self.address} does not answer ({reason})") from error
+        if response.status_code in (401, 403):
+            raise ActorError(
+                f"Ray's dashboard at {self.address} refuses this token, or none; put what `ray get-auth-token` prints there "
+                "into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            )
+        if not response.ok:
+            reason = (response.text.strip() or response.reason).splitlines()[-1]
+            raise ActorError(f"Ray's dashboard at {self.address} has no answer to {path} ({reason})")
         return response
 
 
@@ -147,7 +154,6 @@ def named(rows: Sequence[Mapping[str, Any]], processes: Mapping[str, Mapping[str
     for name in sorted(by_name, key=lambda name: (ROLES.index(name.split(" ")[0]), len(name), name)):
         *before, row = by_name[name]
         process = processes.get(row["actor_id"]) or {}
-        death = (row["death_cause"] or {}).get("actor_died_error_context") or row["death_cause"] or {}
         found.append(
             Actor(
                 actor_id=row["actor_id"],
@@ -159,17 +165,23 @@ def named(rows: Sequence[Mapping[str, Any]], processes: Mapping[str, Mapping[str
                 restarts=len(before) + int(row["num_restarts"] or 0),
                 memory=((process.get("processStats") or {}).get("memoryInfo") or {}).get("rss"),
                 gpu_memory=_gpu_memory(process, row["pid"]),
-                death=str(death.get("error_message") or ""),
+                death=next((death for one in (row, *reversed(before)) if (death := _death(one))), ""),
             )
         )
     return found
 
 
-def _started(row: Mapping[str, Any], processes: Mapping[str, Mapping[str, Any]]) -> tuple[bool, int, int]:
-    """Orders the actors of one name: by time where it is known, and by the number in a name that was had before."""
-    at = int((processes.get(row["actor_id"]) or {}).get("startTime") or 0)
+def _started(row: Mapping[str, Any], processes: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """Orders the actors of one name: by the number of their start, and those that Ray Train started by time."""
     again = row["name"].split(STARTED_AGAIN)[1:]
-    return (not at, int(again[0]) if again else 1, at)
+    return int(again[0]) if again else 1, int((processes.get(row["actor_id"]) or {}).get("startTime") or 0)
+
+
+def _death(row: Mapping[str, Any]) -> str:
+    """In Ray's words; "" of what is alive."""
+    why = row["death_cause"] or {}
+    context = next((part for part in why.values() if isinstance(part, dict) and "error_message" in part), {})
+    return str(context.get("error_message") or "")
 
 
 def _gpu_memory(process: Mapping[str, Any], pid: int | None) -> int | None:
@@ -190,6 +202,8 @@ def _machine(row: Mapping[str, Any]) -> Machine:
     return Machine(raylet["nodeId"], name, int(total - available), int(total), gpus, raylet.get("state") == "ALIVE")
 
 
-def _silent(address: str, error: Exception) -> ActorError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ActorError(f"Ray's dashboard at {address} does not answer ({reason})")
+def _token() -> dict[str, str]:
+    """The header with the cluster's token, from where Ray itself looks for it; nothing where there is none."""
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text(encoding="utf-8") if file.is_file() else "")
+    return {"Authorization": f"Bearer {token.strip()}"} if token.strip() else {}

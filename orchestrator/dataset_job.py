@@ -68,7 +68,8 @@ def run(config: JobConfig, display: Display) -> RunResult:
         with cluster.interruptible(), watched(config, display) as watch, ExitStack() as stack:
             with display.phase("starting Ray"):
                 here = stack.enter_context(cluster.connected())
-            stack.enter_context(watch.on(here))
+            watch.begin(here)
+            stack.enter_context(watch.looking())
             plan = make_dataset_plan(config, cluster.nodes(), device.fastest_dtype(gpu=False))
             ensure_placeable(plan.problems)
             title = f"{METHOD_NAMES[config.rl]}: {config.base_model} -> {output_dir}"

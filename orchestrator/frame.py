@@ -20,8 +20,8 @@ from orchestrator.sightings import Sighting
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 BAR = "━"
-LEFT, SPARKS, BARS = 54, 26, 20  # columns: of the panel of curves, of a curve, of the longest bar
-MAX_CURVES, MAX_WARNINGS, MAX_MACHINES = 7, 4, 4
+MAX_CURVES = 7
+BESIDE_SPARKS, BESIDE_BARS = 30, 26  # columns of a panel that words, numbers and its frame take
 STATE_STYLES = {"ALIVE": "green", "DEAD": "bold red", "RESTARTING": "bold yellow"}  # others wait to be started
 
 # words -> (metric, how to write it)
@@ -47,16 +47,20 @@ HELD_OUT: dict[str, Callable[[float], str]] = {
 PARTS = {"sample": "sample_s", "score": "score_s", "train": "train_s", "sync": "sync_s", "whole step": "step_s"}
 
 
-def frame(seen: Sighting, height: int) -> RenderableType:
-    """Everything, in so many lines of a terminal at most, if it has 24."""
+def frame(seen: Sighting, width: int, height: int) -> RenderableType:
+    """Everything, in a terminal of so many columns and lines if it has 80 and 24."""
+    left = width // 2
     top = Table.grid(expand=True)
-    top.add_column(width=LEFT)
+    top.add_column(width=left)
     top.add_column(ratio=1)
-    top.add_row(_curves(seen), _times(seen))
-    warnings = _warnings(seen)
-    curves = min(MAX_CURVES, sum(_known(seen, metric) for metric, _ in CURVES.values()))
-    taken = 2 + max(curves, len(PARTS) + 1) + 2 + 3 + len(seen.machines) + len(warnings) + 2
-    parts: list[RenderableType] = [*_head(seen), top, _actors(seen, max(3, height - taken - 1))]
+    curves, times = _curves(seen, max(5, left - BESIDE_SPARKS)), _times(seen, min(30, max(5, width - left - BESIDE_BARS)))
+    curves.height = times.height = MAX_CURVES + 2
+    top.add_row(curves, times)
+    few = 2 if height < 30 else 4
+    warnings = _warnings(seen, few)
+    machines = list(seen.machines.values())[:few]
+    taken = 2 + (MAX_CURVES + 2) + (4 + len(machines)) + (len(warnings) + 2 if warnings else 0)
+    parts: list[RenderableType] = [*_head(seen), top, _actors(seen, max(1, height - taken - 1), machines)]
     if warnings:
         parts.append(Panel(Group(*warnings), title="warnings", title_align="left", box=ROUNDED, border_style="yellow"))
     return Group(*parts)
@@ -82,7 +86,7 @@ def state_of(seen: Sighting) -> tuple[str, str]:
         text = {"done": "done", "stopped": "stopped", "failed": "failed"}[seen.end["how"]]
         return text, {"done": "bold green", "failed": "bold red"}.get(text, "bold yellow")
     if seen.unseen and seen.start:
-        return "no sign of life", "bold red"
+        return "out of sight", "bold red"
     return "running", "bold green"
 
 
@@ -99,11 +103,12 @@ def _head(seen: Sighting) -> list[Text]:
     elif phases:
         title.append(f"  {phases[-1]['text']}  {duration(seen.at - phases[-1]['time'])}")
     place = f"job {start.get('job_id', '-')}   {start.get('dashboard') or 'no dashboard'}   {start.get('output_dir', '')}"
-    lines = [title, Text(place, "dim")]
-    for line in lines:
-        line.truncate(10_000)
-        line.no_wrap, line.overflow = True, "ellipsis"
-    return lines
+    return [_one_line(title), _one_line(Text(place, "dim"))]
+
+
+def _one_line(text: Text) -> Text:
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
 
 
 def _known(seen: Sighting, metric: str) -> bool:
@@ -115,16 +120,16 @@ def _value(record: dict[str, Any], metric: str) -> float:
     return math.nan if value is None else float(value)  # JSON has null where a value was not finite
 
 
-def _curves(seen: Sighting) -> Panel:
+def _curves(seen: Sighting, columns: int) -> Panel:
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    table.add_column(style="cyan")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="cyan", no_wrap=True)
     shown = [(words, metric, write) for words, (metric, write) in CURVES.items() if _known(seen, metric)][:MAX_CURVES]
     for words, metric, write in shown:
         values = [_value(record, metric) for record in seen.train]
         last = next(value for value in reversed(values) if math.isfinite(value))
-        table.add_row(words, write(last), sparkline(values, SPARKS))
+        table.add_row(words, write(last), sparkline(values, columns))
     step = int(seen.train[-1]["step"]) if seen.train else 0
     steps = seen.told("plan")[-1]["steps"] if seen.told("plan") else None
     title = f"step {step} of {steps}" if steps else f"step {step}"
@@ -141,18 +146,18 @@ def _left(seen: Sighting, step: int, steps: int | None) -> str:
     return f"{duration((steps - step) * sum(times) / len(times))} left"
 
 
-def _times(seen: Sighting) -> Panel:
+def _times(seen: Sighting, columns: int) -> Panel:
     last = seen.train[-1] if seen.train else {}
     whole = _value(last, "step_s")
     table = Table.grid(padding=(0, 1, 0, 0))
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    table.add_column()
+    table.add_column(style="dim", no_wrap=True, min_width=10)
+    table.add_column(justify="right", no_wrap=True, min_width=7)
+    table.add_column(no_wrap=True)
     for words, metric in PARTS.items():
         value = _value(last, metric)
         if math.isfinite(value):
             longest = max(whole, value) if math.isfinite(whole) else value
-            length = max(1, round(BARS * value / longest)) if longest else 0
+            length = max(1, round(columns * value / longest)) if longest else 0
             table.add_row(words, f"{value:.2f} s" if value < 10 else f"{value:.1f} s", Text(BAR * length, "magenta"))
     if math.isfinite(rate := _value(last, "tokens_per_s")):
         table.add_row("sampled", f"{rate:,.0f}", "tokens/s")
@@ -166,12 +171,12 @@ def _times(seen: Sighting) -> Panel:
     return Panel(table, title="the last step", subtitle=since, title_align="left", box=ROUNDED, border_style="magenta")
 
 
-def _actors(seen: Sighting, rows: int) -> Panel:
+def _actors(seen: Sighting, rows: int, machines: Sequence[Machine]) -> Panel:
     """Actors that are not alive come first where not all fit."""
-    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    table = Table.grid(padding=(0, 3, 0, 0))
     for heading in ("actor", "state", "node", "pid", "memory", "GPU", "restarts"):
         right = heading in ("pid", "memory", "GPU", "restarts")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True, ratio=2 if heading == "actor" else None)
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
     table.add_row(*(Text(str(column.header), "dim") for column in table.columns))
     shown = sorted(seen.actors, key=lambda actor: actor.state == "ALIVE")[:rows] if len(seen.actors) > rows else seen.actors
     for actor in shown:
@@ -182,7 +187,7 @@ def _actors(seen: Sighting, rows: int) -> Panel:
     if not seen.actors:
         gone = f"the run is over ({seen.end['how']})" if seen.end else seen.unseen or "none yet"
         more.append(Text(gone, "dim" if seen.end or not seen.unseen else "red"))
-    more += [_machine(machine) for machine in list(seen.machines.values())[:MAX_MACHINES]]
+    more += [_machine(machine) for machine in machines]
     return Panel(Group(table, *more), title="actors", title_align="left", box=ROUNDED, border_style="green")
 
 
@@ -205,13 +210,11 @@ def _machine(machine: Machine) -> Text:
     text = Text(f"{machine.name}  {gib(machine.memory_used)} of {gib(machine.memory_total)}", style)
     for index, (used, total) in enumerate(machine.gpu_memory):
         text.append(f"   GPU {index} {used / 1024:.0f}/{total / 1024:.0f} GiB", "dim")
-    return text
+    return _one_line(text)
 
 
-def _warnings(seen: Sighting) -> list[Text]:
-    lines = []
-    for event in seen.told("warning")[-MAX_WARNINGS:]:
-        line = Text(f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  {event['text'].splitlines()[0]}")
-        line.no_wrap, line.overflow = True, "ellipsis"
-        lines.append(line)
-    return lines
+def _warnings(seen: Sighting, count: int) -> list[Text]:
+    return [
+        _one_line(Text(f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  {event['text'].partition(chr(10))[0]}"))
+        for event in seen.told("warning")[-count:]
+    ]

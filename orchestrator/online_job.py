@@ -26,7 +26,7 @@ from orchestrator.samples import Samples
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
 from orchestrator.source import Problem
-from orchestrator.watch import watched
+from orchestrator.watch import Watch, watched
 
 PROBE_FILLER = range(100, 100 + PROBE_TOKENS)  # token ids that every vocabulary has, for probes of very short prompts
 
@@ -77,13 +77,14 @@ def run(config: JobConfig, display: Display) -> RunResult:
         with cluster.interruptible(), watched(config, display) as watch, ExitStack() as stack:
             with display.phase("starting Ray"):
                 here = stack.enter_context(cluster.connected())
-            stack.enter_context(watch.on(here))
+            watch.begin(here)
+            stack.enter_context(watch.looking())
             plan = resolved(config, cluster.nodes(), prompts)
             watch.planned(plan.total_steps, state["step"] if resume else 0)
             ensure_placeable(plan.problems)
             title = f"GRPO: {config.base_model} -> {output_dir}"
             display.header(title, [*describe(config, plan), f"dashboard   {here}"])
-            return _Job(config, plan, prompts, output_dir, display).run(probe, resume, marker)
+            return _Job(config, plan, prompts, output_dir, display).run(probe, resume, marker, watch)
 
 
 def _ensure_engines_can_share(config: JobConfig, spec: ModelSpec) -> None:
@@ -109,8 +110,8 @@ class _Job:
         self.display = display
         self.evaluations: list[dict[str, Any]] = []
 
-    def run(self, probe: list[int], resume: Path | None, marker: str) -> RunResult:
-        with cluster.placed(self.plan) as group:
+    def run(self, probe: list[int], resume: Path | None, marker: str, watch: Watch) -> RunResult:
+        with cluster.placed(self.plan) as group, watch.looking():
             actors = cluster.start_actors(
                 self.plan,
                 group,

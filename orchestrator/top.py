@@ -35,7 +35,7 @@ def top(output_dir: str | None, address: str | None, once: bool) -> int:
     seen = source.look()
     if not once and console.is_terminal and not seen.end:
         seen = _follow(source, console, seen)
-    console.print(frame(seen, console.height))
+    console.print(frame(seen, console.width, console.height))
     return 0
 
 
@@ -43,7 +43,7 @@ def _follow(source: OfFolder | OfCluster, console: Console, seen: Sighting) -> S
     """Draws until the run has ended, or Ctrl-C; returns what was seen last."""
     silent = 0
     try:
-        with Live(frame(seen, console.height), console=console, screen=True, auto_refresh=False) as live:
+        with Live(frame(seen, console.width, console.height), console=console, screen=True, auto_refresh=False) as live:
             while not seen.end:
                 time.sleep(EVERY_S)
                 try:
@@ -53,7 +53,7 @@ def _follow(source: OfFolder | OfCluster, console: Console, seen: Sighting) -> S
                     if silent == MAX_SILENT:
                         raise
                     continue
-                live.update(frame(seen, console.height), refresh=True)
+                live.update(frame(seen, console.width, console.height), refresh=True)
     except KeyboardInterrupt:
         pass
     return seen

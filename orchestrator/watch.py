@@ -28,17 +28,22 @@ class Watch:
         self.model = config.base_model
         self.began = round(time.time(), 3)
         self.journal = Journal(self.output_dir)
-        self.evidence = Evidence(missing="Ray had not started")
+        self.here: Connection | None = None
+        self.evidence: Evidence | None = None
+
+    def begin(self, here: Connection) -> None:
+        """The run is connected to a cluster."""
+        self.here = here
+        self.journal.start(here, run=self.run, method=self.method, model=self.model)
 
     @contextmanager
-    def on(self, here: Connection) -> Iterator[None]:
-        """As long as the run is connected to a cluster: when it fails, the cluster is asked before it is gone."""
-        self.journal.start(here, run=self.run, method=self.method, model=self.model)
+    def looking(self) -> Iterator[None]:
+        """Around what holds the actors: when it fails, the cluster is asked before they are let go."""
         try:
             yield
         except Exception as error:
-            if not isinstance(error, crash.NO_CRASH):
-                self.evidence = crash.look(here, error)
+            if self.evidence is None and self.here is not None and not isinstance(error, crash.NO_CRASH):
+                self.evidence = crash.look(self.here, error)
             raise
 
     def planned(self, steps: int, done: int) -> None:
@@ -92,7 +97,8 @@ def watched(config: JobConfig, display: Display) -> Iterator[Watch]:
         how, said = "failed", str(error).partition("\n")[0]
         if isinstance(error, crash.NO_CRASH):
             raise
-        note = crash.write(watch.output_dir, error, watch.evidence, watch.place())
+        evidence = watch.evidence or Evidence(missing="there was no cluster to ask")
+        note = crash.write(watch.output_dir, error, evidence, watch.place())
         if isinstance(error, EaglerayError):
             error.add_note(note)
             raise
