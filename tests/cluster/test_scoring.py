@@ -64,6 +64,9 @@ def test_a_failing_call_costs_its_group_alone(cluster: None) -> None:
     assert "did not return within ray.reward_timeout_s = 3 s" in reasons[1]
     assert "ended its process" in reasons[2]
     assert "returned 1 rewards for 2 completions" in reasons[3]
+    assert {"reward tests.cluster.fakes.hangs_on_bad", "reward tests.cluster.fakes.hangs_on_bad, start 3"} & set(
+        ray.util.list_named_actors()
+    ) == {"reward tests.cluster.fakes.hangs_on_bad, start 3"}, "a process for each of the two that were lost"
     assert [group[0].rewards for group in made.collect(second)] == [(1.0, 1.0)] * 2
 
 

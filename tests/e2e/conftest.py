@@ -58,7 +58,7 @@ def job(tmp_path: Path, llama: Path) -> Callable[..., Path]:
             "import time\n\n"
             "def even(completions, completion_ids, **_):\n"
             "    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]\n\n"
-            "def raises(completions):\n    raise RuntimeError('no idea')\n\n"
+            "def raises(completions):\n    print('about to raise', flush=True)\n    raise RuntimeError('no idea')\n\n"
             "def hangs(completions):\n    time.sleep(600)\n"
         )
         config: dict[str, Any] = {

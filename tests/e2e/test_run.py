@@ -96,11 +96,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(job: Callable[..., Path], 
     assert a == b
 
 
-def test_a_reward_that_fails_ends_in_one_message(job: Callable[..., Path]) -> None:
+def test_a_reward_that_fails_ends_in_one_message(job: Callable[..., Path], tmp_path: Path) -> None:
+    """And in a report that has what the function printed, and all actors as they were."""
     code, output = finish(start("run", job(trl__reward_funcs=["tiny_rewards.raises"])))
     assert code == 1
     assert "eagleray: reward tiny_rewards.raises failed on 2 calls of step 1: RuntimeError: no idea" in output
     assert "Traceback" not in output
+    (folder,) = (tmp_path / "out" / "crash").iterdir()
+    facts = json.loads((folder / "report.json").read_text())
+    assert facts["missing"] == "" and facts["step"] == 1 and facts["cause"]["name"] == "reward"
+    assert facts["actor"]["name"] == "reward tiny_rewards.raises" and facts["actor"]["memory"] != 0
+    states = {actor["name"]: actor["state"] for actor in facts["actors"]}
+    assert states == dict.fromkeys(("trainer", "engine 0", "reward tiny_rewards.raises"), "ALIVE")
+    assert 0 < facts["machine"]["memory_used"] < facts["machine"]["memory_total"]
+    assert "about to raise" in (folder / "logs" / "reward-tiny-rewards.raises.out").read_text()
+    assert f"report  {folder}/report.md" in output
+    events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["kind"] == "end" and events[-1]["how"] == "failed"
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
@@ -135,6 +147,7 @@ def test_bad_input_ends_before_anything_starts(
         assert code == 1, (arguments, output)
         assert output.count("eagleray: ") == 1 and expected in output, (arguments, output)
     assert (tmp_path / "used" / "adapter_model.safetensors").read_text() == "mine"
+    assert not list(tmp_path.glob("*/crash")), "that is no crash"
 
     code, output = finish(start("run", good, "lora_rr=3"), 120)
     assert code == 1

@@ -36,6 +36,13 @@ def test_submit_runs_the_job_and_returns_its_code(
         assert code == 0, output
         assert "done: 4 steps" in output and "succeeded" in output
         assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+        top = [sys.executable, "-m", "orchestrator", "top", "--address", address, "--once"]
+        code, output = run(top, environment)
+        assert code == 0, output
+        assert "● done" in output and "step 4 of 4" in output, "by the links in Ray's folder of logs"
+        without_token = {**environment, "HOME": str(tmp_path)}
+        code, output = run(top, without_token)
+        assert code == 1 and "refuses this token, or none" in output, output
         code, output = run([*command, rewards], environment)
         assert code == 1, output
         assert "holds an earlier run" in output and "failed" in output
