@@ -306,7 +306,7 @@ def fetch(ref: Any, who: str, timeout_s: float) -> Any:
         return ray.get(ref)
     except RayError as error:
         if own := _own(error):
-            raise own from None
+            raise own from error
         if isinstance(error, RayTaskError):
             text = f"{who} failed: {type(error.cause).__name__}: {error.cause}\n{_tail(str(error))}"
         elif isinstance(error, RayActorError):

@@ -1,7 +1,6 @@
 """The report of a failure: whom it blames, what it takes for the cause, what it keeps; and what is no crash."""
 
 import json
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from orchestrator import cli, crash
 from orchestrator.causes import CAUSES, likely
 from orchestrator.cluster import Connection
 from orchestrator.crash import Evidence, Place, to_blame, write
-from orchestrator.dashboard import Actor, Machine, named
+from orchestrator.dashboard import Actor, Machine
 from orchestrator.display import Display
 from orchestrator.schema import JobConfig
 from orchestrator.watch import watched
@@ -229,8 +228,7 @@ def test_what_nobody_foresaw_is_one_message_and_its_traceback_is_kept(
         with watched(config(tmp_path), Display()):
             raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("orchestrator.run.run", run)
-    monkeypatch.setattr("orchestrator.config.load", lambda *_: None)
+    monkeypatch.setattr(cli, "_run", run)
     assert cli.main(["run", "job.yaml"]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("eagleray: the driver failed: ZeroDivisionError: division by zero\n  where ")
@@ -244,44 +242,3 @@ def test_a_disk_that_takes_no_journal_costs_the_run_nothing(tmp_path: Path) -> N
     with watched(config(tmp_path / "gone"), Display()) as watch:
         watch.planned(4, 0)
         assert watch.place().steps is None
-
-
-def test_the_newest_actor_of_a_name_is_shown_and_the_others_are_counted() -> None:
-    def row(name: str, state: str, **changes: Any) -> dict[str, Any]:
-        cause = {"actor_died_error_context": {"error_message": "gone"}} if state == "DEAD" else None
-        base = {"name": name, "class_name": "E", "state": state, "node_id": "n1", "pid": 7, "num_restarts": 0}
-        return {**base, "actor_id": f"{name}/{state}", "death_cause": cause, **changes}
-
-    rows = [
-        row("engine 0, start 3", "ALIVE", num_restarts=1),
-        row("engine 0", "DEAD"),
-        row("engine 0, start 2", "DEAD"),
-        row("engine 10", "PENDING_CREATION", node_id=None, pid=0),
-        row("engine 2", "ALIVE"),
-        row("trainer", "DEAD"),
-        row("worker 0", "DEAD", actor_id="w1"),
-        row("worker 0", "ALIVE", actor_id="w2"),
-    ]
-    processes = {
-        "engine 0, start 3/ALIVE": {"startTime": 30, "processStats": {"memoryInfo": {"rss": 5}}},
-        "engine 0/DEAD": {"startTime": 10, "processStats": None},
-        "w1": {"startTime": 1},
-        "w2": {"startTime": 2, "gpus": [{"processesPids": [{"pid": 7, "gpuMemoryUsage": 100}]}, {"processesPids": None}]},
-    }
-    found = named(rows, processes)
-    assert [(a.name, a.state, a.restarts) for a in found] == [
-        ("trainer", "DEAD", 0),
-        ("worker 0", "ALIVE", 1),
-        ("engine 0", "ALIVE", 3),
-        ("engine 2", "ALIVE", 0),
-        ("engine 10", "PENDING_CREATION", 0),
-    ]
-    assert found[0].death == "gone" and found[0].killed
-    assert found[2].memory == 5 and found[1].gpu_memory == 100 and found[4].node_id == ""
-
-
-def test_traceback_of_notes_is_not_lost() -> None:
-    """A note is what `watched` hangs on an exception; Python's own traceback shows it too."""
-    error = EaglerayError("x")
-    error.add_note("  report  here")
-    assert "report  here" in "".join(traceback.format_exception(error))
