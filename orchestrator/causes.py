@@ -23,24 +23,6 @@ class Cause:
 
 CAUSES = (
     Cause(
-        "sync-proof",
-        r"errors\.SyncError",
-        "an engine does not serve the policy that the trainer published, or its snapshot did not arrive whole",
-        "the message names the engine and the version; run again, and with ray.sync: adapter if it comes again",
-    ),
-    Cause(
-        "reward",
-        r"errors\.RewardError(?!.* ended its process)",
-        "a reward function, reward model or judge gave nothing that can be learned from",
-        "call the function on one row by hand; its own message is above, and what it printed is in its log",
-    ),
-    Cause(
-        "checkpoint",
-        r"errors\.CheckpointError",
-        "a checkpoint is damaged, or output_dir is not the same folder on every node",
-        "the message names the file; an older checkpoint goes on with resume_from_checkpoint: FOLDER",
-    ),
-    Cause(
         "placement",
         r"did not free its bundles|placement group .*(?:infeasible|cannot be)",
         "the cluster has no room: another job holds what this one needs, or a node has not come",
@@ -68,7 +50,7 @@ CAUSES = (
     ),
     Cause(
         "host-memory",
-        r"running low on memory|ray\.exceptions\.OutOfMemoryError|[Mm]emory monitor|exceeds the memory usage threshold"
+        r"running low on memory|\bOutOfMemoryError|[Mm]emory monitor|exceeds the memory usage threshold"
         r"|DefaultCPUAllocator|[Cc]an(?:no|')t allocate memory|\bMemoryError\b|std::bad_alloc",
         "a node ran out of memory, not of its GPUs",
         "lower micro_batch_size, sequence_len or ray.kv_cache_gib, use fewer actors a node (ray.placement: spread), "
@@ -129,6 +111,24 @@ CAUSES = (
         "a rank lost another one that had ended before",
         "look at the other ranks in the table of actors: the first one to die says why",
         symptom=True,
+    ),
+    Cause(
+        "sync-proof",
+        r"errors\.SyncError",
+        "an engine does not serve the policy that the trainer published, or its snapshot did not arrive whole",
+        "the message names the engine and the version; run again, and with ray.sync: adapter if it comes again",
+    ),
+    Cause(
+        "reward",
+        r"errors\.RewardError(?!.* ended its process)",
+        "a reward function, reward model or judge gave nothing that can be learned from",
+        "call the function on one row by hand; its own message is above, and what it printed is in its log",
+    ),
+    Cause(
+        "checkpoint",
+        r"errors\.CheckpointError",
+        "a checkpoint is damaged, or output_dir is not the same folder on every node",
+        "the message names the file; an older checkpoint goes on with resume_from_checkpoint: FOLDER",
     ),
     Cause(
         "node-lost",

@@ -52,7 +52,7 @@ class Actor:
     @property
     def killed(self) -> bool:
         """Whether it died without anybody's having asked for it."""
-        return self.state == "DEAD" and "ray.kill" not in self.death and "INTENDED" not in self.death
+        return self.state == "DEAD" and _unasked(self.death)
 
 
 class Dashboard:
@@ -153,6 +153,7 @@ def named(rows: Sequence[Mapping[str, Any]], processes: Mapping[str, Mapping[str
     found = []
     for name in sorted(by_name, key=lambda name: (ROLES.index(name.split(" ")[0]), len(name), name)):
         *before, row = by_name[name]
+        deaths = [death for one in (row, *reversed(before)) if (death := _death(one))]
         process = processes.get(row["actor_id"]) or {}
         found.append(
             Actor(
@@ -165,7 +166,7 @@ def named(rows: Sequence[Mapping[str, Any]], processes: Mapping[str, Mapping[str
                 restarts=len(before) + int(row["num_restarts"] or 0),
                 memory=((process.get("processStats") or {}).get("memoryInfo") or {}).get("rss"),
                 gpu_memory=_gpu_memory(process, row["pid"]),
-                death=next((death for one in (row, *reversed(before)) if (death := _death(one))), ""),
+                death=next(filter(_unasked, deaths), deaths[0] if deaths else ""),
             )
         )
     return found
@@ -182,6 +183,10 @@ def _death(row: Mapping[str, Any]) -> str:
     why = row["death_cause"] or {}
     context = next((part for part in why.values() if isinstance(part, dict) and "error_message" in part), {})
     return str(context.get("error_message") or "")
+
+
+def _unasked(death: str) -> bool:
+    return "ray.kill" not in death and "INTENDED" not in death
 
 
 def _gpu_memory(process: Mapping[str, Any], pid: int | None) -> int | None:

@@ -17,14 +17,12 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.metrics import METRICS_FILE
 
 if TYPE_CHECKING:
     from orchestrator.cluster import Connection  # at run time it would load torch
-
-Kind = Literal["start", "plan", "phase", "warning", "end"]
 
 EVENTS_FILE = "events.jsonl"
 LINKS = {"events": EVENTS_FILE, "metrics": METRICS_FILE}  # eagleray-JOB_ID-events.jsonl
@@ -54,8 +52,8 @@ class Journal:
             with suppress(OSError):  # Ray's folder may be another user's
                 (here.logs / linked(here.job_id, what)).symlink_to(self.output_dir / name)
 
-    def tell(self, kind: Kind, **fields: Any) -> None:
-        """Adds one event; it is on disk when this returns."""
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Adds one event; it is on disk when this returns. kind: start | plan | phase | warning | end."""
         line = json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}) + "\n"
         with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
             file.write(line)

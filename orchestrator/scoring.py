@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.specs import JudgeSpec, RewardModelSpec, RewardSpec
 from actors.types import Scores
@@ -119,7 +119,8 @@ class Scorer:
         except RayActorError:
             return ENDED
         except RayError as error:
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+            lines = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayTaskError) else 0]}"
 
     def _restart(self, function: _Function, *, alone: Call | None = None, without: Call | None = None) -> None:
         """A new process; the pending calls are made again: all, `alone` one of them, or all `without` one."""

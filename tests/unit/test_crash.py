@@ -59,6 +59,8 @@ PLACE = Place("sums", "grpo", "m", step=5, steps=16, doing="step 5 of 16", warni
         ("actors.errors.SyncError: engine 1, installing policy version 3: it answers like the base model", "sync-proof"),
         ("actors.errors.RewardError: reward r.x failed on 2 calls of step 1: RuntimeError: no idea", "reward"),
         ("actors.errors.RewardError: reward r.x failed on 2 calls of step 1: ended its process. No", "reward-ended"),
+        ("actors.errors.RewardError: reward r.x failed on 2 calls of step 1: OutOfMemoryError: Task was", "host-memory"),
+        ("actors.errors.SyncError: policy version 3 not installed (OutOfMemoryError: CUDA out of memory", "gpu-memory"),
         ("actors.errors.CheckpointError: /data/out/checkpoint-2: trainer.json does not match its digest", "checkpoint"),
         ("actors.errors.ActorError: engine 0, sampling batch 3 did not answer within 1800 s; its stack is", "silent"),
         ("actors.errors.ActorError: the cluster did not free its bundles within 120 s: engine 0 {'GPU': 1}", "placement"),

@@ -117,6 +117,9 @@ def test_the_newest_actor_of_a_name_is_shown_and_the_others_are_counted() -> Non
         row("engine 0, start 3", "ALIVE", num_restarts=1),
         row("engine 0", "DEAD"),
         row("engine 0, start 2", "DEAD"),
+        row("reward a.b", "DEAD"),
+        row("reward a.b, start 2", "DEAD", death_cause={"x": {"error_message": "was killed by `ray.kill`"}}),
+        row("reward a.b, start 3", "ALIVE"),
         row("engine 10", "PENDING_CREATION", node_id=None, pid=0),
         row("engine 2", "ALIVE"),
         row("trainer", "DEAD"),
@@ -136,6 +139,8 @@ def test_the_newest_actor_of_a_name_is_shown_and_the_others_are_counted() -> Non
         ("engine 0", "ALIVE", 3),
         ("engine 2", "ALIVE", 0),
         ("engine 10", "PENDING_CREATION", 0),
+        ("reward a.b", "ALIVE", 2),
     ]
+    assert found[5].death == "gone", "of the start that nobody had asked to end"
     assert found[0].death == "gone" and found[0].killed
     assert found[2].memory == 5 and found[1].gpu_memory == 100 and found[4].node_id == ""
