@@ -4,17 +4,20 @@ A policy that starts from an adapter may need two of it: the one that learns, an
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from actors import storage
+from actors import snapshot, storage
 from actors.errors import CheckpointError, ConfigError
+from actors.snapshot import Bucket
+from actors.types import SnapshotHeader
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -52,6 +55,44 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); use another copy of it") from error
+
+
+def load(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, by name.
+
+    expected: name and shape of each that the base model has a place for. Raises CheckpointError unless they are those, and
+    finite.
+    """
+    found = read_shapes(folder)
+    if found != expected:
+        name = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))[0]
+        is_, should = (f"of shape {list(shapes[name])}" if name in shapes else "missing" for shapes in (found, expected))
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE}: {name} is {is_}, and to the base_model {should}; "
+            "use another copy of the adapter, or the base_model that it was trained on"
+        )
+    tensors: dict[str, torch.Tensor] = load_file(folder / WEIGHTS_FILE)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder / WEIGHTS_FILE}: {name} holds NaN or infinity; use another checkpoint")
+    return tensors
+
+
+def is_of_linear_layers(folder: Path) -> bool:
+    """Whether the adapter is nothing but B A beside linear layers other than the head: what an engine can merge, or keep in a
+    slot. Not so DoRA, and weights that are saved whole.
+    """
+    modules = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in read_shapes(folder)}
+    halves = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in read_shapes(folder))
+    return halves and not modules & {"lm_head", "embed_tokens"}
+
+
+def as_snapshot(
+    tensors: Mapping[str, torch.Tensor], *, base_model: str, rank: int, scaling: float, version: int
+) -> tuple[SnapshotHeader, Bucket]:
+    """An adapter that was saved as a policy that engines install. Nobody computed its probe."""
+    entries, bucket, digest = snapshot.pack(tensors)
+    return SnapshotHeader(version, base_model, rank, scaling, entries, bucket.nbytes, digest, ()), bucket
 
 
 @functools.cache

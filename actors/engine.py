@@ -56,6 +56,7 @@ class RolloutEngine:
             lora["max_cpu_loras"] = slots
         self.llm = LLM(
             folder,
+            tokenizer=spec.tokenizer,
             dtype=spec.model.dtype,
             trust_remote_code=spec.model.trust_remote_code,
             max_model_len=spec.max_model_len,

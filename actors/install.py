@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from actors import snapshot
@@ -45,8 +46,19 @@ class PolicyInstaller:
         self, base: BaseWeights, entries: Sequence[TensorEntry], buckets: Sequence[Bucket], scaling: float
     ) -> None:
         """Reloads the base weights with the LoRA tensors of a snapshot merged in; no entries are the base itself."""
+        self._fuse(base, snapshot.unpack(entries, *buckets), scaling)
+
+    def eagleray_fuse_file(
+        self, folder: str, quantized: Sequence[str], quantization: str | None, file: str, scaling: float
+    ) -> None:
+        """The same from an adapter's file, for engines whose workers are in processes that take plain values only.
+
+        folder, quantized, quantization: of BaseWeights.
+        """
+        self._fuse(BaseWeights(folder, frozenset(quantized), quantization), load_file(file), scaling)
+
+    def _fuse(self, base: BaseWeights, tensors: Mapping[str, Tensor], scaling: float) -> None:
         runner = self.model_runner
-        tensors = snapshot.unpack(entries, *buckets)
         self.eagleray_begin()
         try:
             self._load(merged_weights(base, tensors, scaling, runner.model_config.dtype, runner.device))

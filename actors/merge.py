@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from actors import adapter, hub, model
 from actors.errors import CheckpointError
@@ -19,7 +18,7 @@ def merge(base: ModelSpec, folder: Path, target: Path) -> str:
     """
     config = adapter.read_config(folder)
     task = "SEQ_CLS" if config.task_type == "SEQ_CLS" else "CAUSAL_LM"
-    tokenizer = _tokenizer(base, folder)
+    tokenizer = tokenizer_of(base, folder)
     plain = _loaded(base, task)
     tied = _tied(plain)
     merged = _merged(_with_adapter(plain, config, folder), getattr(torch, base.dtype))
@@ -32,7 +31,8 @@ def merge(base: ModelSpec, folder: Path, target: Path) -> str:
     return str(model.auto_class(task).__name__)
 
 
-def _tokenizer(base: ModelSpec, folder: Path) -> Any:
+def tokenizer_of(base: ModelSpec, folder: Path) -> Any:
+    """The tokenizer that was saved with a result, or its base model's. Raises CheckpointError for one that is damaged."""
     from transformers import AutoTokenizer
 
     own = (folder / "tokenizer_config.json").is_file()
@@ -56,23 +56,12 @@ def _with_adapter(plain: Any, config: Any, folder: Path) -> Any:
     from peft import get_peft_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = adapter.read_shapes(folder)
     try:
         policy = get_peft_model(plain, config)
     except ValueError as error:  # none of its modules are in the model
         raise CheckpointError(f"{folder}: the adapter does not belong to this base_model: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.lora_tensors(policy).items()}
-    if found != expected:
-        name = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))[0]
-        is_, should = (f"of shape {list(shapes[name])}" if name in shapes else "missing" for shapes in (found, expected))
-        raise CheckpointError(
-            f"{folder / adapter.WEIGHTS_FILE}: {name} is {is_}, and to the base_model {should}; "
-            "use another copy of the adapter, or the base_model that it was trained on"
-        )
-    tensors = load_file(folder / adapter.WEIGHTS_FILE)
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder / adapter.WEIGHTS_FILE}: {name} holds NaN or infinity; use another checkpoint")
+    tensors = adapter.load(folder, expected)
     head, embeddings = plain.get_output_embeddings(), plain.get_input_embeddings()
     if _tied(plain) and any(isinstance(layer, BaseTunerLayer) for layer in (head, embeddings)):
         layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head

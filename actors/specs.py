@@ -133,8 +133,9 @@ class EngineSpec:
     model: ModelSpec
     lora: LoraSpec | None  # None = a policy is all weights
     sync: str  # fused | adapter; weights without LoRA
-    max_model_len: int  # tokens of prompt and completion
+    max_model_len: int  # tokens of prompt and completion; -1 = as many as the model and the memory allow
     max_num_seqs: int  # completions decoded side by side
+    tokenizer: str | None = None  # its folder; None = the model's own
     tensor_parallel: int = 1  # GPUs that hold the model together
     sleeps: bool = False  # whether the engine leaves its GPU to a trainer in turn
     policies: int = 1  # policy versions held at once; LoRA slots when sync is adapter
@@ -143,6 +144,26 @@ class EngineSpec:
     enable_prefix_caching: bool = True
     chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
     seed: int = 42
+
+
+@dataclass(frozen=True)
+class ServedEngineSpec:
+    """An engine of `eagleray serve`: what it loads on the node where it is."""
+
+    model: ModelSpec
+    adapter: str | None = None  # the folder of the one that is merged into its weights; None = none is
+    scaling: float = 0.0  # of its B A
+
+
+@dataclass(frozen=True)
+class ServedModelSpec:
+    """A model of `eagleray serve`, and how its requests are written."""
+
+    name: str  # in requests
+    engine: str  # the name of the engine that has it
+    chat_template: str | None = None  # None = the base model's
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end an answer, besides the tokenizer's own
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 output_dir/
   adapter_model.safetensors, adapter_config.json   the result
   checkpoint-12/   the trainer's files, state.json, manifest.json with digests
-  config.yaml, metrics.jsonl, tensorboard/, quarantine.json, rollouts/
+  config.yaml, origin.json, metrics.jsonl, tensorboard/, quarantine.json, rollouts/
 """
 
 import fcntl

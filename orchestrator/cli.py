@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from actors.errors import EaglerayError
@@ -34,13 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from orchestrator.cluster import Interrupted
     from orchestrator.config import load
     from orchestrator.display import Display
     from orchestrator.run import run
 
+    return _ended(lambda: run(load(args.config, args.overrides), Display()))
+
+
+def _ended(command: Callable[[], object]) -> int:
+    """0, or what Ctrl-C and SIGTERM make of it."""
+    from orchestrator.cluster import Interrupted
+
     try:
-        run(load(args.config, args.overrides), Display())
+        command()
     except Interrupted as interrupted:
         return interrupted.exit_code
     return 0
@@ -93,6 +99,29 @@ def _merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def _chat(args: argparse.Namespace) -> int:
+    from orchestrator.chat import chat
+
+    chat(Path(args.output_dir), args.question, base=args.base)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from orchestrator.display import Display
+    from orchestrator.evaluate import evaluate
+
+    prompts = Path(args.prompts) if args.prompts else None
+    return _ended(lambda: evaluate(Path(args.output_dir), prompts, args.reward, args.samples, Display()))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from orchestrator.serve import serve
+
+    folders = [Path(folder) for folder in args.output_dirs]
+    options = {name: getattr(args, name) for name in ("host", "port", "replicas", "base", "api_key_env")}
+    return _ended(lambda: serve(folders, **options))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="eagleray", description="Post-training of language models on Ray from one YAML."
@@ -122,6 +151,35 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or one of its checkpoints")
     merge.add_argument("--into", metavar="FOLDER", help="where to; by default OUTPUT_DIR/merged")
     merge.set_defaults(command=_merge)
+    chat = commands.add_parser("chat", help="Ask what a run left: one question, or a conversation.")
+    chat.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or one of its checkpoints")
+    chat.add_argument("question", metavar="PROMPT", nargs="?", help="one question; without it, a conversation until Ctrl-D")
+    chat.add_argument("--base", action="store_true", help="ask the base model, as it was before training")
+    chat.set_defaults(command=_chat)
+    compare = commands.add_parser(
+        "eval",
+        help="Compare what a run left with its base model, on held-out prompts.",
+        description="Both answer the prompts that the job held out, greedily and sampled, and its reward functions judge. A "
+        "dataset job's own records are compared, unless prompts and a reward are named.",
+    )
+    compare.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or one of its checkpoints")
+    compare.add_argument("--prompts", metavar="FILE", help="other prompts: rows like those of the job's datasets")
+    compare.add_argument("--reward", metavar="FN", help="in place of trl.reward_funcs: module.fn, or a reward model")
+    compare.add_argument("--samples", type=int, metavar="N", help="a prompt; by default trl.num_generations")
+    compare.set_defaults(command=_eval)
+    serve = commands.add_parser(
+        "serve",
+        help="Serve what runs left behind an OpenAI-compatible endpoint.",
+        description="Serves until it is stopped. One adapter of a base model is merged into its weights and decodes at its "
+        "speed; several of one base share an engine as LoRA slots, beside the base model, and decode more slowly.",
+    )
+    serve.add_argument("output_dirs", metavar="OUTPUT_DIR", nargs="+", help="of runs, or their checkpoints")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--host", default="127.0.0.1", help="of this machine alone by default; any other needs a key")
+    serve.add_argument("--replicas", type=int, default=1, metavar="N", help="of each engine")
+    serve.add_argument("--base", action="store_true", help="serve the base model too, also beside one adapter alone")
+    serve.add_argument("--api-key-env", metavar="NAME", help="the variable with the key that requests must carry")
+    serve.set_defaults(command=_serve)
     return parser
 
 

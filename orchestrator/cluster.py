@@ -214,14 +214,20 @@ def start_actors(
     if plan.colocate and plan.gpu:
         # vLLM measures what is free: a model that loads beside it would be taken for its own.
         ask_ranks(trainers, "__ray_ready__", doing="loading its model", timeout_s=START_TIMEOUT_S)
+    return Actors(tuple(trainers), start_engines(plan, group, engine, probe, kv_cache_gib))
+
+
+def start_engines(
+    plan: Plan, group: Any, engine: EngineSpec, probe: Sequence[int], kv_cache_gib: int | None
+) -> tuple[Any, ...]:
+    """Starts the plan's engines, each in its bundle, all at once. They may not be ready yet."""
     environment = {"env_vars": actor_environment("engine", plan, kv_cache_gib)}
-    engines = [
+    return tuple(
         ray.remote(RolloutEngine)
         .options(runtime_env=environment, **_called(f"engine {number}"), **_in_bundle(plan, group, index))
         .remote(engine, probe)
         for number, index in enumerate(i for i, bundle in enumerate(plan.bundles) if bundle.role in (ENGINE, BOTH))
-    ]
-    return Actors(tuple(trainers), tuple(engines))
+    )
 
 
 def _meeting_place(plan: Plan, group: Any) -> str:

@@ -22,12 +22,11 @@ from actors.specs import DatasetTrainSpec, ModelSpec
 from actors.streaming import Quarantine
 from orchestrator import checkpoints, cluster, starting_adapter
 from orchestrator.arguments import training_arguments
-from orchestrator.config import dump
 from orchestrator.data import ensure_usable
 from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
 from orchestrator.display import DATASET_COLUMNS, Display
 from orchestrator.environment import worker_environment
-from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, trained_lora
+from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, trained_lora, write_config
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
 from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare, stream
@@ -64,7 +63,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
             checkpoints.ensure_same_job(state["job"], identity(config), resume)
             for aside in checkpoints.set_newer_aside(resume, step, output_dir):
                 display.note(f"a checkpoint of a later step than the one resumed from lies in {aside} now")
-        (output_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+        write_config(config, output_dir)
         with cluster.interruptible(), watched(config, display) as watch, ExitStack() as stack:
             with display.phase("starting Ray"):
                 here = stack.enter_context(cluster.connected())

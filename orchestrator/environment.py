@@ -17,6 +17,19 @@ def worker_environment(threads: int | None) -> dict[str, str]:
     return {**_QUIET, **({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})}
 
 
+def served_environment(plan: Plan, engines: int, kv_cache_gib: int) -> dict[str, str]:
+    """Of an engine of `eagleray serve`, of so many that share the machine. kv_cache_gib: on CPU."""
+    if plan.gpu:
+        return dict(_QUIET)
+    threads = max(1, (plan.engine_threads or 1) // engines)
+    return {
+        **_QUIET,
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+    }
+
+
 def actor_environment(role: str, plan: Plan, kv_cache_gib: int | None) -> dict[str, str]:
     """role: trainer | engine | reward."""
     env = dict(_QUIET)

@@ -1,5 +1,6 @@
 """What online and dataset jobs share: their result, their paths, their adapter, their log, and what is said of a stop."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 from actors import storage
 from actors.specs import LoraSpec
 from orchestrator import wandb_run
+from orchestrator.config import dump
 from orchestrator.display import Display
 from orchestrator.metrics import MetricsLog
 from orchestrator.schema import JobConfig
+
+CONFIG = "config.yaml"  # of the run: resolved, defaults included
+ORIGIN = "origin.json"  # where it was started, since the configuration names files and functions as they were found there
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,22 @@ def _kept(name: str) -> Path:
     if not path.is_absolute() and "runtime_resources" in Path.cwd().parts:
         path = Path.home() / "eagleray" / path
     return path.resolve()
+
+
+def write_config(config: JobConfig, output_dir: Path) -> None:
+    """What whoever uses the result must know of the job."""
+    (output_dir / CONFIG).write_text(dump(config), encoding="utf-8")
+    storage.write_json(output_dir / ORIGIN, {"folder": str(Path.cwd()), "config": config.source.path})
+
+
+def folders_of(output_dir: Path) -> list[str]:
+    """Where a run looked for the files and functions that its configuration names, and where they may be by now."""
+    try:
+        origin = json.loads((output_dir / ORIGIN).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # a folder that was copied without it
+        origin = {"folder": str(Path.cwd()), "config": str(output_dir / CONFIG)}
+    starts = (Path(origin["folder"]), Path.cwd())  # a Ray job's own folder is deleted at its end
+    return list(dict.fromkeys(str(place) for start in starts for place in (start, (start / origin["config"]).resolve().parent)))
 
 
 def trained_lora(config: JobConfig) -> LoraSpec | None:

@@ -4,16 +4,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from actors import adapter, device, storage
+from actors import adapter, storage
 from actors import merge as weights
 from actors.errors import EaglerayError
 from actors.specs import ModelSpec
-from orchestrator.checkpoints import RESULTS
 from orchestrator.config import load
-from orchestrator.plan import policy_dtype, trainer_dtype
-from orchestrator.schema import JobConfig
-
-CONFIG = "config.yaml"  # of the run: it names the base model and says how it was trained
+from orchestrator.jobs import CONFIG
+from orchestrator.results import dtype_of, holds_result, run_of
 
 
 def merge(folder: Path, into: Path | None = None) -> list[str]:
@@ -23,8 +20,8 @@ def merge(folder: Path, into: Path | None = None) -> list[str]:
     folder that has no adapter, a damaged one, and a target that holds something.
     """
     folder = folder.expanduser().resolve()
-    of_checkpoint = not (folder / CONFIG).is_file() and (folder.parent / CONFIG).is_file()
-    run = folder.parent if of_checkpoint else folder
+    run = run_of(folder)
+    of_checkpoint = run != folder
     _ensure_adapter(folder, run)
     if of_checkpoint:
         storage.verify(folder)
@@ -34,7 +31,7 @@ def merge(folder: Path, into: Path | None = None) -> list[str]:
             raise EaglerayError(f"{target} exists already and nothing is overwritten; remove it, or name another by --into")
         target.rmdir()  # it is written beside and renamed
     config = load(run / CONFIG)
-    dtype = _dtype(config)
+    dtype = dtype_of(config)
     try:
         with storage.new_folder(target) as beside:
             name = weights.merge(ModelSpec(config.base_model, dtype, config.trust_remote_code), folder, beside)
@@ -50,16 +47,10 @@ def _ensure_adapter(folder: Path, run: Path) -> None:
     if not folder.is_dir():
         raise EaglerayError(f"there is no folder {folder}; give the output_dir of a run, or a checkpoint in it")
     if not (folder / adapter.CONFIG_FILE).is_file():
-        if any((folder / name).is_file() for name in RESULTS):
+        if holds_result(folder):
             raise EaglerayError(f"{folder} holds a whole model, so there is nothing to merge; load it as it is")
         saved = sorted(path.name for path in folder.glob("checkpoint-*"))
         remedy = f"give one of its checkpoints: {', '.join(saved)}" if saved else "give the output_dir of a finished run"
         raise EaglerayError(f"{folder} holds no adapter; {remedy}")
     if not (run / CONFIG).is_file():
         raise EaglerayError(f"{run} has no {CONFIG}, which names the base model; give the output_dir of a run")
-
-
-def _dtype(config: JobConfig) -> str:
-    """What the job computed in. bf16: auto depends on the machine, and means here what it would mean to a job here."""
-    resolve = policy_dtype if config.rl == "grpo" else trainer_dtype
-    return resolve(config, device.has_gpu(), device.fastest_dtype(gpu=False))

@@ -13,11 +13,10 @@ from actors.errors import ActorError
 from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from orchestrator import checkpoints, cluster, sharding, starting_adapter
 from orchestrator.cluster import Actors
-from orchestrator.config import dump
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
 from orchestrator.display import Display
 from orchestrator.grpo import Evaluation, Loop
-from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, trained_lora
+from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, trained_lora, write_config
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Node, Plan, completions_per_step, describe, ensure_placeable, make_plan
 from orchestrator.policies import Policies
@@ -28,6 +27,7 @@ from orchestrator.scoring import Scorer
 from orchestrator.source import Problem
 from orchestrator.watch import Watch, watched
 
+PROMPTS_DIGEST = "datasets (digest of their prompts)"  # of a job's identity
 PROBE_FILLER = range(100, 100 + PROBE_TOKENS)  # token ids that every vocabulary has, for probes of very short prompts
 
 
@@ -249,7 +249,7 @@ def identity(config: JobConfig, prompts: PromptSet) -> dict[str, Any]:
         "ray_num_workers": config.ray_num_workers,
         "shards": sharding.kind(config),
         "completions a step": completions_per_step(config),
-        "datasets (digest of their prompts)": prompts.fingerprint,
+        PROMPTS_DIGEST: prompts.fingerprint,
     }
 
 
@@ -321,7 +321,7 @@ def engine_spec(config: JobConfig, plan: Plan) -> EngineSpec:
 
 
 def _write_inputs(config: JobConfig, prompts: PromptSet, output_dir: Path) -> None:
-    (output_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+    write_config(config, output_dir)
     if prompts.bad:
         rows = [{"place": row.place, "reason": row.reason} for row in prompts.bad]
         storage.write_json(output_dir / "quarantine.json", rows)

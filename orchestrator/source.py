@@ -31,11 +31,13 @@ class Source:
     path: str = "<config>"  # file, as the user named it
     lines: dict[str, int] = field(default_factory=dict)  # dotted key -> line, counted from 1
     overrides: dict[str, str] = field(default_factory=dict)  # dotted key -> the override as typed
+    elsewhere: tuple[str, ...] = ()  # folders in place of the usual ones: of the run that the file was left by
 
     @property
     def folders(self) -> list[str]:
         """Where files and functions that it names are looked for: the current folder, then the file's own."""
-        return list(dict.fromkeys(str(folder) for folder in (Path.cwd(), Path(self.path).resolve().parent)))
+        usual = (str(folder) for folder in (Path.cwd(), Path(self.path).resolve().parent))
+        return list(dict.fromkeys(self.elsewhere or usual))
 
     def describe(self, problem: Problem) -> str:
         """`file:line: key: text`; the override instead of the line, no line if the key was not written."""

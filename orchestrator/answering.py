@@ -1,0 +1,134 @@
+"""Engines that answer with what a run left: where they lie, what they load, and questions to them.
+
+`Engines.ask` is the one place outside the loop that knows how an engine is asked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actors import adapter, device, merge, model
+from actors.specs import EngineSpec, ModelSpec, SamplingSpec
+from orchestrator import cluster
+from orchestrator.data import Prompt
+from orchestrator.display import Display
+from orchestrator.jobs import lora_spec, quantization
+from orchestrator.online_job import engine_spec
+from orchestrator.plan import TRAINER, Node, Plan, ensure_placeable, first_fit, make_plan
+from orchestrator.results import Result, Weights
+from orchestrator.schema import JobConfig
+
+KV_CACHE_GIB = 2  # of an engine on CPUs, unless the job says: vLLM would take most of the machine
+PROBE = range(32)  # token ids that every vocabulary has
+ADAPTER_VERSION = 1
+
+
+def sampling_plan(config: JobConfig, nodes: Sequence[Node], engines: int, reward_models: Sequence[str] = ()) -> Plan:
+    """Up to so many of the job's engines, as many as the nodes hold, and its reward models; no trainer.
+
+    Raises ConfigError when not even one engine fits.
+    """
+    job = replace(
+        config,
+        rl="grpo",
+        ray_num_workers=1,
+        micro_batch_size=config.trl.num_generations,
+        gradient_accumulation_steps=1,
+        trl=replace(config.trl, vllm_mode="server"),
+        ray=replace(config.ray, engines=engines, max_staleness=0),
+    )
+    plan = make_plan(job, nodes, 1, device.fastest_dtype(gpu=False), reward_models)
+    wanted = [bundle for bundle in plan.bundles if bundle.role != TRAINER]
+    fits = first_fit(wanted, nodes)
+    fitting = zip(wanted, fits, strict=True)
+    kept = tuple(bundle for bundle, node in fitting if node is not None or bundle.role == "reward" or bundle.index == 0)
+    plan = replace(plan, bundles=kept, placement=first_fit(kept, nodes))
+    ensure_placeable(plan.problems)
+    return plan
+
+
+class Engines:
+    """The engines of a plan, on a connected cluster. They have no model before `load`."""
+
+    def __init__(self, result: Result, plan: Plan, group: Any, display: Display, *, window: int, completions: int) -> None:
+        """window: tokens of prompt and completion, -1 for as many as fit. completions: decoded side by side at most."""
+        self.result = result
+        self.plan = plan
+        self.group = group
+        self.display = display
+        self.window = window
+        self.completions = completions
+        self.actors: tuple[Any, ...] = ()
+        self.model: str | None = None
+
+    def load(self, weights: Weights) -> None:
+        """What is asked next is answered by these weights. Engines that have the base already are given the adapter alone."""
+        config = self.result.config
+        if weights.model != self.model:
+            for engine in self.actors:
+                cluster.stop(engine)
+            with self.display.phase("loading the model"):
+                kv_cache_gib = config.ray.kv_cache_gib or KV_CACHE_GIB
+                self.actors = cluster.start_engines(self.plan, self.group, self._spec(weights.model), PROBE, kv_cache_gib)
+                for index, engine in enumerate(self.actors):
+                    cluster.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
+            self.model = weights.model
+        if weights.adapter:
+            with self.display.phase("loading the adapter"):
+                self._install(weights.adapter)
+
+    def ask(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seed: int) -> list[Any]:
+        """Refs of the prompts' RolloutGroups, in order. seed: the same one gives the same completions of the same weights."""
+        refs: list[Any] = [None] * len(prompts)
+        for index, engine in enumerate(self.actors):
+            share = range(index, len(prompts), len(self.actors))
+            if share:
+                call = engine.generate.options(num_returns=1 + len(share))
+                _, *groups = call.remote([prompts[i] for i in share], sampling, seed + index)
+                for i, ref in zip(share, groups, strict=True):
+                    refs[i] = ref
+        return refs
+
+    def _spec(self, name: str) -> EngineSpec:
+        config = self.result.config
+        lora = lora_spec(config) if name == config.base_model and self.result.adapted else None
+        rounding = quantization(config) if lora else None  # of the base that the adapter stands on
+        return replace(
+            engine_spec(config, self.plan),
+            model=ModelSpec(name, self.plan.dtype, config.trust_remote_code, quantization=rounding),
+            lora=lora,
+            sync="fused" if lora else "weights",
+            sleeps=False,
+            tokenizer=self.result.tokenizer,
+            max_model_len=self.window,
+            max_num_seqs=self.completions,
+        )
+
+    def _install(self, folder: Path) -> None:
+        config = self.result.config
+        lora = lora_spec(config)
+        base = ModelSpec(config.base_model, self.plan.dtype, config.trust_remote_code)
+        rank, scaling = model.rank_and_scaling(lora)
+        tensors = adapter.load(folder, model.expected_shapes(base, lora))
+        header, bucket = adapter.as_snapshot(
+            tensors, base_model=base.name, rank=rank, scaling=scaling, version=ADAPTER_VERSION
+        )
+        ref = cluster.keep(bucket)
+        for index, receipt in enumerate([engine.install.remote(header, ref) for engine in self.actors]):
+            cluster.fetch(receipt, f"engine {index}, loading the adapter", config.ray.rollout_timeout_s)
+
+
+def tokenizer_of(result: Result) -> Any:
+    """The tokenizer that engines of this result have."""
+    base = ModelSpec(result.config.base_model, "float32", result.config.trust_remote_code)
+    return merge.tokenizer_of(base, result.folder)
+
+
+def endings(config: JobConfig, tokenizer: Any) -> dict[str, object]:
+    """Fields of vLLM's SamplingParams that end an answer where those in training ended."""
+    kwargs = dict(config.trl.generation_kwargs or {})
+    turns = [tokenizer.convert_tokens_to_ids(token) for token in config.eot_tokens or []]
+    if turns:
+        kwargs["stop_token_ids"] = [*kwargs.get("stop_token_ids", []), *turns]
+    return kwargs
