@@ -82,7 +82,7 @@ def _model_alone(checkpoint: Path) -> Path:
     files = sorted(f for f in checkpoint.iterdir() if f.suffix != ".safetensors" or f.name.startswith("model"))
     folders = cache_dir() / "checkpoints"
     folders.mkdir(parents=True, exist_ok=True)
-    folder = folders / f"{checkpoint.name}-{xxhash.xxh3_128_hexdigest(str(files))}"
+    folder = folders / f"{checkpoint.name}-{xxhash.xxh3_128_hexdigest(str(files).encode())}"
     beside = Path(tempfile.mkdtemp(dir=folders))
     for file in files:
         (beside / file.name).symlink_to(file)
