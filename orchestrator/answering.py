@@ -78,17 +78,17 @@ class Engines:
             with self.display.phase("loading the adapter"):
                 self._install(weights.adapter)
 
-    def ask(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seed: int) -> list[Any]:
-        """Refs of the prompts' RolloutGroups, in order. seed: the same one gives the same completions of the same weights."""
-        refs: list[Any] = [None] * len(prompts)
-        for index, engine in enumerate(self.actors):
-            share = range(index, len(prompts), len(self.actors))
-            if share:
-                call = engine.generate.options(num_returns=1 + len(share))
-                _, *groups = call.remote([prompts[i] for i in share], sampling, seed + index)
-                for i, ref in zip(share, groups, strict=True):
-                    refs[i] = ref
-        return refs
+    def ask(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seed: int) -> list[tuple[Any, Any]]:
+        """A ref of the header and one of the group for each prompt; engines take turns.
+
+        seed: the same one gives the same completions of the same weights.
+        """
+        calls = []
+        for number, prompt in enumerate(prompts):
+            engine = self.actors[number % len(self.actors)]
+            call = engine.sample.options(num_returns=2)
+            calls.append(tuple(call.remote(prompt, sampling, seed + number * sampling.num_generations)))
+        return calls
 
     def _spec(self, name: str) -> EngineSpec:
         config = self.result.config

@@ -100,7 +100,7 @@ def _asker(engines: Engines, tokenizer: Any, display: Display) -> Callable[[Prom
     sampling = SamplingSpec(1, tokens, temperature=0.0, extra=endings(config, tokenizer))
 
     def ask(prompt: Prompt) -> str:
-        (ref,) = engines.ask([prompt], sampling, config.seed)
+        ((_, ref),) = engines.ask([prompt], sampling, config.seed)
         with display.phase("answering"):
             group: RolloutGroup = cluster.fetch(ref, "engine 0, answering", config.ray.rollout_timeout_s)
         if group.truncated[0]:

@@ -5,7 +5,6 @@ records of its held-out rows.
 """
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,9 +14,8 @@ from actors import storage
 from actors.errors import EaglerayError
 from actors.specs import SamplingSpec
 from actors.types import RolloutGroup
-from orchestrator import cluster, judges
+from orchestrator import cluster
 from orchestrator.answering import Engines, endings, sampling_plan, tokenizer_of
-from orchestrator.credit import combine_rewards
 from orchestrator.display import Display
 from orchestrator.figures import Answered, Figures, figures, recorded, table
 from orchestrator.metrics import METRICS_FILE, read
@@ -27,6 +25,7 @@ from orchestrator.results import Result, Weights, find, loadable, step_of
 from orchestrator.rewards import ensure_rewards, reward_models, reward_specs
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
+from orchestrator.tally import Tally
 
 Measured = dict[str, list[Answered]]  # greedy, sampled
 
@@ -48,14 +47,18 @@ def evaluate(folder: Path, prompts: Path | None, reward: str | None, samples: in
             f"{result.run} is of a job without rewards, so it is asked with both --prompts FILE, rows with a `prompt` and "
             "columns, and --reward module.fn; without both, its records of held-out rows are compared"
         )
-    config = result.config
-    if reward is not None:
-        config = replace(config, trl=replace(config.trl, reward_funcs=[reward], reward_weights=None))
-        config.source = replace(config.source, elsewhere=tuple(dict.fromkeys([str(Path.cwd()), *config.source.folders])))
-    result = replace(result, config=config)
     questions = questions_for(result, prompts, display)
+    if reward is not None:
+        result = replace(result, config=_rewarded_by(reward, result.config))
     with cluster.interruptible(), ExitStack() as stack:
-        return _Comparison(result, questions, samples or config.trl.num_generations, display).run(stack)
+        return _Comparison(result, questions, samples or result.config.trl.num_generations, display).run(stack)
+
+
+def _rewarded_by(name: str, config: JobConfig) -> JobConfig:
+    """The job with another reward, which is looked for in the current folder first."""
+    config = replace(config, trl=replace(config.trl, reward_funcs=[name], reward_weights=None))
+    config.source = replace(config.source, elsewhere=(str(Path.cwd()), *config.source.folders))
+    return config
 
 
 class _Comparison:
@@ -85,19 +88,18 @@ class _Comparison:
         ensure_rewards(self.config, plan, conversational=conversational)
         group = stack.enter_context(cluster.placed(plan))
         self.scorer = Scorer(plan, group, reward_specs(self.config, plan), self.config.ray.reward_timeout_s)
+        self.tally = Tally(self.config, models)
         with self.display.phase("loading rewards"):
             for note in self.scorer.wait_ready():
                 self.display.warn(note)
         together = len(self.questions.rows) * self.samplings["sampled"].num_generations
-        window = plan.max_model_len
-        self.engines = Engines(
-            self.result, plan, group, self.display, window=window, completions=min(together, MAX_NUM_SEQS)
-        )
+        completions = min(together, MAX_NUM_SEQS)
+        self.engines = Engines(self.result, plan, group, self.display, window=plan.max_model_len, completions=completions)
         self.engines.load(Weights(self.config.base_model, None))
         before = self._measured("before")
         self.engines.load(weights)
         after = self._measured("after")
-        judge = _judge(self.config, models)
+        judge = next(iter(self.tally.judging), None)
         found = {side: {how: figures(a, judge) for how, a in m.items()} for side, m in (("before", before), ("after", after))}
         path = self._write(found, before, after)
         self._show(found, path)
@@ -109,28 +111,21 @@ class _Comparison:
 
     def _answers(self, sampling: SamplingSpec) -> list[Answered]:
         rows = self.questions.rows
-        refs = self.engines.ask([row.prompt for row in rows], sampling, self.config.seed)
+        asked = self.engines.ask([row.prompt for row in rows], sampling, self.config.seed)
         timeout_s = self.config.ray.rollout_timeout_s
-        groups: list[RolloutGroup] = [cluster.fetch(ref, "an engine, answering", timeout_s) for ref in refs]
-        scores = self.scorer.collect(self.scorer.submit(rows, refs))
+        headers = [cluster.fetch(header, "an engine, answering", timeout_s) for header, _ in asked]
+        groups: list[RolloutGroup] = [cluster.fetch(group, "an engine, answering", timeout_s) for _, group in asked]
+        scores = self.scorer.collect([self.scorer.submit(row, group) for row, (_, group) in zip(rows, asked, strict=True)])
         failures = [score for of_group in scores for score in of_group if score.failure]
         if failures:
             first = failures[0]
             self.display.warn(f"reward {first.function} failed on {len(failures)} prompts, which do not count: {first.failure}")
-        functions = self.config.trl.reward_funcs or []
-        weights = dict(zip(functions, self.config.trl.reward_weights or [1.0] * len(functions), strict=True))
-        return [
-            Answered(
-                group.texts,
-                tuple(len(ids) for ids in group.completion_ids),
-                group.truncated,
-                (None,) * len(group.texts)
-                if any(score.failure for score in of_group)
-                else tuple(combine_rewards({s.function: s.rewards for s in of_group}, weights)),
-                {score.function: score.rewards for score in of_group},
-            )
-            for group, of_group in zip(groups, scores, strict=True)
-        ]
+        combined = self.tally.combined(scores, headers)
+        answers = []
+        for group, header, rewards, said in zip(groups, headers, combined, scores, strict=True):
+            by_function = {score.function: score.rewards for score in said}
+            answers.append(Answered(group.texts, header.completion_tokens, header.truncated, tuple(rewards), by_function))
+        return answers
 
     def _write(self, found: dict[str, dict[str, Figures]], before: Measured, after: Measured) -> Path:
         sides = {"before": before, "after": after}
@@ -183,12 +178,6 @@ def write(result: Result, found: dict[str, Any]) -> Path:
     }
     storage.write_json(path, {**about, **found})
     return path
-
-
-def _judge(config: JobConfig, models: Sequence[str]) -> str | None:
-    """The first reward function that knows right and wrong: reward models and judges have opinions."""
-    names = config.trl.reward_funcs or []
-    return next((name for name in names if name not in models and not judges.judge_of(config, name)), None)
 
 
 def _from_records(result: Result, display: Display) -> Path:
