@@ -6,13 +6,11 @@
 Both run in replicas of Ray Serve, which restarts them.
 """
 
-import hmac
-from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, Request
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
@@ -22,6 +20,7 @@ from starlette.responses import Response
 
 from actors import adapter, hub, model
 from actors.errors import ConfigError
+from actors.requests import as_trained, guard
 from actors.specs import ServedEngineSpec, ServedModelSpec
 
 
@@ -61,18 +60,6 @@ class Front(OpenAiIngress):
         return await super().completions(as_trained(body, self.served.get(body.model or "")), request)
 
 
-def as_trained(body: Any, served: ServedModelSpec | None) -> Any:
-    """A request with the model's own chat template, which a client cannot change, and its own endings."""
-    if served is None:  # an unknown model, which the front refuses
-        return body
-    changes: dict[str, Any] = {"stop_token_ids": [*(body.stop_token_ids or []), *served.stop_token_ids]}
-    if isinstance(body, ChatCompletionRequest):
-        changes["chat_template"] = served.chat_template
-        kwargs = {**served.chat_template_kwargs, **(body.chat_template_kwargs or {})}
-        changes["chat_template_kwargs"] = {name: value for name, value in kwargs.items() if name != "chat_template"}
-    return body.model_copy(update=changes)
-
-
 def front(key: str | None) -> Any:
     """The class of the front, for Ray Serve. key: that requests must carry; None = none."""
     guards = [Depends(guard(key))] if key else []
@@ -85,15 +72,3 @@ def front(key: str | None) -> Any:
             "completions": lambda app: app.post("/v1/completions", dependencies=guards),
         },
     )
-
-
-def guard(key: str) -> Callable[[Request], None]:
-    """Refuses requests without the key, of which it holds a digest alone: Ray Serve keeps what it deploys."""
-    expected = sha256(f"Bearer {key}".encode()).digest()
-
-    def check(request: Request) -> None:
-        given = sha256(request.headers.get("Authorization", "").encode()).digest()
-        if not hmac.compare_digest(given, expected):
-            raise HTTPException(401, "this server wants its key, as `Authorization: Bearer KEY`")
-
-    return check
