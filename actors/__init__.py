@@ -27,6 +27,8 @@
     cage.py      what the sandbox starts
     reward_model.py the actor that scores with a reward model
     judge.py     the actor that scores by asking a language model
+    serving.py   the replicas of Ray Serve that answer clients
+    requests.py  who may ask them, and how requests are written for a model
     formats/     dataset rows to token ids, a module a family of types
     reading.py   datasets' files to raw rows, whole or in pieces
     preparing.py pieces of files to prepared rows, on Ray Data's workers

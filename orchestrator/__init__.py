@@ -43,7 +43,14 @@
     frame.py        a sighting as text
     top.py          `eagleray top`
     report.py       its curves
+    results.py      what it left in its folder, and how that is loaded
     merge.py        its adapter and the base model as one model
+    answering.py    engines that answer with it
+    chat.py         questions to it
+    questions.py    the prompts that it never trained on
+    figures.py      before against after, in numbers
+    evaluate.py     the base model and it on the same prompts
+    serve.py        it behind an OpenAI-compatible endpoint
     submit.py       the same job through Ray's job API
     cli.py          the command line
 
