@@ -1,7 +1,7 @@
 """The only module that starts Ray, placement groups and actors of ours, and that waits for their answers.
 
-Ray Train's workers, Ray Data's tasks and Ray Serve's replicas are started by those libraries, from dataset_job.py, prepare.py and
-serve.py.
+Ray Train's workers, Ray Data's tasks and Ray Serve's replicas are started by those libraries, from dataset_job.py, prepare.py
+and serve.py.
 
 Every wait has a limit and turns what Ray raises into a message for a person, which begins with the actor's name. A new kind
 of actor gets a function here, and its role a word in ROLES of dashboard.py.
