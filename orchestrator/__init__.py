@@ -50,6 +50,7 @@
     questions.py    the prompts that it never trained on
     figures.py      before against after, in numbers
     evaluate.py     the base model and it on the same prompts
+    served.py       which engines that takes, and what each has
     serve.py        it behind an OpenAI-compatible endpoint
     submit.py       the same job through Ray's job API
     cli.py          the command line

@@ -186,8 +186,10 @@ def _parser() -> argparse.ArgumentParser:
 def _quieten() -> None:
     """Libraries keep to errors; what Eagleray has to say goes to stderr, a line each."""
     warnings.filterwarnings("ignore")
-    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("eagleray: %(message)s"))
     logger = logging.getLogger("eagleray")

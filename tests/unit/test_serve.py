@@ -17,7 +17,7 @@ from orchestrator.answering import sampling_plan
 from orchestrator.cli import main
 from orchestrator.plan import Node
 from orchestrator.results import Result, Weights, find
-from orchestrator.serve import Engine, engine_arguments, engines_of, models_of
+from orchestrator.served import Engine, engine_arguments, engines_of, models_of
 from tests.tiny import save_llama
 from tests.unit.test_results import Told, run  # noqa: F401  (a fixture)
 
