@@ -52,7 +52,7 @@
     evaluate.py     the base model and it on the same prompts
     served.py       which engines that takes, and what each has
     serve.py        it behind an OpenAI-compatible endpoint
-    submit.py       the same job through Ray's job API
+    ray_jobs.py     the same job through Ray's job API: submit, status, logs, stop
     cli.py          the command line
 
 Imports go one way: orchestrator -> actors.

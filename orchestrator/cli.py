@@ -71,12 +71,31 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _submit(args: argparse.Namespace) -> int:
+    from orchestrator import ray_jobs
     from orchestrator.config import load
     from orchestrator.runnable import ensure_runnable
-    from orchestrator.submit import submit
 
     ensure_runnable(load(args.config, args.overrides))
-    return submit(args.config, args.overrides, args.address)
+    client = ray_jobs.connect(args.address, args.headers)
+    return ray_jobs.submit(client, args.config, args.overrides, wait=not args.no_wait)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from orchestrator import ray_jobs
+
+    return ray_jobs.status(ray_jobs.connect(args.address, args.headers), args.job)
+
+
+def _logs(args: argparse.Namespace) -> int:
+    from orchestrator import ray_jobs
+
+    return ray_jobs.logs(ray_jobs.connect(args.address, args.headers), args.job, follow_it=args.follow)
+
+
+def _stop(args: argparse.Namespace) -> int:
+    from orchestrator import ray_jobs
+
+    return ray_jobs.stop(ray_jobs.connect(args.address, args.headers), args.job)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -138,7 +157,20 @@ def _parser() -> argparse.ArgumentParser:
     job_command("run", _run, "Run a job: on the cluster of RAY_ADDRESS, or on this machine.")
     job_command("plan", _plan, "Print what a job would start, and whether the cluster can hold it. Starts nothing.")
     submit = job_command("submit", _submit, "Run a job through Ray's job API and follow its log.")
-    submit.add_argument("--address", help="of the cluster's dashboard, such as http://127.0.0.1:8265")
+    submit.add_argument("--no-wait", action="store_true", help="return once the cluster has it")
+    status = commands.add_parser("status", help="List the jobs of a cluster, or say what is known of one.")
+    status.add_argument("job", nargs="?", metavar="JOB")
+    status.set_defaults(command=_status)
+    logs = commands.add_parser("logs", help="Print the log of a job on a cluster.")
+    logs.add_argument("job", metavar="JOB")
+    logs.add_argument("--follow", action="store_true", help="until the job ends; returns 1 if it did not succeed")
+    logs.set_defaults(command=_logs)
+    stop = commands.add_parser("stop", help="End a job on a cluster.")
+    stop.add_argument("job", metavar="JOB")
+    stop.set_defaults(command=_stop)
+    for command in (submit, status, logs, stop):
+        command.add_argument("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS, or this machine")
+        command.add_argument("--headers", metavar="JSON", help="sent along, such as for a proxy; else RAY_JOB_HEADERS")
     report = commands.add_parser("report", help="Draw the curves of a run to OUTPUT_DIR/report.png.")
     report.add_argument("output_dir", metavar="OUTPUT_DIR")
     report.set_defaults(command=_report)
