@@ -61,10 +61,11 @@ def connect(address: str | None, headers: str | None = None) -> Any:
 def submit(client: Any, config_path: str, overrides: Sequence[str], *, wait: bool) -> int:
     """Runs `eagleray run` as a job; with `wait` prints its log until it ends. Returns 0, or 1 if the job did not succeed.
 
-    The current folder travels along, or the configuration's own if that lies elsewhere.
+    The current folder travels along, or the configuration's own if that lies elsewhere. Raises ConfigError for a
+    configuration that lies in the home folder itself, with all that is a person's.
     """
     path = Path(config_path).resolve()
-    folder = Path.cwd() if path.is_relative_to(Path.cwd()) else path.parent
+    folder = _packed(path)
     command = [str(path.relative_to(folder)), *overrides]
     job = _ask(
         client.submit_job,
@@ -77,6 +78,15 @@ def submit(client: Any, config_path: str, overrides: Sequence[str], *, wait: boo
         return follow(client, job)
     print(f"its log: eagleray logs {job} --follow; to end it: eagleray stop {job}")
     return 0
+
+
+def _packed(config: Path) -> Path:
+    """The folder that travels along."""
+    too_much = (Path("/"), Path.home())
+    folder = Path.cwd() if config.is_relative_to(Path.cwd()) and Path.cwd() not in too_much else config.parent
+    if folder in too_much:
+        raise ConfigError(f"{config} lies in {folder}, all of which would travel along; put it into a folder of its own")
+    return folder
 
 
 def status(client: Any, job: str | None) -> int:

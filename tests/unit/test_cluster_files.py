@@ -101,7 +101,8 @@ def test_pods_run_as_the_user_of_the_image_on_the_shared_volume(path: Path) -> N
             mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
             assert set(mounts) == {f"/home/{user[1]}/eagleray", "/dev/shm"} and set(mounts.values()) == volumes
             assert container["image"] == f"eagleray:{path.stem.partition('-')[2]}"
-            assert ("nvidia.com/gpu" in container["resources"]["limits"]) == ("gpu" in path.stem and "worker" in container["name"])
+            has_gpu = "gpu" in path.stem and "worker" in container["name"]
+            assert ("nvidia.com/gpu" in container["resources"]["limits"]) == has_gpu
 
 
 @pytest.mark.parametrize("path", [path for path in KUBERAY if "job" in path.stem], ids=lambda path: path.stem)
@@ -156,8 +157,9 @@ def test_the_slurm_script_starts_head_and_workers_and_submits(tmp_path: Path, no
     token, start, submit = (tmp_path / "calls").read_text().splitlines()
     assert token == "ray get-auth-token --generate"
     assert submit == "eagleray submit job.yaml trl.beta=0.04 --address http://127.0.0.1:8265"
-    head = "--head --node-ip-address=127.0.0.7 --port=6379" if node == 0 else "--address=127.0.0.7:6379"
-    assert start == f"ray start {head} --block --disable-usage-stats --num-cpus=8 --temp-dir=/tmp/ray-42"
+    head = "--head --port=6379" if node == 0 else "--address=127.0.0.7:6379"
+    rest = "--temp-dir=/tmp/ray-42 --block --disable-usage-stats --node-ip-address=127.0.0.7 --num-cpus=8"
+    assert start == f"ray start {head} {rest}"
 
 
 @pytest.mark.parametrize(

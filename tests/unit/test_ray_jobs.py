@@ -124,15 +124,28 @@ def test_submit_packs_the_current_folder(
     assert "eagleray logs raysubmit_1 --follow" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("elsewhere", ("beside", "/", "home"))
 def test_submit_from_elsewhere_packs_the_folder_of_the_configuration(
-    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: str
 ) -> None:
-    config = job_folder(tmp_path) / "job.yaml"
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = job_folder(tmp_path / "home") / "job.yaml"
+    (tmp_path / "beside").mkdir()
+    monkeypatch.chdir(tmp_path / elsewhere)
     assert main(["submit", str(config), "--no-wait"]) == 0
     assert dashboard.submitted[0]["entrypoint"] == "python -m orchestrator run job.yaml"
     assert dashboard.packed == {"job.yaml"}
+
+
+def test_a_home_folder_is_not_packed(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "home").mkdir()
+    write(tmp_path / "home", SFT)
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", "home/job.yaml", "--no-wait"]) == 0
+    monkeypatch.chdir(tmp_path / "home")
+    assert main(["submit", "job.yaml", "--no-wait"]) == 1
+    assert "put it into a folder of its own" in capsys.readouterr().err
 
 
 def test_the_address_on_the_command_line_wins(
@@ -148,7 +161,8 @@ def test_the_address_on_the_command_line_wins(
 
 def test_status_lists_jobs_with_their_configurations(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
     hour = 3_600_000
-    dashboard.add("raysubmit_2", "RUNNING", start_time=2 * hour, end_time=3 * hour, metadata={"eagleray": "job.yaml trl.beta=1"})
+    what = {"eagleray": "job.yaml trl.beta=1"}
+    dashboard.add("raysubmit_2", "RUNNING", start_time=2 * hour, end_time=3 * hour, metadata=what)
     dashboard.add("raysubmit_1", "FAILED", start_time=hour, end_time=hour + 65_000, message="exit code 1\nits last lines")
     assert main(["status"]) == 0
     first, second = capsys.readouterr().out.splitlines()[1:]

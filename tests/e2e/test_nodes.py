@@ -1,0 +1,192 @@
+"""Jobs on Ray clusters of several machines, each with its own address, processes, /tmp and home folder, made by namespaces.
+
+The clusters are started as cluster/ says, by `ray up` over SSH and by a real Slurm.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.ray_jobs import DEFAULT_ADDRESS
+from tests.e2e.machines import HOME, SHARED, Machine, network, wait_for
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+EAGLERAY = f"{sys.executable} -m orchestrator"
+ACTORS = """python -c '
+import json
+import ray
+from ray.util.state import list_actors
+ray.init(address="auto", logging_level="ERROR")
+hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+print(json.dumps({actor.class_name: hosts[actor.node_id] for actor in list_actors(limit=1000) if actor.node_id}))'
+"""
+
+
+def needs(*commands: str) -> pytest.MarkDecorator:
+    missing = [command for command in commands if shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    return pytest.mark.skipif(os.geteuid() != 0 or bool(missing), reason=f"needs root, and these commands: {commands}")
+
+
+@pytest.fixture
+def shared(tmp_path: Path, llama: Path) -> Path:
+    """What all machines mount at ~/eagleray, with the model in it."""
+    folder = tmp_path / "shared"
+    shutil.copytree(llama, folder / "llama")
+    folder.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def mine(tmp_path: Path, job: Callable[..., Path]) -> Path:
+    """A job of two actors that want a machine each, with its rows and its reward function beside it."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    config = job(
+        base_model=f"{SHARED}/llama",
+        datasets=[{"path": "prompts.jsonl"}],
+        output_dir="outputs/spread",
+        ray__trainer_cpus=2,
+        ray__engine_cpus=2,
+    )
+    for name in (config.name, "prompts.jsonl", "tiny_rewards.py"):
+        (tmp_path / name).rename(folder / name)
+    return folder
+
+
+def placed(head: Machine, environment: dict[str, str]) -> dict[str, str]:
+    """On which machine each class of actor was."""
+    code, output = head.run(ACTORS, environment)
+    assert code == 0, output
+    found: dict[str, str] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def ended_well(output: str, shared: Path) -> None:
+    assert "done: 4 steps" in output, output
+    assert (shared / "outputs" / "spread" / "adapter_model.safetensors").is_file()
+    assert (shared / "outputs" / "spread" / "checkpoint-4" / "manifest.json").is_file()
+
+
+@pytest.fixture
+def on_premise(tmp_path: Path, shared: Path) -> Iterator[tuple[Callable[..., tuple[int, str]], Machine]]:
+    """A person's command line, and the head of the cluster that `ray up cluster/ray-up/on-premise.yaml` has made."""
+    home = tmp_path / "home"
+    (home / ".ray").mkdir(parents=True)
+    key = shared / "key"
+    with network(3, shared) as (laptop, machines):
+
+        def command(text: str, **environment: str) -> tuple[int, str]:
+            return laptop.run(text, {"HOME": str(home), "PYTHONPATH": str(REPOSITORY), **environment}, REPOSITORY)
+
+        command(f"ssh-keygen -q -t ed25519 -N '' -f {key}; ray get-auth-token --generate")
+        servers = [
+            machine.start("mkdir -p /run/sshd && exec /usr/sbin/sshd -D -o UsePAM=no -o AuthorizedKeysFile=/mnt/key.pub")
+            for machine in machines
+        ]
+        config = yaml.safe_load((REPOSITORY / "cluster" / "ray-up" / "on-premise.yaml").read_text())
+        config["provider"] |= {"head_ip": machines[0].address, "worker_ips": [m.address for m in machines[1:]]}
+        config["auth"] = {"ssh_user": "root", "ssh_private_key": str(key)}
+        config["setup_commands"] = [f"ln -sfn {sys.prefix} ~/eagleray-code/.venv"]  # instead of an hour of downloads
+        for name in ("head_start_ray_commands", "worker_start_ray_commands"):
+            config[name] = [line.replace("export ", "export PYTHONPATH=~/eagleray-code ") for line in config[name]]
+        written = tmp_path / "on-premise.yaml"
+        written.write_text(yaml.safe_dump(config))
+        code, output = command(f"ray up --yes --no-config-cache {written}")
+        assert code == 0, output
+        tunnel = laptop.start(f"exec ray dashboard {written}", {"HOME": str(home)}, REPOSITORY)
+        try:
+            wait_for(f"wget -qO- {DEFAULT_ADDRESS}", laptop)
+            wait_for("RAY_AUTH_MODE=token ray list nodes --format=json | grep -c ALIVE | grep -qx 3", machines[0], 120)
+            yield command, machines[0]
+        finally:
+            for process in (tunnel, *servers):
+                process.kill()
+                process.wait()
+
+
+@needs("ssh-keygen", "sshd", "rsync", "ip", "nsenter")
+def test_a_job_spreads_over_the_machines_that_ray_up_has_joined(
+    on_premise: tuple[Callable[..., tuple[int, str]], Machine], mine: Path, shared: Path
+) -> None:
+    command, head = on_premise
+    code, output = command(f"{EAGLERAY} submit {mine}/job.yaml")
+    assert code == 0, output
+    ended_well(output, shared)
+    where = placed(head, {"RAY_AUTH_MODE": "token"})
+    assert where["Trainer"] != where["RolloutEngine"], where
+    code, output = command(f"{EAGLERAY} submit {mine}/job.yaml output_dir=outputs/two max_steps=1000 --no-wait")
+    name = output.split()[1]
+    code, output = command(f"{EAGLERAY} status")
+    assert code == 0 and "job.yaml output_dir=outputs/two" in output and "running" in output
+    code, output = command(f"{EAGLERAY} stop {name} && {EAGLERAY} status {name}")
+    assert code == 0 and "stopped" in output, output
+    code, output = command(f"{EAGLERAY} status", RAY_AUTH_TOKEN="another")
+    assert code == 1 and "refuses this token" in output and "Traceback" not in output
+    left = "ray list actors --filter state=ALIVE | grep -c -E 'Trainer|RolloutEngine'"
+    assert head.run(left, {"RAY_AUTH_MODE": "token"})[1].strip() == "0"
+
+
+def slurm_conf(machines: list[Machine]) -> str:
+    nodes = "".join(f"NodeName={m.name} NodeAddr={m.address} CPUs=2\n" for m in machines)
+    settings: dict[str, Any] = {
+        "ClusterName": "machines",
+        "SlurmctldHost": f"{machines[0].name}({machines[0].address})",
+        "SlurmUser": "root",
+        "ProctrackType": "proctrack/linuxproc",
+        "SelectType": "select/cons_tres",
+        "StateSaveLocation": "/var/spool/slurmctld",
+        "SlurmdSpoolDir": "/var/spool/slurmd",
+        "SlurmctldPidFile": "/run/slurmctld.pid",
+        "SlurmdPidFile": "/run/slurmd.pid",
+        "PartitionName": "all Nodes=ALL Default=YES State=UP",
+    }
+    lines = [f"{key}={value}\n" for key, value in settings.items()]
+    return "".join([*lines[:-1], nodes, lines[-1]])
+
+
+def start_slurm(machines: list[Machine], shared: Path) -> dict[str, str]:
+    """Starts munge and Slurm on all machines, with the controller on the first; returns the environment of its commands."""
+    environment = {"SLURM_CONF": f"{SHARED}/slurm.conf"}
+    (shared / "slurm.conf").write_text(slurm_conf(machines))
+    (shared / "munge.key").write_bytes(os.urandom(1024))
+    munged = "munged --force --key-file=/run/munge/key --pid-file=/run/munge/pid --log-file=/run/munge/log"
+    for machine in machines:
+        daemons = "slurmctld && slurmd" if machine is machines[0] else "slurmd"
+        code, output = machine.run(
+            "mkdir -p /run/munge /var/spool/slurmd /var/spool/slurmctld && cp /mnt/munge.key /run/munge/key && "
+            "chown -R munge: /run/munge && chmod 400 /run/munge/key && "
+            f"setpriv --reuid munge --regid munge --clear-groups {munged} --seed-file=/run/munge/seed "
+            f"--socket=/run/munge/munge.socket.2 && {daemons}",
+            {**environment, "PATH": f"{os.environ['PATH']}:/usr/sbin"},
+        )
+        assert code == 0, output
+    wait_for("SLURM_CONF=/mnt/slurm.conf sinfo --noheader --states=idle | grep -q n", machines[0])
+    return environment
+
+
+@needs("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter")
+def test_the_slurm_script_runs_a_job_on_the_nodes_of_its_allocation(mine: Path, shared: Path) -> None:
+    shutil.copytree(mine, shared / "mine")
+    with network(3, shared) as (_, machines):
+        slurm = start_slurm(machines, shared)
+        job = {**slurm, "VENV": sys.prefix, "PYTHONPATH": "/opt", "HOME": HOME}
+        submit = "sbatch --wait --nodes=3 /opt/cluster/slurm/eagleray.sbatch job.yaml"
+        code, output = machines[1].run(f"cd {SHARED}/mine && {submit}", job)
+        log = (shared / "mine" / "eagleray-1.log").read_text()
+        assert code == 0, log
+        ended_well(log, shared)
+        hosts = {line.split(" on ")[1] for line in log.splitlines() if "trainer 0:" in line or "engine 0:" in line}
+        assert len(hosts) == 2, log
+        code, output = machines[1].run(f"cd {SHARED}/mine && {submit}", job)
+        assert code == 1 and "holds an earlier run" in (shared / "mine" / "eagleray-2.log").read_text()
+        for machine in machines:  # nothing is left behind
+            assert machine.run("ls /tmp; pgrep -a raylet")[1] == ""
