@@ -82,10 +82,11 @@ def on_premise(tmp_path: Path, shared: Path) -> Iterator[tuple[Callable[..., tup
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
     key = shared / "key"
+    person = {"HOME": str(home), "RAY_TMPDIR": str(home), "PYTHONPATH": str(REPOSITORY)}
     with network(3, shared) as (laptop, machines):
 
         def command(text: str, **environment: str) -> tuple[int, str]:
-            return laptop.run(text, {"HOME": str(home), "PYTHONPATH": str(REPOSITORY), **environment}, REPOSITORY)
+            return laptop.run(text, {**person, **environment}, REPOSITORY)
 
         command(f"ssh-keygen -q -t ed25519 -N '' -f {key}; ray get-auth-token --generate")
         servers = [
@@ -102,7 +103,7 @@ def on_premise(tmp_path: Path, shared: Path) -> Iterator[tuple[Callable[..., tup
         written.write_text(yaml.safe_dump(config))
         code, output = command(f"ray up --yes --no-config-cache {written}")
         assert code == 0, output
-        tunnel = laptop.start(f"exec ray dashboard {written}", {"HOME": str(home)}, REPOSITORY)
+        tunnel = laptop.start(f"exec ray dashboard {written}", person, REPOSITORY)
         try:
             wait_for(f"wget -qO- {DEFAULT_ADDRESS}", laptop)
             wait_for("RAY_AUTH_MODE=token ray list nodes --format=json | grep -c ALIVE | grep -qx 3", machines[0], 120)
