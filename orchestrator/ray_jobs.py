@@ -115,7 +115,7 @@ def logs(client: Any, job: str, *, follow_it: bool) -> int:
 
 
 def stop(client: Any, job: str) -> int:
-    """Ends a job and waits until it has. Returns 1 if it does not end."""
+    """Ends a job and waits until it has ended. Raises ActorError if it does not."""
     if not _ask(client.stop_job, job):
         print(f"job {job} was not running: {_state(client, job).lower()}")
         return 0
@@ -162,7 +162,7 @@ def _row(details: Any) -> tuple[str, str, str, str, str]:
         details.submission_id or details.job_id,
         details.status.lower(),
         f"{datetime.fromtimestamp(began):%Y-%m-%d %H:%M:%S}" if began else "-",
-        duration(ended - began) if began else "-",
+        duration(max(0.0, ended - began)) if began else "-",
         (details.metadata or {}).get(COMMAND) or details.entrypoint,
     )
 
