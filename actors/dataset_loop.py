@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from actors import adapter, device, hub, model, sharding, storage
-from actors.errors import ConfigError, DataError
+from actors.errors import ActorError, ConfigError, DataError
 from actors.methods import METHODS
 from actors.methods.base import OF_TRAINING, Inputs
 from actors.specs import DatasetTrainSpec
@@ -104,6 +104,8 @@ def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
         from transformers import EarlyStoppingCallback
 
         trainer.add_callback(EarlyStoppingCallback(spec.early_stopping_patience))
+    if spec.loss_watchdog is not None:
+        trainer.add_callback(watchdog(*spec.loss_watchdog))
     return trainer
 
 
@@ -175,9 +177,7 @@ def save_result(trainer: Any, spec: DatasetTrainSpec) -> None:
 def _tokenizer(spec: DatasetTrainSpec) -> Any:
     tokenizer = model.load_tokenizer(spec.model)
     # Masked wherever it pads, but a reward is read at the last token that is not this one.
-    tokenizer.pad_token = spec.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    if spec.chat_template is not None:
-        tokenizer.chat_template = spec.chat_template  # so that whoever uses the result writes as it was trained
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
@@ -251,6 +251,27 @@ def reporter(reports: Any) -> Any:
                 ray.get(self.sent)  # calls arrive in order, so all records have
 
     return Reporter()
+
+
+def watchdog(threshold: float, patience: int) -> Any:
+    """A callback that ends a job whose loss was above the threshold, or no number, at `patience` records in a row."""
+    from transformers import TrainerCallback
+
+    class Watchdog(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.above = 0
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            if logs is None or "loss" not in logs:
+                return
+            self.above = 0 if logs["loss"] <= threshold else self.above + 1
+            if self.above >= patience:
+                raise ActorError(
+                    f"loss_watchdog_threshold: the loss was above {threshold:g} at {self.above} records in a row, "
+                    f"{logs['loss']:g} at step {state.global_step}; lower learning_rate, or look at the rows"
+                )
+
+    return Watchdog()
 
 
 def record_of(logs: dict[str, Any]) -> tuple[str, dict[str, float]] | None:

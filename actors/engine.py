@@ -77,6 +77,8 @@ class RolloutEngine:
         )
         self.decoder = Decoder(self.llm.llm_engine)
         self.tokenizer = self.llm.get_tokenizer()
+        if spec.model.chat_template is not None:
+            self.tokenizer.chat_template = spec.model.chat_template
         self.asleep = False
 
     def __repr__(self) -> str:  # what the dashboard and Ray's logs call it

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.errors import DataError, EaglerayError
+from actors.errors import ConfigError, DataError, EaglerayError
 from actors.formats.base import IGNORED, Encode, FormatSpec, RowError
-from actors.formats.kto import build_judged
-from actors.formats.preference import build_pairs
-from actors.formats.reward import build_reward_pairs
-from actors.formats.sft import build_sft
+from actors.formats.kto import JUDGED_FORMATS, build_judged, judged_format
+from actors.formats.preference import PAIR_FORMATS, build_pairs, pair_format
+from actors.formats.reward import REWARD_FORMATS, build_reward_pairs, reward_format
+from actors.formats.sft import SFT_FORMATS, build_sft, sft_format
 from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut, read
 from actors.specs import ModelSpec
 
@@ -31,6 +31,20 @@ BUILDERS: dict[str, Callable[[FormatSpec, Any], Encode]] = {
     "orpo": build_pairs,
     "kto": build_judged,
     "reward_trainer": build_reward_pairs,
+}
+
+# What finds a method's format by its type, without a tokenizer.
+FORMATS: dict[str, Callable[[FormatSpec], Any]] = {
+    "sft": sft_format,
+    "dpo": pair_format,
+    "ipo": pair_format,
+    "orpo": pair_format,
+    "kto": judged_format,
+    "reward_trainer": reward_format,
+}
+FAMILIES = {
+    "user_defined",
+    *(name.partition(".")[0] for table in (SFT_FORMATS, PAIR_FORMATS, JUDGED_FORMATS, REWARD_FORMATS) for name in table),
 }
 
 BLOCK_TOKENS = 2**20  # encoded tokens that a worker holds before it writes them: 8 MiB with their labels
@@ -49,6 +63,7 @@ class PrepareSpec:
     tokenizer: str  # a hub name or a folder, as hub.resolve takes it
     sequence_len: int  # tokens
     trust_remote_code: bool = False
+    special_tokens: tuple[tuple[str, str], ...] = ()  # as of ModelSpec
     packing: bool = False  # several documents a row; sft only
     eval_packing: bool = False  # the same of the held-out rows
     tokenizer_digest: str = ""  # of its files: a process must not use the one that it loaded before they changed
@@ -69,6 +84,17 @@ class PartStats:
     longest: int = 0  # tokens of the longest row
     bad_rows: int = 0
     bad: list[BadRow] = field(default_factory=list)  # the first BAD_ROWS_KEPT of them
+
+
+def ensure_type(method: str, spec: FormatSpec) -> None:
+    """Raises ConfigError for a type that the method does not have."""
+    name = spec.type
+    if isinstance(name, str) and "." in name and name.partition(".")[0] not in FAMILIES:
+        raise ConfigError(
+            f"datasets: type: {name} is a function of your own, which only rl: grpo takes; write the rows that it "
+            "would make into a file, or use a mapping of fields and formats as the type"
+        )
+    FORMATS[method](spec)
 
 
 # Rows to ids.
@@ -124,7 +150,9 @@ def encoder(spec: PrepareSpec, source: int, tokenizer: bytes | None) -> RowEncod
 def _load_tokenizer(spec: PrepareSpec) -> Any:
     from actors.model import load_tokenizer  # here: it imports torch
 
-    return load_tokenizer(ModelSpec(spec.tokenizer, "float32", spec.trust_remote_code))
+    return load_tokenizer(
+        ModelSpec(spec.tokenizer, "float32", spec.trust_remote_code, special_tokens=spec.special_tokens)
+    )
 
 
 def sequences(row: EncodedRow) -> list[int]:

@@ -23,6 +23,8 @@ class ModelSpec:
     attn_implementation: str | None = None  # of dataset jobs, by transformers' name; None = its default
     quantization: str | None = None  # nf4 | int8: bitsandbytes, of the frozen base; None = none
     sharded: bool = False  # by FSDP2
+    special_tokens: tuple[tuple[str, str], ...] = ()  # eos_token and the like, where they are not the tokenizer's own
+    chat_template: str | None = None  # None = the tokenizer's own
 
 
 @dataclass(frozen=True)
@@ -227,9 +229,8 @@ class DatasetTrainSpec:
     job: Mapping[str, object]  # what a resumed job must have as it was; part of each checkpoint
     arguments: Mapping[str, Any]  # of the method's TRL configuration, beside what the method itself sets
     early_stopping_patience: int | None = None  # evaluations without a better held-out loss
+    loss_watchdog: tuple[float, int] | None = None  # the loss that is too high, and at how many records in a row
     save_total_limit: int | None = None  # checkpoints that are kept
-    chat_template: str | None = None  # that the rows were written with; None = the tokenizer's own
-    pad_token: str | None = None  # None = the tokenizer's own, else its end token
     resume_from: str | None = None  # a checkpoint
     threads: int | None = None  # CPU threads of a worker
     streamed: bool = False  # rows to train on come from Ray Train's dataset, and not from files

@@ -47,6 +47,7 @@ def training_arguments(config: JobConfig, *, gpu: bool, dtype: str, steps_per_ep
         "adam_beta1": config.adam_beta1,
         "adam_beta2": config.adam_beta2,
         "adam_epsilon": config.adam_epsilon,
+        "neftune_noise_alpha": config.neftune_noise_alpha,
         "bf16": dtype == "bfloat16",
         "tf32": config.tf32 if gpu and isinstance(config.tf32, bool) else None,
         "use_cpu": not gpu,

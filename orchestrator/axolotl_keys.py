@@ -1,10 +1,12 @@
-"""Keys that Axolotl has and Eagleray does not act on: two literal tables, dotted key -> sentence.
+"""Keys that Axolotl has and the schema has not: literal tables, dotted key -> sentence or name.
 
 HINTS change speed or reporting but no result: they are dropped, with the sentence in the log. REFUSED would
 change the result, or promise something that does not happen: they stop the job, with the sentence as the
-remedy. A key that we learn to act on moves to `schema.py`. Keys of dataset entries are written
-`datasets[].key`, for `test_datasets` too.
+remedy. RENAMED are other names for keys of `schema.py`, where a key that we learn to act on moves. Keys of
+dataset entries are written `datasets[].key`, for `test_datasets` too.
 """
+
+from typing import Any
 
 _KERNEL = "dropped: a faster kernel, same result; Eagleray uses PyTorch's own"
 _TRACKER = "dropped: Eagleray reports to TensorBoard and the Ray dashboard"
@@ -112,6 +114,10 @@ HINTS: dict[str, str] = {
     "hub_revision": _HUB,
     "save_safetensors": "dropped: checkpoints are always safetensors",
     "tokenizer_save_jinja_files": "dropped: it only changes how the tokenizer is saved",
+    "skip_prepare_dataset": "dropped: Eagleray prepares the rows by their type in every case",
+    "save_first_step": "dropped: checkpoints are saved at save_steps or saves_per_epoch",
+    "fsdp_final_state_dict_type": "dropped: the result is always saved whole",
+    "debug": "dropped: it concerns Axolotl's own output",
     "gradio_title": "dropped: it concerns Axolotl's demo page",
     "gradio_share": "dropped: it concerns Axolotl's demo page",
     "gradio_server_name": "dropped: it concerns Axolotl's demo page",
@@ -173,7 +179,6 @@ REFUSED: dict[str, str] = {
     "overrides_of_model_config": _LOAD,
     "model_kwargs": _LOAD,
     "overrides_of_model_kwargs": _LOAD,
-    "type_of_model": "use model_type",
     "model_revision": "download that revision and give its folder as base_model",
     "revision_of_model": "download that revision and give its folder as base_model",
     "rope_scaling": _LOAD,
@@ -210,8 +215,8 @@ REFUSED: dict[str, str] = {
     "peft_autocast_adapter_dtype": "adapters are always trained in float32; leave it out",
     "loraplus_lr_ratio": _LR,
     "loraplus_lr_embedding": _LR,
-    "merge_lora": "merge the trained adapter with PEFT's merge_and_unload",
-    "merge_method": "merge the trained adapter with PEFT's merge_and_unload",
+    "merge_lora": "merge the trained adapter with `eagleray merge OUTPUT_DIR`",
+    "merge_method": "merge the trained adapter with `eagleray merge OUTPUT_DIR`",
     "relora": _RELORA,
     "relora_steps": _RELORA,
     "relora_warmup_steps": _RELORA,
@@ -248,8 +253,6 @@ REFUSED: dict[str, str] = {
     "dion_momentum": "use an AdamW optimizer",
     "dion_rank_fraction": "use an AdamW optimizer",
     "dion_rank_multiple_of": "use an AdamW optimizer",
-    "neftune_noise_alpha": "leave it out: no noise is added to the embeddings",
-    "noisy_embedding_alpha": "leave it out: no noise is added to the embeddings",
     "xformers_attention": _ATTENTION,
     "s2_attention": _ATTENTION,
     "flex_attention": _ATTENTION,
@@ -272,7 +275,6 @@ REFUSED: dict[str, str] = {
     "multipack_real_batches": "use sample_packing",
     "curriculum_sampling": "use shuffle_merged_datasets: false",
     "shuffle_before_merging_datasets": "use shuffle_merged_datasets",
-    "skip_prepare_dataset": "rows are always prepared by Eagleray; leave it out",
     "dataset_exact_deduplication": _PREPARE,
     "dataset_shard_num": _PREPARE,
     "dataset_shard_idx": _PREPARE,
@@ -287,7 +289,6 @@ REFUSED: dict[str, str] = {
     "pose_num_chunks": "use sequence_len",
     "eval_strategy": "use eval_steps or evals_per_epoch",
     "evaluation_strategy": "use eval_steps or evals_per_epoch",
-    "save_first_step": "use save_steps",
     "dynamic_checkpoint": "use save_steps",
     "load_best_model_at_end": "use save_total_limit and choose among the checkpoints",
     "metric_for_best_model": "use save_total_limit and choose among the checkpoints",
@@ -299,13 +300,10 @@ REFUSED: dict[str, str] = {
     "bench_split": _EVAL,
     "trainer_cls": "use rl to choose the method",
     "accelerator_config": _PARALLEL,
-    "fsdp": "use fsdp_version: 2 and fsdp_config",
-    "fsdp_final_state_dict_type": "use fsdp_config with final_state_dict_type",
-    "sequence_parallel_degree": "use context_parallel_size",
+    "fsdp": "use full_shard, shard_grad_op, auto_wrap and offload only, or fsdp_version: 2 with fsdp_config",
     "heads_k_stride": "use context_parallel_size",
     "ring_attn_func": "use context_parallel_size",
     "expert_parallel_size": _PARALLEL,
-    "dpo_beta": "use rl_beta",
     "dpo_use_weighting": "use dpo_loss_type",
     "dpo_loss_weights": "use one dpo_loss_type",
     "dpo_use_logits_to_keep": "leave it out",
@@ -321,12 +319,7 @@ REFUSED: dict[str, str] = {
     "trl.sync_ref_model": "the reference is always the base model; leave it out",
     "trl.ref_model_mixup_alpha": "the reference is always the base model; leave it out",
     "trl.ref_model_sync_steps": "the reference is always the base model; leave it out",
-    "trl.repetition_penalty": "write it under trl.generation_kwargs",
     "trl.vllm_guided_decoding_regex": "write structured_outputs under trl.generation_kwargs",
-    "trl.vllm_gpu_memory_utilization": "use vllm.gpu_memory_utilization",
-    "trl.vllm_dtype": "use vllm.dtype",
-    "trl.vllm_max_model_len": "use vllm.max_model_len",
-    "trl.vllm_enable_prefix_caching": "use vllm.enable_prefix_caching",
     "trl.rollout_func": "use trl.reward_funcs",
     "trl.async_prefetch": "use ray.max_staleness: 1",
     "trl.prefetch_depth": "use ray.max_staleness",
@@ -367,3 +360,25 @@ ACTS_WHEN_FALSE = frozenset(
         "pretrain_multipack_attn",
     }
 )
+
+# Refused keys with the values that ask for what Eagleray does anyway.
+AS_HERE: dict[str, tuple[Any, ...]] = {
+    "num_labels": (1,),
+    "tokenizer_use_fast": (True,),
+    "peft_autocast_adapter_dtype": (True,),
+    "peft_init_lora_weights": (True,),
+    "trl.vllm_importance_sampling_correction": (True,),
+}
+
+# Other names, Axolotl's older ones or TRL's, for keys of the schema. What is written under them is moved there.
+RENAMED: dict[str, str] = {
+    "dpo_beta": "rl_beta",
+    "type_of_model": "model_type",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
+    "sequence_parallel_degree": "context_parallel_size",
+    "trl.repetition_penalty": "trl.generation_kwargs.repetition_penalty",
+    "trl.vllm_gpu_memory_utilization": "vllm.gpu_memory_utilization",
+    "trl.vllm_dtype": "vllm.dtype",
+    "trl.vllm_max_model_len": "vllm.max_model_len",
+    "trl.vllm_enable_prefix_caching": "vllm.enable_prefix_caching",
+}

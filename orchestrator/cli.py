@@ -111,6 +111,14 @@ def _top(args: argparse.Namespace) -> int:
     return top(args.output_dir, args.address, args.once)
 
 
+def _import(args: argparse.Namespace) -> int:
+    from orchestrator.import_report import import_report, show
+
+    report = import_report(args.config, args.overrides)
+    show(report)
+    return 0 if report.would_run else 1
+
+
 def _merge(args: argparse.Namespace) -> int:
     from orchestrator.merge import merge
 
@@ -157,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     job_command("run", _run, "Run a job: on the cluster of RAY_ADDRESS, or on this machine.")
     job_command("plan", _plan, "Print what a job would start, and whether the cluster can hold it. Starts nothing.")
     submit = job_command("submit", _submit, "Run a job through Ray's job API and follow its log.")
+    job_command("import", _import, "Tell what Eagleray makes of each key of an Axolotl file, and whether it would run.")
     submit.add_argument("--no-wait", action="store_true", help="return once the cluster has it")
     status = commands.add_parser("status", help="List the jobs of a cluster, or say what is known of one.")
     status.add_argument("job", nargs="?", metavar="JOB")

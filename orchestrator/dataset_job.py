@@ -26,7 +26,15 @@ from orchestrator.data import ensure_usable
 from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
 from orchestrator.display import DATASET_COLUMNS, Display
 from orchestrator.environment import worker_environment
-from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, trained_lora, write_config
+from orchestrator.jobs import (
+    RunResult,
+    metrics_log,
+    quantization,
+    special_tokens,
+    tell_stop,
+    trained_lora,
+    write_config,
+)
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
 from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare, stream
@@ -35,6 +43,7 @@ from orchestrator.sharding import kind
 from orchestrator.watch import watched
 
 MAX_RESTARTS = 5  # of a job with a range of workers
+WATCHDOG_PATIENCE = 3  # records with too high a loss, as Axolotl has it
 POLL_S = 0.5  # how often the driver asks for new records
 
 
@@ -289,7 +298,14 @@ def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Pat
     return DatasetTrainSpec(
         method=config.rl or "sft",
         model=ModelSpec(
-            config.base_model, plan.dtype, config.trust_remote_code, plan.attention, quantization(config), sharded == "fsdp"
+            config.base_model,
+            plan.dtype,
+            config.trust_remote_code,
+            plan.attention,
+            quantization(config),
+            sharded == "fsdp",
+            special_tokens(config),
+            chat_template_text(config),
         ),
         lora=trained_lora(config),
         train_files=rows.train.files,
@@ -301,12 +317,17 @@ def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Pat
         job=identity(config),
         arguments=arguments,
         early_stopping_patience=config.early_stopping_patience,
+        loss_watchdog=_loss_watchdog(config),
         save_total_limit=config.save_total_limit,
-        chat_template=chat_template_text(config),
-        pad_token=(config.special_tokens or {}).get("pad_token"),
         resume_from=str(resume) if resume else None,
         threads=plan.threads,
     )
+
+
+def _loss_watchdog(config: JobConfig) -> tuple[float, int] | None:
+    if config.loss_watchdog_threshold is None:
+        return None
+    return config.loss_watchdog_threshold, config.loss_watchdog_patience or WATCHDOG_PATIENCE
 
 
 def identity(config: JobConfig) -> dict[str, Any]:

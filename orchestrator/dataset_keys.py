@@ -6,9 +6,25 @@ See `runnable.py` for what the tables mean. When a feature arrives, its line mov
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from orchestrator.online_keys import ATTENTION, LIGER, SPEED_PLUGINS, WANDB, WANDB_LIMITS, absent_or
+from actors.errors import ConfigError
+from actors.formats.base import FormatSpec
+from actors.formats.templates import has_template
+from actors.preparing import ensure_type
+from orchestrator.online_keys import (
+    ATTENTION,
+    LIGER,
+    MEMORY,
+    NO_TEMPLATE,
+    SPEED_PLUGINS,
+    TOKENIZER_LIMIT,
+    WANDB,
+    WANDB_LIMITS,
+    absent_or,
+    class_notes,
+    is_class,
+)
 from orchestrator.schema import DatasetConfig, JobConfig
-from orchestrator.source import Problem
+from orchestrator.source import Problem, Translation
 
 # fmt: off
 ACTS_ON = frozenset({
@@ -23,7 +39,8 @@ ACTS_ON = frozenset({
     "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "tf32", "gradient_checkpointing", "seed",
     "attn_implementation", "sdp_attention", "flash_attention", "torch_compile", "save_steps", "saves_per_epoch",
     "save_strategy", "save_total_limit", "eval_steps", "evals_per_epoch", "logging_steps", "resume_from_checkpoint",
-    "auto_resume_from_checkpoints", "early_stopping_patience", "use_tensorboard", "ddp_timeout",
+    "auto_resume_from_checkpoints", "early_stopping_patience", "use_tensorboard", "loss_watchdog_threshold",
+    "loss_watchdog_patience", "neftune_noise_alpha", "ddp_timeout",
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ray_num_workers",
     "resources_per_worker", "ray_run_name", "rl_beta", "dpo_loss_type", "dpo_label_smoothing", "orpo_alpha",
     "kto_desirable_weight", "kto_undesirable_weight", "center_rewards_coefficient", "trl.beta", "ray.max_bad_rows",
@@ -38,27 +55,28 @@ SCHEDULERS = (
     "cosine_with_min_lr",
 )
 # fmt: on
-
+SPECIAL_TOKENS = frozenset({"bos_token", "eos_token", "pad_token", "unk_token"})
+_SPECIAL = ", ".join(sorted(SPECIAL_TOKENS))
 
 # (key, is the value one that these methods do not do?, sentence)
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "model_type",
-        absent_or("AutoModelForCausalLM", "AutoModelForSequenceClassification", "LlamaForCausalLM", "MistralForCausalLM"),
-        "cannot be chosen: the class follows from the model; remove the key",
+        lambda v: not (is_class(v, "ForCausalLM") or is_class(v, "ForSequenceClassification")),
+        "is no class of language or reward models; remove the key",
     ),
-    ("tokenizer_type", absent_or("AutoTokenizer"), "only AutoTokenizer is loaded; use that or remove it"),
+    TOKENIZER_LIMIT,
     ("optimizer", absent_or(*OPTIMIZERS), f"is not implemented yet; use one of {', '.join(OPTIMIZERS)}"),
     ("lr_scheduler", absent_or(*SCHEDULERS), f"is not implemented yet; use one of {', '.join(SCHEDULERS)}"),
+    ("chat_template", lambda v: not has_template(v), NO_TEMPLATE),
     ("attn_implementation", absent_or(*ATTENTION), f"is not implemented yet; use one of {', '.join(ATTENTION)}"),
-    ("gradient_checkpointing", lambda v: isinstance(v, str), "offloading is not implemented yet; use true or false"),
     ("save_strategy", absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
     (
         "plugins",
         lambda v: any(name.rpartition(".")[2] not in SPEED_PLUGINS for name in v or []),
         "cannot be loaded; remove it",
     ),
-    ("special_tokens", lambda v: bool(set(v or {}) - {"pad_token"}), "is not implemented yet; keep pad_token only"),
+    ("special_tokens", lambda v: bool(set(v or {}) - SPECIAL_TOKENS), "is not implemented yet; name only " + _SPECIAL),
     *WANDB_LIMITS,
 )
 
@@ -67,7 +85,7 @@ IDLE: dict[str, str] = {
     "use_ray": "not used: every job runs on Ray",
     "strict": "not used: every file is checked strictly",
     **LIGER,
-    "gradient_checkpointing_kwargs": "not used: they change memory and speed, no result",
+    **MEMORY,
     "pad_to_sequence_len": "not used: batches are padded to their longest row",
     **dict.fromkeys(
         (
@@ -134,11 +152,7 @@ NOT_YET: dict[str, str] = {
     "shuffle_merged_datasets": "rows are shuffled anew for every epoch; remove it",
     "bnb_config_kwargs": "is not implemented yet; NF4 with double quantization, or int8, is what load_in_4bit and _8bit give",
     "lr_groups": "is not implemented yet; use learning_rate",
-    "activation_offloading": "is not implemented yet; use gradient_checkpointing: true",
     "liger_use_token_scaling": "changes the loss and is not implemented yet; remove it",
-    "save_only_model": "checkpoints always hold what a resume needs; remove it",
-    "loss_watchdog_threshold": "is not implemented yet; remove it",
-    "loss_watchdog_patience": "is not implemented yet; remove it",
     "tensor_parallel_size": _SPLIT,
     "context_parallel_size": _SPLIT,
     "dp_shard_size": _SPLIT,
@@ -146,14 +160,26 @@ NOT_YET: dict[str, str] = {
 }
 
 
-def entry_problems(key: str, entry: DatasetConfig) -> Iterator[Problem]:
-    """Formats refuse what they do not know, with the names that they have."""
+def entry_problems(key: str, entry: DatasetConfig, rl: str | None) -> Iterator[Problem]:
+    """A type that the method does not have, with those that it has; formats say the same of fields when rows are read."""
+    try:
+        ensure_type(rl or "sft", FormatSpec(type=entry.type))
+    except ConfigError as error:
+        text = str(error).removeprefix("datasets: ").removeprefix("type: ").removeprefix("type ")
+        yield Problem(f"{key}.type", text)
+    if not has_template(entry.chat_template):
+        yield Problem(f"{key}.chat_template", f"{entry.chat_template} {NO_TEMPLATE}")
     if entry.trust_remote_code:
         yield Problem(f"{key}.trust_remote_code", "datasets no longer runs code of a dataset; remove it")
 
 
 def notes(config: JobConfig) -> Iterator[Problem]:
-    """Settings that belong to another method."""
+    """Settings that belong to another method, or follow from the model."""
+    yield from class_notes(config)
+    for name, entries in (("datasets", config.datasets), ("test_datasets", config.test_datasets)):
+        for index, entry in enumerate(entries or []):
+            if entry.type == "sharegpt":
+                yield Translation(f"{name}[{index}].type", "read as chat_template on `conversations` of `from` and `value`")
     theirs: dict[str, tuple[str | None, ...]] = {
         "sample_packing": (None,),
         "train_on_inputs": (None,),

@@ -99,6 +99,11 @@ def quantization(config: JobConfig) -> str | None:
     return "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
 
 
+def special_tokens(config: JobConfig) -> tuple[tuple[str, str], ...]:
+    """The tokens that a dataset job names instead of its tokenizer's own, as ModelSpec has them."""
+    return tuple(sorted((name, str(token)) for name, token in (config.special_tokens or {}).items() if token))
+
+
 def metrics_log(config: JobConfig, resumed_from: int, display: Display) -> MetricsLog:
     """The log of a run that goes on after step `resumed_from`; 0 is a new one."""
     output_dir = Path(config.output_dir)

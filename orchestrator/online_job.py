@@ -10,6 +10,7 @@ from typing import Any
 from actors import device, hub, model, storage
 from actors.engine import prompt_token_ids
 from actors.errors import ActorError
+from actors.formats.templates import CHAT_TEMPLATES, OWN
 from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from orchestrator import checkpoints, cluster, sharding, starting_adapter
 from orchestrator.cluster import Actors
@@ -53,7 +54,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
     ensure_rewards(config, plan, conversational=conversational)
     hub.resolve(config.base_model)
     starting_adapter.ensure_fits(config)
-    spec = ModelSpec(config.base_model, "float32", config.trust_remote_code)
+    spec = model_spec(config, plan)
     _ensure_engines_can_share(config, spec)
     window = model.attention_window(spec)
     if window is not None and config.sequence_len > window:
@@ -260,6 +261,7 @@ def model_spec(config: JobConfig, plan: Plan) -> ModelSpec:
         config.trust_remote_code,
         quantization=quantization(config),
         sharded=sharding.kind(config) == "fsdp",
+        chat_template=CHAT_TEMPLATES.get(config.chat_template or OWN),
     )
 
 

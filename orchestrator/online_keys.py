@@ -8,8 +8,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from actors.formats.templates import CHAT_TEMPLATES, OWN
 from orchestrator.schema import DatasetConfig, JobConfig
-from orchestrator.source import Problem
+from orchestrator.source import Problem, Translation
+from orchestrator.values import value_of
 
 # fmt: off
 WANDB = (
@@ -47,6 +49,7 @@ DATASET_ACTS_ON = frozenset({
 # fmt: on
 
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
+PAGED_ADAMW = "paged_adamw_32bit"  # the same formula, with states that may move to the CPU
 # fmt: off
 # the ones that transformers builds from warmup and total steps alone
 SCHEDULERS = (
@@ -61,6 +64,7 @@ GENERATION_KWARGS = (
     "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "bad_words",
     "allowed_token_ids", "logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty",
 )  # fmt: skip
+NO_TEMPLATE = f"is no template that Eagleray has; use {OWN}, which is the model's own, or one of {', '.join(CHAT_TEMPLATES)}"
 SPEED_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin")
 
 
@@ -69,6 +73,16 @@ def absent_or(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value is not None and value not in values
 
 
+def is_class(name: str | None, ending: str) -> bool:
+    """Whether a class of transformers by that ending is named, or none."""
+    return name is None or name.endswith(ending)
+
+
+TOKENIZER_LIMIT = (
+    "tokenizer_type",
+    lambda v: not (is_class(v, "Tokenizer") or is_class(v, "TokenizerFast")),
+    "is no class of tokenizers; remove the key",
+)
 WANDB_LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("wandb_watch", absent_or("", "false", "none"), "gradients are not watched; remove it"),
     ("wandb_log_model", absent_or("", "false", "end"), "is not implemented yet; end uploads the result"),
@@ -76,25 +90,12 @@ WANDB_LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 # (key, is the value one that rl: grpo does not do?, sentence)
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "model_type",
-        absent_or("AutoModelForCausalLM"),
-        "only AutoModelForCausalLM is loaded; use that or remove it",
-    ),
-    ("tokenizer_type", absent_or("AutoTokenizer"), "only AutoTokenizer is loaded; use that or remove it"),
-    ("optimizer", absent_or(*OPTIMIZERS), f"is not implemented yet; use {' or '.join(OPTIMIZERS)}"),
+    ("model_type", lambda v: not is_class(v, "ForCausalLM"), "is no class of language models; remove the key"),
+    TOKENIZER_LIMIT,
+    ("optimizer", absent_or(*OPTIMIZERS, PAGED_ADAMW), f"is not implemented yet; use {' or '.join(OPTIMIZERS)}"),
     ("lr_scheduler", absent_or(*SCHEDULERS), f"is not implemented yet; use one of {', '.join(SCHEDULERS)}"),
     ("attn_implementation", absent_or(*ATTENTION), f"is not implemented yet; use one of {', '.join(ATTENTION)}"),
-    (
-        "gradient_checkpointing",
-        lambda v: isinstance(v, str),
-        "offloading is not implemented yet; use true or false",
-    ),
-    (
-        "chat_template",
-        absent_or("tokenizer_default"),
-        "the tokenizer's own template is used; remove the key",
-    ),
+    ("chat_template", absent_or(OWN, *CHAT_TEMPLATES), NO_TEMPLATE),
     ("save_strategy", absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
     ("ray_num_workers", lambda v: isinstance(v, list), "a trainer's ranks cannot change while it runs; give one number"),
     (
@@ -102,11 +103,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: any(name.rpartition(".")[2] not in SPEED_PLUGINS for name in v or []),
         "cannot be loaded; remove it",
     ),
-    (
-        "special_tokens",
-        lambda v: bool(set(v or {}) - {"pad_token"}),
-        "is not implemented yet; keep pad_token only",
-    ),
+    ("special_tokens", lambda v: bool(set(v or {}) - {"pad_token"}), "is not implemented yet; keep pad_token only"),
     (
         "trl.generation_kwargs",
         lambda v: bool(set(v or {}) - set(GENERATION_KWARGS)),
@@ -137,6 +134,11 @@ LIGER = dict.fromkeys(
     ),
     "not used: a faster kernel, same result",
 )
+MEMORY = {
+    "gradient_checkpointing_kwargs": "not used: they change memory and speed, no result",
+    "activation_offloading": "not used: it changes memory and speed, no result",
+    "save_only_model": "not used: checkpoints always hold what a resume needs",
+}
 _ATTENTION = "not used: attention knows which completions share a prompt, which no kernel by name does; same result"
 _DDP = "not used: ranks add up their gradients once a step"
 IDLE: dict[str, str] = {
@@ -149,7 +151,8 @@ IDLE: dict[str, str] = {
     "special_tokens": "not used: padding is masked, so its token changes nothing",
     **LIGER,
     "tf32": "not used: PyTorch's own setting stays",
-    "gradient_checkpointing_kwargs": "not used: they change memory and speed, no result",
+    **MEMORY,
+    "torch_compile": "not used: it changes speed, no result",
     "eot_tokens": _SFT,
     "train_on_inputs": _SFT,
     "sample_packing": "not needed: completions are trained without padding to sequence_len",
@@ -183,16 +186,14 @@ NOT_YET: dict[str, str] = {
     "lora_fan_in_fan_out": "is not implemented yet; remove it",
     "peft_use_dora": "vLLM cannot sample from a DoRA adapter; remove it",
     "pretraining_dataset": "rl: grpo reads datasets; use that",
-    "chat_template_jinja": "the tokenizer's own template is used; remove it",
+    "chat_template_jinja": "is not implemented yet; use chat_template with a name, or none for the model's own",
     "streaming": "is not implemented yet; remove it",
     "shuffle_merged_datasets": "prompts are always shuffled; remove it",
     "lr_groups": "is not implemented yet; use learning_rate",
     "cosine_min_lr_ratio": "is not implemented yet; use lr_scheduler: cosine or linear",
-    "activation_offloading": "is not implemented yet; use gradient_checkpointing: true",
-    "torch_compile": "is not implemented yet; remove it",
     "liger_use_token_scaling": "changes the loss and is not implemented yet; remove it",
-    "save_only_model": "checkpoints always hold what a resume needs; remove it",
     "early_stopping_patience": "is not implemented yet; use max_steps",
+    "neftune_noise_alpha": "rl: grpo adds no noise to the embeddings; remove it",
     "loss_watchdog_threshold": "is not implemented yet; remove it",
     "loss_watchdog_patience": "is not implemented yet; remove it",
     "tensor_parallel_size": _SPLIT,
@@ -204,7 +205,7 @@ NOT_YET: dict[str, str] = {
 _DATASET_NOT_YET = "rl: grpo does not read it; shape the rows with type: module.fn, a function that returns a transform"
 
 
-def entry_problems(key: str, entry: DatasetConfig) -> Iterator[Problem]:
+def entry_problems(key: str, entry: DatasetConfig, rl: str | None) -> Iterator[Problem]:
     """What a dataset entry asks for that prompts do not have."""
     if entry.type is not None and not (isinstance(entry.type, str) and FUNCTION.fullmatch(entry.type)):
         yield Problem(f"{key}.type", f"{entry.type}: {_DATASET_NOT_YET}")
@@ -213,8 +214,20 @@ def entry_problems(key: str, entry: DatasetConfig) -> Iterator[Problem]:
             yield Problem(f"{key}.{f.name}", _DATASET_NOT_YET)
 
 
+def class_notes(config: JobConfig) -> Iterator[Problem]:
+    """Classes that are named, where they follow from the model."""
+    for key, auto in (("model_type", "AutoModelForCausalLM"), ("tokenizer_type", "AutoTokenizer")):
+        if value_of(config, key) not in (None, auto):
+            yield Problem(key, "not used: the class follows from the model's own files and from the method")
+
+
 def notes(config: JobConfig) -> Iterator[Problem]:
     """Settings that are taken in another way than they are written."""
+    yield from class_notes(config)
+    if config.optimizer == PAGED_ADAMW:
+        yield Translation("optimizer", "read as adamw_torch: the same formula, and nothing moves to the CPU")
+    if not config.trl.use_vllm:
+        yield Translation("trl.use_vllm", "read as true: Eagleray always samples with vLLM, from the policy of that step")
     if config.trl.vllm_enable_sleep_mode and config.trl.vllm_mode == "server":
         text = "not used: with vllm_mode: server engines have a placement of their own, so they need not sleep"
         yield Problem("trl.vllm_enable_sleep_mode", text)

@@ -20,19 +20,16 @@ import ray
 import ray.data
 
 from actors import hub, snapshot, storage, streaming
-from actors.errors import ConfigError, DataError, EaglerayError
+from actors.errors import DataError, EaglerayError
 from actors.formats.base import FormatSpec
-from actors.formats.kto import JUDGED_FORMATS
-from actors.formats.preference import PAIR_FORMATS
-from actors.formats.reward import REWARD_FORMATS
-from actors.formats.sft import SFT_FORMATS
 from actors.formats.templates import OWN, template_of
 from actors.model import load_tokenizer
-from actors.preparing import BAD_ROWS_KEPT, BUILDERS, PartStats, PrepareSpec, conduct, cut_file, prepare_piece
+from actors.preparing import BAD_ROWS_KEPT, BUILDERS, PartStats, PrepareSpec, conduct, cut_file, ensure_type, prepare_piece
 from actors.reading import BadRow, Piece, SourceFile, SourceSpec
 from actors.specs import ModelSpec
 from orchestrator import cluster
 from orchestrator.data import ensure_usable, held_out_count, hub_spec, local_files
+from orchestrator.jobs import special_tokens
 from orchestrator.schema import DatasetConfig, JobConfig
 from orchestrator.source import Problem
 
@@ -45,10 +42,6 @@ STREAM_BLOCK_BYTES = 2**16  # of a stream: small, so that the first one comes so
 BLOCK_BYTES = 2**20  # of files a task at least: a worker process takes longer to start than to encode less
 TIMEOUT_S = 24 * 3600
 
-TYPES = {
-    "user_defined",
-    *(name.partition(".")[0] for table in (SFT_FORMATS, PAIR_FORMATS, JUDGED_FORMATS, REWARD_FORMATS) for name in table),
-}
 MANIFEST = "manifest.json"
 # What a tokenizer is read from, in the folder of its model.
 TOKENIZER_FILES = ("tokenizer*", "*token*.json", "vocab*", "merges.txt", "*.model", "*chat_template*", "*.py")
@@ -134,11 +127,13 @@ def stream(config: JobConfig, search_paths: Sequence[str], quarantine: Any, read
 def check(config: JobConfig, search_paths: Sequence[str]) -> None:
     """Raises what `prepare` would for missing files and unknown types; reads no row and starts nothing."""
     spec, _ = _what_to_read(config, search_paths)
-    tokenizer = _ensure_types(spec)
-    pad_token = (config.special_tokens or {}).get("pad_token")
-    if pad_token is not None and pad_token not in tokenizer.get_vocab():
-        text = f"{pad_token} is no token of {config.base_model}, and new tokens are not implemented yet; name one that it has"
-        config.source.raise_if_any([Problem("special_tokens.pad_token", text)])
+    _ensure_types(spec)
+    if not spec.special_tokens:
+        return
+    known = _tokenizer(config.base_model, config.trust_remote_code).get_vocab()
+    text = f"is no token of {config.base_model}, and new tokens are not implemented yet; name one that it has"
+    unknown = [(name, token) for name, token in spec.special_tokens if token not in known]
+    config.source.raise_if_any(Problem(f"special_tokens.{name}", f"{token} {text}") for name, token in unknown)
 
 
 def fingerprint(config: JobConfig, search_paths: Sequence[str]) -> str:
@@ -157,7 +152,7 @@ def chat_template_text(config: JobConfig) -> str | None:
     spec = format_spec(config, (config.datasets or [])[0])
     if spec.chat_template in (None, OWN):
         return None
-    return template_of(spec, load_tokenizer(ModelSpec(config.base_model, "float32", config.trust_remote_code)))
+    return template_of(spec, _tokenizer(config.base_model, config.trust_remote_code, special_tokens(config)))
 
 
 def format_spec(config: JobConfig, entry: DatasetConfig) -> FormatSpec:
@@ -209,6 +204,7 @@ def _what_to_read(config: JobConfig, search_paths: Sequence[str]) -> tuple[Prepa
         sources=tuple(sources),
         tokenizer=config.base_model,
         trust_remote_code=config.trust_remote_code,
+        special_tokens=special_tokens(config),
         sequence_len=config.sequence_len,
         packing=packing,
         eval_packing=packing and config.eval_sample_packing is not False,
@@ -219,16 +215,15 @@ def _what_to_read(config: JobConfig, search_paths: Sequence[str]) -> tuple[Prepa
 
 def _ensure_types(spec: PrepareSpec) -> Any:
     """The tokenizer. Raises ConfigError for a type that the method does not have, before anything is read."""
-    tokenizer = load_tokenizer(ModelSpec(spec.tokenizer, "float32", spec.trust_remote_code))
+    tokenizer = _tokenizer(spec.tokenizer, spec.trust_remote_code, spec.special_tokens)
     for source in spec.sources:
-        name = source.format.type
-        if isinstance(name, str) and "." in name and name.partition(".")[0] not in TYPES:
-            raise ConfigError(
-                f"datasets: type: {name} is a function of your own, which only rl: grpo takes; write the rows that it "
-                "would make into a file, or use a mapping of fields and formats as the type"
-            )
+        ensure_type(spec.method, source.format)
         BUILDERS[spec.method](source.format, tokenizer)
     return tokenizer
+
+
+def _tokenizer(model: str, trust_remote_code: bool, special_tokens: tuple[tuple[str, str], ...] = ()) -> Any:
+    return load_tokenizer(ModelSpec(model, "float32", trust_remote_code, special_tokens=special_tokens))
 
 
 def _digest(config: JobConfig, spec: PrepareSpec, files: Iterable[SourceFile]) -> str:

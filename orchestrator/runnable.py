@@ -30,16 +30,25 @@ def ensure_runnable(config: JobConfig) -> None:
 
     `load` accepts every job of the dialect; this is asked before anything is planned or started.
     """
+    config.source.raise_if_any(refusals(config))
+    for note in remarks(config):
+        log.warning("%s", config.source.describe(note))
+
+
+def refusals(config: JobConfig) -> list[Problem]:
+    """What of a job this version cannot do."""
     if config.rl not in METHODS:
         runs = ", ".join(name for name in METHODS if name)
         text = f"{config.rl} is not implemented yet: this version of Eagleray runs {runs}, and SFT without rl"
-        config.source.raise_if_any([Problem("rl", text)])
+        return [Problem("rl", text)]
+    return [*_not_runnable(config), *sharding.problems(config)]
+
+
+def remarks(config: JobConfig) -> list[Problem]:
+    """Which written keys of a job that can run change nothing in it, or are taken in another way than they are written."""
     tables = METHODS[config.rl]
-    config.source.raise_if_any(not_runnable(config))
-    config.source.raise_if_any(sharding.problems(config))
-    notes = [Problem(key, text) for key, text in tables.IDLE.items() if value_of(config, key) != default_of(key)]
-    for note in [*notes, *tables.notes(config), *sharding.notes(config)]:
-        log.warning("%s", config.source.describe(note))
+    idle = [Problem(key, text) for key, text in tables.IDLE.items() if value_of(config, key) != default_of(key)]
+    return [*idle, *tables.notes(config), *sharding.notes(config)]
 
 
 def keys() -> list[str]:
@@ -54,8 +63,7 @@ def default_of(key: str) -> Any:
     return value_of(JobConfig(), key)
 
 
-def not_runnable(config: JobConfig) -> Iterator[Problem]:
-    """What this version does not do of a job whose method it has."""
+def _not_runnable(config: JobConfig) -> Iterator[Problem]:
     tables = METHODS[config.rl]
     for key, excluded, text in tables.LIMITS:
         value = value_of(config, key)
@@ -66,4 +74,4 @@ def not_runnable(config: JobConfig) -> Iterator[Problem]:
             yield Problem(key, text)
     for name, entries in (("datasets", config.datasets), ("test_datasets", config.test_datasets)):
         for index, entry in enumerate(entries or []):
-            yield from tables.entry_problems(f"{name}[{index}]", entry)
+            yield from tables.entry_problems(f"{name}[{index}]", entry, config.rl)

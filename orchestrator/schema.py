@@ -235,6 +235,7 @@ class JobConfig:
     bf16: bool | str = "auto"  # true | false | auto | full
     fp16: bool = False
     tf32: bool | str | None = None
+    neftune_noise_alpha: float | None = None  # noise on the embeddings while they are trained (NEFTune)
     gradient_checkpointing: bool | str = False  # true | false | offload | offload_disk
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
     activation_offloading: bool | str = False

@@ -11,7 +11,7 @@ from typing import Any
 
 from actors.errors import ConfigError
 from orchestrator.schema import JobConfig
-from orchestrator.source import Problem
+from orchestrator.source import Problem, Translation
 
 # Option of fsdp_config, without the prefix fsdp_ that it may carry: its name in transformers.
 FSDP_OPTIONS = {
@@ -44,6 +44,21 @@ DESCRIBED = {
     "zero1": "DeepSpeed ZeRO-1: optimizer",
     "zero2": "DeepSpeed ZeRO-2: gradients and optimizer",
     "zero3": "DeepSpeed ZeRO-3: weights, gradients and optimizer",
+}
+# Files that Axolotl ships, which its users name without having them, by what they say of the stage and of offloading.
+_CPU = {"device": "cpu", "pin_memory": True}
+_PARAMS, _ALL = {"offload_param": _CPU}, {"offload_param": _CPU, "offload_optimizer": _CPU}
+AXOLOTL_FILES: dict[str, dict[str, Any]] = {
+    "deepspeed_configs/zero1.json": {"zero_optimization": {"stage": 1}},
+    "deepspeed_configs/zero2.json": {"zero_optimization": {"stage": 2}},
+    "deepspeed_configs/zero3.json": {"zero_optimization": {"stage": 3}},
+    "deepspeed_configs/zero3_bf16.json": {"zero_optimization": {"stage": 3}},
+    "deepspeed_configs/zero3_bf16_cpuoffload_params.json": {"zero_optimization": {"stage": 3, **_PARAMS}},
+    "deepspeed_configs/zero3_bf16_cpuoffload_all.json": {
+        "zero_optimization": {"stage": 3, **_ALL},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    },
 }
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
@@ -82,6 +97,11 @@ def checkpoints_activations(config: JobConfig) -> bool:
 
 def problems(config: JobConfig) -> Iterator[Problem]:
     """What cannot be sharded, or is not an option."""
+    if config.deepspeed:
+        _, wrong = _read_deepspeed(config)
+        yield from wrong
+        if wrong:
+            return
     sharding = kind(config)
     for name in config.fsdp_config or {}:
         if name.removeprefix("fsdp_") not in (*FSDP_OPTIONS, *FSDP_IDLE, CHECKPOINTING):
@@ -117,8 +137,14 @@ def _online_problems(config: JobConfig) -> Iterator[Problem]:
 
 def notes(config: JobConfig) -> Iterator[Problem]:
     """Settings that are taken in another way than they are written."""
+    if isinstance(config.gradient_checkpointing, str):
+        text = "read as true: activations are computed anew, and none are moved to the CPU or the disk"
+        yield Translation("gradient_checkpointing", text)
     if (config.fsdp_config and config.fsdp_version is None) or config.fsdp_version == 1:
-        yield Problem("fsdp_version", "FSDP2 shards the model, whatever version is written; the result is the same")
+        yield Translation("fsdp_version", "FSDP2 shards the model, whatever version is written; the result is the same")
+    if isinstance(config.deepspeed, str) and _file(config, config.deepspeed) is None and _shipped(config.deepspeed):
+        text = f"there is no such file here, so it is read as the one that Axolotl ships: {described(config)}"
+        yield Translation("deepspeed", text)
     for name in config.fsdp_config or {}:
         if name.removeprefix("fsdp_") in FSDP_IDLE:
             yield Problem(f"fsdp_config.{name}", "not used: FSDP2 has no such option, and results are always saved whole")
@@ -130,8 +156,23 @@ def _fsdp_options(config: JobConfig) -> dict[str, Any]:
 
 def _deepspeed(config: JobConfig) -> dict[str, Any]:
     """DeepSpeed's configuration, with what follows from the job's own keys left to transformers ("auto")."""
-    found = _from_file(config, config.deepspeed) if isinstance(config.deepspeed, str) else deepcopy(config.deepspeed)
-    assert isinstance(found, dict)
+    found, wrong = _read_deepspeed(config)
+    config.source.raise_if_any(wrong)
+    found.setdefault("bf16", {"enabled": "auto"})
+    if found["zero_optimization"]["stage"] == 3:
+        found["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # or there would be no result
+    return found
+
+
+def _read_deepspeed(config: JobConfig) -> tuple[dict[str, Any], list[Problem]]:
+    """What the key holds or the file that it names, and what is wrong with it."""
+    if isinstance(config.deepspeed, str):
+        try:
+            found = _from_file(config, config.deepspeed)
+        except ConfigError as error:
+            return {}, [Problem("deepspeed", str(error))]
+    else:
+        found = deepcopy(config.deepspeed or {})
     stage = found.setdefault("zero_optimization", {}).setdefault("stage", 0)
     wrong = []
     if stage not in (0, 1, 2, 3):
@@ -149,25 +190,30 @@ def _deepspeed(config: JobConfig) -> dict[str, Any]:
     for name, (key, value) in follows.items():
         if found.setdefault(name, "auto") not in ("auto", value):
             wrong.append(f"{name} is {found[name]}, but {key} is {value:g}; write auto")
-    if wrong:
-        config.source.raise_if_any(Problem("deepspeed", text) for text in wrong)
-    found.setdefault("bf16", {"enabled": "auto"})
-    if stage == 3:
-        found["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # or there would be no result
-    return found
+    return found, [Problem("deepspeed", text) for text in wrong]
 
 
 def _from_file(config: JobConfig, name: str) -> dict[str, Any]:
-    candidates = [Path(folder, name).expanduser() for folder in config.source.folders]
-    path = next((path for path in candidates if path.is_file()), None)
-    try:
-        if path is None:
+    """Its content, or where there is no such file that of Axolotl's."""
+    path = _file(config, name)
+    if path is None:
+        if (shipped := _shipped(name)) is None:
             raise ConfigError(f"there is no file {name}; give its path, or write its content in place of the name")
+        return deepcopy(shipped)
+    try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path} holds no mapping; write DeepSpeed's configuration into it")
-    except (ConfigError, ValueError, OSError) as error:
-        text = str(error) if isinstance(error, ConfigError) else f"{name} cannot be read as JSON: {error}"
-        config.source.raise_if_any([Problem("deepspeed", text)])
-        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{name} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no mapping; write DeepSpeed's configuration into it")
     return content
+
+
+def _file(config: JobConfig, name: str) -> Path | None:
+    candidates = (Path(folder, name).expanduser() for folder in config.source.folders)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _shipped(name: str) -> dict[str, Any] | None:
+    """What Axolotl ships under that name, in whatever folder its users have Axolotl."""
+    return AXOLOTL_FILES.get("/".join(Path(name).parts[-2:]))

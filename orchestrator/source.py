@@ -6,7 +6,7 @@ here.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ import yaml
 
 from actors.errors import ConfigError
 
+# A key at the top, or of a section or an entry of a dataset list: trl.beta, datasets[0].path
+KEY = re.compile(r"((trl|vllm|ray|(test_)?datasets\[\d+\])\.)?[^.\[\]]+")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -22,6 +25,11 @@ class Problem:
 
     key: str  # dotted, e.g. trl.beta or datasets[0].path; "" for the file as a whole
     text: str  # what is wrong (or was done) and the remedy; follows the key in a sentence
+
+
+@dataclass(frozen=True)
+class Translation(Problem):
+    """What a key was read as, where that is not what is written and means the same."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,16 @@ class Source:
         usual = (str(folder) for folder in (Path.cwd(), Path(self.path).resolve().parent))
         return list(dict.fromkeys(self.elsewhere or usual))
 
+    def written(self) -> tuple[str, ...]:
+        """The keys as they stand in the file, those of sections and list entries one by one; then those of overrides."""
+        keys = [key for key in dict.fromkeys([*self.lines, *self.overrides]) if KEY.fullmatch(key)]
+        opened = {key.partition("[")[0].partition(".")[0] for key in keys if "." in key}
+        return tuple(key for key in keys if key not in opened)
+
     def describe(self, problem: Problem) -> str:
         """`file:line: key: text`; the override instead of the line, no line if the key was not written."""
         key = problem.key
-        for written in _ancestors(key):
+        for written in ancestors(key):
             if written in self.overrides:
                 return f"{self.path}, override '{self.overrides[written]}': {key}: {problem.text}"
             if written in self.lines:
@@ -140,7 +154,7 @@ def _record_lines(
 def _apply(data: dict[str, Any], override: str, source: Source) -> None:
     """Sets the value of one `a.b[0].c=value` in `data`, making the sections on its way."""
     key, equals, text = override.partition("=")
-    steps: list[str | int] = [int(i) if i else name for name, i in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key)]
+    steps = _steps(key)
     if not equals or not steps or not isinstance(steps[0], str):
         raise ConfigError(f"override '{override}': is not key=value; write for example trl.beta=0.1")
     try:
@@ -163,16 +177,31 @@ def _apply(data: dict[str, Any], override: str, source: Source) -> None:
             place[step] = {}
         place = place[step]
     key = _dotted(steps)
-    for replaced in [old for old in source.lines if key in _ancestors(old)]:
+    for replaced in [old for old in source.lines if key in ancestors(old)]:
         del source.lines[replaced]
     source.overrides[key] = override
+
+
+def value_at(data: dict[str, Any], key: str) -> Any:
+    """The value under a dotted key, e.g. datasets[0].path; None where there is none."""
+    place: Any = data
+    for step in _steps(key):
+        try:
+            place = place[step]
+        except (LookupError, TypeError):
+            return None
+    return place
+
+
+def _steps(key: str) -> list[str | int]:
+    return [int(i) if i else name for name, i in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key)]
 
 
 def _dotted(steps: Sequence[str | int]) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
 
 
-def _ancestors(key: str) -> Iterable[str]:
+def ancestors(key: str) -> Iterator[str]:
     """trl.reward_funcs[0] -> trl.reward_funcs[0], trl.reward_funcs, trl"""
     while key:
         yield key

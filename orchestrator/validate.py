@@ -84,7 +84,7 @@ def _data(config: JobConfig) -> Iterator[Problem]:
             yield from _dataset(f"{name}[{index}]", entry)
     if config.test_datasets and config.val_set_size:
         yield Problem("val_set_size", "and test_datasets both name the evaluation rows; keep one")
-    for key in ("eval_steps", "evals_per_epoch", "early_stopping_patience"):
+    for key in ("eval_steps", "early_stopping_patience"):
         if value_of(config, key) is not None and not (config.test_datasets or config.val_set_size):
             yield Problem(
                 key, "there are no rows to evaluate on; add test_datasets or val_set_size, or remove it"
@@ -170,8 +170,6 @@ def _workers(config: JobConfig) -> Iterator[Problem]:
 
 def _grpo(config: JobConfig) -> Iterator[Problem]:
     trl = config.trl
-    if not trl.use_vllm:
-        yield Problem("trl.use_vllm", "Eagleray always samples with vLLM; remove it or set it to true")
     if not trl.reward_funcs:
         yield Problem(
             "trl.reward_funcs", "rl: grpo needs rewards; name functions as module.fn, e.g. [rewards.exact], or reward models"

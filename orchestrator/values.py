@@ -91,6 +91,7 @@ RANGES: dict[str, Rule] = {
         ["context_parallel_size", "dp_shard_size", "dp_replicate_size", "ddp_timeout"], AT_LEAST_1
     ),
     **dict.fromkeys(["num_epochs", "learning_rate", "adam_epsilon", "save_steps", "eval_steps"], POSITIVE),
+    "neftune_noise_alpha": POSITIVE,
     **dict.fromkeys(
         ["weight_decay", "max_grad_norm", "warmup_steps", "val_set_size", "seed", "rl_beta"], NOT_NEGATIVE
     ),

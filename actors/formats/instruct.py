@@ -8,6 +8,7 @@ answer and its EOS, or on all with train_on_inputs.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from actors.errors import ConfigError
@@ -200,7 +201,7 @@ def instruct(form: InstructFormat, spec: FormatSpec, tokenizer: Any) -> Encode:
     return encode
 
 
-def user_defined(mapping: Mapping[str, Any], spec: FormatSpec, tokenizer: Any) -> Encode:
+def user_defined(mapping: Mapping[str, Any]) -> Callable[[FormatSpec, Any], Encode]:
     """`type:` as a mapping: the fields and the text around them, in the config itself."""
     keys = _mapping(mapping)
     form = InstructFormat(
@@ -212,7 +213,7 @@ def user_defined(mapping: Mapping[str, Any], spec: FormatSpec, tokenizer: Any) -
         output=_field(keys["field_output"]),
         system_field=keys["field_system"],
     )
-    return instruct(form, spec, tokenizer)
+    return partial(instruct, form)
 
 
 def completion(spec: FormatSpec, tokenizer: Any) -> Encode:

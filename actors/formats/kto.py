@@ -32,12 +32,9 @@ from actors.formats.markup import (
 
 def build_judged(spec: FormatSpec, tokenizer: Any) -> Encode:
     """A function of a raw row to its JudgedRow. Raises ConfigError for a type that is none of JUDGED_FORMATS."""
-    if isinstance(spec.type, Mapping):
-        row_format = user_defined(spec.type, answers=("completion",), also=("field_label",))
-        label_field = spec.type.get("field_label") or "label"
-    else:
-        row_format = format_of(spec, JUDGED_FORMATS)
-        label_field = spec.field_label or "label"
+    row_format = judged_format(spec)
+    given = spec.type.get("field_label") if isinstance(spec.type, Mapping) else spec.field_label
+    label_field = given or "label"
     write = row_format.writer(spec, tokenizer)
 
     def encode(row: Row) -> JudgedRow:
@@ -46,6 +43,13 @@ def build_judged(spec: FormatSpec, tokenizer: Any) -> Encode:
         return JudgedRow(prompt_ids=prompt_ids, completion_ids=completion_ids, label=label)
 
     return encode
+
+
+def judged_format(spec: FormatSpec) -> Format:
+    """The format of an entry's type. Raises ConfigError for one that is none of JUDGED_FORMATS."""
+    if isinstance(spec.type, Mapping):
+        return user_defined(spec.type, answers=("completion",), also=("field_label",))
+    return format_of(spec, JUDGED_FORMATS)
 
 
 def _label(row: Row, field: str) -> bool:

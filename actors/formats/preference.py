@@ -32,14 +32,18 @@ from actors.formats.markup import (
 
 
 def build_pairs(spec: FormatSpec, tokenizer: Any) -> Encode:
-    """A function of a raw row to its PairRow. Raises ConfigError for a type that is none of PAIR_FORMATS.
+    """A function of a raw row to its PairRow. Raises ConfigError for a type that is none of PAIR_FORMATS."""
+    return pair_encoder(pair_format(spec), spec, tokenizer)
+
+
+def pair_format(spec: FormatSpec) -> Format:
+    """The format of an entry's type. Raises ConfigError for one that is none of PAIR_FORMATS.
 
     No type means that prompt, chosen and rejected are text that needs nothing done to it.
     """
     if isinstance(spec.type, Mapping):
-        return pair_encoder(user_defined(spec.type, answers=("chosen", "rejected")), spec, tokenizer)
-    named = replace(spec, type="passthrough") if spec.type is None else spec
-    return pair_encoder(format_of(named, PAIR_FORMATS), spec, tokenizer)
+        return user_defined(spec.type, answers=("chosen", "rejected"))
+    return format_of(replace(spec, type="passthrough") if spec.type is None else spec, PAIR_FORMATS)
 
 
 def _fields(prompt: tuple[str, ...], chosen: tuple[str, ...], rejected: tuple[str, ...]) -> Shape:
@@ -129,6 +133,7 @@ PAIR_FORMATS: dict[str, Format] = {
     "chat_template.default": Format(_messages_and_answers, in_chat_template),
     "chat_template.argilla_chat": Format(conversations, in_chat_template),
     "chat_template.argilla": Format(_argilla, in_chat_template),
+    "orpo.chat_template": Format(_argilla, in_chat_template),  # its older name
     **{f"{markup}.{name}": Format(shape, in_markup(markup)) for markup in MARKUPS for name, shape in MARKUP_SHAPES.items()},
     "zephyr.nectar": Format(_nectar, plain_text),
     "passthrough.default": Format(_passthrough, plain_text),

@@ -20,7 +20,12 @@ from actors.formats.preference import conversations
 
 def build_reward_pairs(spec: FormatSpec, tokenizer: Any) -> Encode:
     """A function of a raw row to its PairRow. Raises ConfigError for a type that is none of REWARD_FORMATS."""
-    return pair_encoder(format_of(spec, REWARD_FORMATS), spec, tokenizer)
+    return pair_encoder(reward_format(spec), spec, tokenizer)
+
+
+def reward_format(spec: FormatSpec) -> Format:
+    """The format of an entry's type. Raises ConfigError for one that is none of REWARD_FORMATS."""
+    return format_of(spec, REWARD_FORMATS)
 
 
 def _input_and_answers(row: Row, spec: FormatSpec) -> Dialogue:

@@ -21,11 +21,16 @@ SFT_FORMATS: dict[str, Callable[[FormatSpec, Any], Encode]] = {
 
 def build_sft(spec: FormatSpec, tokenizer: Any) -> Encode:
     """The function from a dataset entry's rows to SftRow. Raises ConfigError when there is none."""
+    return sft_format(spec)(spec, tokenizer)
+
+
+def sft_format(spec: FormatSpec) -> Callable[[FormatSpec, Any], Encode]:
+    """What builds that function. Raises ConfigError for a type that is none of SFT_FORMATS, and for a mapping of other keys."""
     if spec.type is None:
         raise ConfigError("datasets: type: is missing, and tells how a row is read; add one, such as chat_template or alpaca")
     if isinstance(spec.type, Mapping):
-        return user_defined(spec.type, spec, tokenizer)
+        return user_defined(spec.type)
     if spec.type not in SFT_FORMATS:
         near = get_close_matches(spec.type, SFT_FORMATS, n=3) or list(SFT_FORMATS)
         raise ConfigError(f"datasets: there is no type: {spec.type}; choose one of {', '.join(near)}")
-    return SFT_FORMATS[spec.type](spec, tokenizer)
+    return SFT_FORMATS[spec.type]

@@ -46,6 +46,11 @@ OWN = "tokenizer_default"
 FALLBACK = "tokenizer_default_fallback_"
 
 
+def has_template(name: str | None) -> bool:
+    """Whether chat_template may have that value; None = it is not written."""
+    return name is None or name in (OWN, "jinja") or name.removeprefix(FALLBACK) in CHAT_TEMPLATES
+
+
 def template_of(spec: FormatSpec, tokenizer: Any) -> str:
     """The template's text. Raises ConfigError for an unknown name, no template, or one that is not Jinja."""
     name = spec.chat_template or ("jinja" if spec.chat_template_jinja else OWN)

@@ -218,6 +218,18 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         prepared(job("nobody/nothing"), tmp_path)
 
 
+def test_rows_end_with_the_token_that_the_job_names(tmp_path: Path, tokenizer: Any) -> None:
+    end = "<|endoftext|>"
+    assert tokenizer.eos_token != end
+    file = numbered(tmp_path / "a.jsonl", [1])
+    config = job(file, special_tokens={"eos_token": end, "pad_token": "<|im_end|>"})
+    module.check(config, [])
+    (row,) = rows_of(prepared(config, tmp_path).train)
+    assert row["input_ids"] == tokenizer("row 1")["input_ids"] + [tokenizer.convert_tokens_to_ids(end)]
+    with pytest.raises(ConfigError, match="special_tokens.eos_token: <|no|> is no token of HuggingFaceTB"):
+        module.check(job(file, special_tokens={"eos_token": "<|no|>"}), [])
+
+
 def test_types_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", ["no JSON"])
     for name, message in (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.errors import ConfigError
-from orchestrator.axolotl_keys import HINTS, REFUSED
+from orchestrator.axolotl_keys import AS_HERE, HINTS, REFUSED, RENAMED
 from orchestrator.config import dump, load
 from orchestrator.runnable import ensure_runnable, keys
 from orchestrator.schema import SandboxConfig
@@ -310,7 +310,6 @@ def test_loading_needs_no_framework() -> None:
         ("  epsilon_high: 0\n", [":14: trl.epsilon_high: is 0; it must be greater than 0"]),
         ("  temperature: 0\n", [":14: trl.temperature: is 0; it must be greater than 0"]),
         ("  num_generations: 1\n", [":14: trl.num_generations: is 1; it must be 2 or more"]),
-        ("  use_vllm: false\n", [":14: trl.use_vllm: Eagleray always samples with vLLM"]),
         ("  reward_weights: [1, 2]\n", [":14: trl.reward_weights: 2 weights for 1 reward_funcs"]),
         ("  max_completion_length: 512\n", [":14: trl.max_completion_length: 512 leaves no room", "sequence_len 512"]),
         ("a: [1\n", [":15: is not valid YAML"]),
@@ -454,6 +453,67 @@ def test_hints_are_dropped_with_a_line_each(tmp_path: Path, caplog: pytest.LogCa
     assert config.trl.beta == 0.1
 
 
+def test_an_empty_key_asks_for_nothing_whoever_has_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grpo(tmp_path, "relora:\ndpo_beta:\nqwertz:\n")
+    (line,) = messages(caplog)
+    assert ":16: qwertz: dropped: neither Axolotl nor Eagleray has it, and it is empty" in line
+
+
+@pytest.mark.parametrize(
+    ("extra", "meant"),
+    [
+        ("dpo_beta: 0.3\n", "rl_beta: 0.3\n"),
+        ("noisy_embedding_alpha: 5\n", "neftune_noise_alpha: 5\n"),
+        ("flex_attention: true\n", "attn_implementation: flex_attention\n"),
+        ("eager_attention: true\n", "attn_implementation: eager\n"),
+        ("trl: {vllm_dtype: float32, repetition_penalty: 1.1}\n",
+         "vllm: {dtype: float32}\ntrl: {generation_kwargs: {repetition_penalty: 1.1}}\n"),
+        ("trl: {repetition_penalty: 1.1, generation_kwargs: {stop: [x]}}\n",
+         "trl: {generation_kwargs: {repetition_penalty: 1.1, stop: [x]}}\n"),
+        ("fsdp: [full_shard, auto_wrap]\n", "fsdp_version: 2\nfsdp_config: {}\n"),
+        ("fsdp: full_shard auto_wrap\n", "fsdp_version: 2\nfsdp_config: {}\n"),
+        ("fsdp: [shard_grad_op, offload]\nfsdp_version: 1\nfsdp_config: {use_orig_params: true}\n",
+         "fsdp_version: 1\nfsdp_config: {use_orig_params: true, reshard_after_forward: false, offload_params: true}\n"),
+        ("val_set_size: 0.1\neval_strategy: epoch\n", "val_set_size: 0.1\nevals_per_epoch: 1\n"),
+        ("val_set_size: 0.1\neval_strategy: steps\neval_steps: 5\n", "val_set_size: 0.1\neval_steps: 5\n"),
+    ],
+)  # fmt: skip
+def test_other_names_and_spellings_mean_the_same(tmp_path: Path, extra: str, meant: str) -> None:
+    assert load(write(tmp_path, SFT + extra)) == load(write(tmp_path, SFT + meant))
+
+
+def test_gdpo_is_grpo_with_one_key(tmp_path: Path) -> None:
+    config = load(write(tmp_path, GRPO.replace("rl: grpo", "rl: gdpo")))
+    assert (config.rl, config.trl.multi_objective_aggregation) == ("grpo", "normalize_then_sum")
+    assert config.trl.reward_funcs == ["sums.exact"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("fsdp: [full_shard, hybrid_shard]\n", ":4: fsdp: eagleray does not support fsdp; use full_shard, shard_grad_op"),
+        ("eval_strategy: epoch\neval_steps: 3\nval_set_size: 0.1\n", ":4: eval_strategy: eagleray does not support"),
+        ("num_labels: 2\n", ":4: num_labels: eagleray does not support num_labels; a reward model has one output"),
+        ("dpo_beta: x\n", ":4: rl_beta: takes a number, not 'x'"),
+        ("flash_attention: true\nflex_attention: true\n", ":4: flash_attention: means attn_implementation: flash_attention_2"),
+    ],
+)
+def test_what_they_do_not_mean_is_refused(tmp_path: Path, extra: str, expected: str) -> None:
+    assert expected in error_of(write(tmp_path, SFT + extra))
+
+
+def test_of_two_names_the_schemas_own_wins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = load(write(tmp_path, SFT + "rl: dpo\ndpo_beta: 0.3\nrl_beta: 0.2\n"))
+    assert config.rl_beta == 0.2
+    assert [":5: dpo_beta: not used: rl_beta is written too" in text for text in messages(caplog)] == [True]
+
+
+def test_evaluations_without_rows_are_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = load(write(tmp_path, SFT + "evals_per_epoch: 4\nval_set_size: 0.0\n"))
+    assert config.evals_per_epoch is None
+    assert [":4: evals_per_epoch: not used: there are no rows" in text for text in messages(caplog)] == [True]
+
+
 def test_a_clean_file_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ensure_runnable(grpo(tmp_path))
     assert messages(caplog) == []
@@ -462,6 +522,7 @@ def test_a_clean_file_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_tables_do_not_overlap() -> None:
     known = set(keys())
     assert not set(HINTS) & set(REFUSED)
-    assert not (set(HINTS) | set(REFUSED)) & known
+    assert not set(RENAMED) & (set(HINTS) | set(REFUSED)) and set(AS_HERE) <= set(REFUSED)
+    assert not (set(HINTS) | set(REFUSED) | set(RENAMED)) & known
     within = {f"ray.sandbox.{f.name}" for f in dataclasses.fields(SandboxConfig)}
     assert set(CHOICES) <= known and set(RANGES) <= known | within

@@ -65,6 +65,11 @@ def test_a_range_of_workers_needs_room_for_the_fewest() -> None:
     assert problem.startswith("worker 4 needs")
 
 
+def test_noise_on_the_embeddings_is_what_the_job_says() -> None:
+    assert arguments()["neftune_noise_alpha"] is None
+    assert arguments(neftune_noise_alpha=5.0)["neftune_noise_alpha"] == 5.0
+
+
 def test_a_step_has_the_same_rows_with_any_number_of_workers(tmp_path: Path) -> None:
     spec = DatasetTrainSpec(
         "sft", ModelSpec("m", "float32"), None, (), (), packed=False, rows_per_step=24, output_dir=str(tmp_path),

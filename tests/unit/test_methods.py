@@ -19,13 +19,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    TrainerState,
 )
 from transformers.trainer import Trainer as HfTrainer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from actors import hub, model
-from actors.dataset_loop import model_init_arguments, save_result
+from actors.dataset_loop import model_init_arguments, save_result, watchdog
+from actors.errors import ActorError
 from actors.formats.base import FormatSpec
 from actors.formats.kto import build_judged
 from actors.formats.preference import build_pairs
@@ -280,3 +282,28 @@ def test_an_optimizer_comes_back_from_its_file(tmp_path: Path, name: str) -> Non
     for one, other in ((layer, optimizer), (resumed_layer, resumed)):
         step(one, other, 3)
     assert torch.equal(layer.weight, resumed_layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("losses", "ends_at"),
+    [
+        ([6.0, 6.0, 6.0], 3),
+        ([6.0, 6.0, 5.0, 6.0, 6.0, 5.1], 6),  # 5.0 is not above
+        ([6.0, float("nan"), 6.0], 3),
+        ([4.0] * 5, None),
+    ],
+)
+def test_the_watchdog_ends_a_job_whose_loss_stays_too_high(losses: list[float], ends_at: int | None) -> None:
+    state, one = TrainerState(), watchdog(5.0, 3)
+    one.on_log(None, state, None, {"eval_loss": 9.0})
+
+    def follow() -> None:
+        for state.global_step, loss in enumerate(losses, 1):
+            one.on_log(None, state, None, {"loss": loss})
+
+    if ends_at is None:
+        follow()
+    else:
+        with pytest.raises(ActorError, match=f"was above 5 at 3 records in a row, .* at step {ends_at}; lower learning_rate"):
+            follow()
+    assert state.global_step == (ends_at or len(losses))

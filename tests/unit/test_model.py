@@ -163,6 +163,16 @@ def test_the_tokenizer_is_the_one_beside_the_weights(folder: str) -> None:
     assert (Path(folder) / "tokenizer.json").is_file()
 
 
+def test_a_job_names_special_tokens_and_a_template_of_its_own(folder: str) -> None:
+    own = model.load_tokenizer(ModelSpec(folder, "float32"))
+    assert (own.eos_token, own.pad_token) == ("<eos>", "<pad>")
+    named = (("eos_token", "w7"), ("pad_token", "<unk>"))
+    spec = ModelSpec(folder, "float32", special_tokens=named, chat_template="{{ messages[0]['content'] + eos_token }}")
+    tokenizer = model.load_tokenizer(spec)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (7, 2, len(own))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "w9 "}], tokenize=False) == "w9 w7"
+
+
 def test_weights_under_other_names_than_the_files_cannot_go_to_the_engines(tmp_path: Path) -> None:
     spec = ModelSpec(save_llama(tmp_path), "float32")
     model.ensure_checkpoint_names(spec)

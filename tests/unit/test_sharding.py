@@ -74,6 +74,30 @@ def test_deepspeed_from_a_file_beside_the_job(tmp_path: Path) -> None:
     assert "fsdp" not in arguments(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "stage", "offloaded"),
+    [
+        ("deepspeed_configs/zero1.json", 1, set()),
+        ("/workspace/axolotl/deepspeed_configs/zero2.json", 2, set()),
+        ("deepspeed_configs/zero3_bf16.json", 3, set()),
+        ("deepspeed_configs/zero3_bf16_cpuoffload_params.json", 3, {"offload_param"}),
+        ("deepspeed_configs/zero3_bf16_cpuoffload_all.json", 3, {"offload_param", "offload_optimizer"}),
+    ],
+)
+def test_a_file_that_axolotl_ships_need_not_be_there(tmp_path: Path, name: str, stage: int, offloaded: set[str]) -> None:
+    config = job(tmp_path, f"deepspeed: {name}\n")
+    ensure_runnable(config)
+    found = arguments(config)["deepspeed"]["zero_optimization"]
+    assert found["stage"] == stage and {part for part in found if part.startswith("offload")} == offloaded
+
+
+def test_a_file_that_is_there_wins_over_the_one_that_axolotl_ships(tmp_path: Path) -> None:
+    (tmp_path / "deepspeed_configs").mkdir()
+    (tmp_path / "deepspeed_configs" / "zero3.json").write_text('{"zero_optimization": {"stage": 2}}')
+    config = job(tmp_path, "deepspeed: deepspeed_configs/zero3.json\n")
+    assert arguments(config)["deepspeed"]["zero_optimization"]["stage"] == 2
+
+
 def test_nothing_is_sharded_unasked(tmp_path: Path) -> None:
     assert not {"fsdp", "fsdp_config", "deepspeed"} & set(arguments(job(tmp_path, "")))
 

@@ -1,0 +1,129 @@
+"""What can be written in several ways, brought to the one that the schema has: before it is matched, and after.
+
+A key with another name is a line in `axolotl_keys.RENAMED`; another spelling of a value is a rule in `_values`, and two keys
+of the schema that say the same thing are one in `settle`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from orchestrator.axolotl_keys import RENAMED
+from orchestrator.schema import JobConfig
+from orchestrator.source import Problem, Source, Translation
+
+# Axolotl's flags for what attn_implementation names; the schema has the two that most files use.
+ATTENTION_FLAGS = {"eager_attention": "eager", "flex_attention": "flex_attention"}
+# FSDP1's list of strategies: what FSDP2 does by itself, and what it does when it is asked in fsdp_config.
+FSDP_STRATEGIES: dict[str, dict[str, Any]] = {
+    "full_shard": {},
+    "auto_wrap": {},
+    "offload": {"offload_params": True},
+    "shard_grad_op": {"reshard_after_forward": False},
+}
+
+
+def respell(data: dict[str, Any], source: Source) -> list[Translation]:
+    """Gives keys and values of a file the one spelling of the schema, in place; returns what was read as something else."""
+    return [*_renamed(data, source), *_values(data)]
+
+
+def settle(config: JobConfig) -> list[Problem]:
+    """Copies each fact that has two keys to the one that the rest of Eagleray reads; returns what to tell."""
+    told: list[Problem] = []
+    if config.reward_model and config.rl is None:
+        told.append(Translation("reward_model", "read as rl: reward_trainer"))
+        config.rl = "reward_trainer"
+    config.reward_model = config.rl == "reward_trainer"
+    for flag, name in (("flash_attention", "flash_attention_2"), ("sdp_attention", "sdpa")):
+        if getattr(config, flag):
+            config.attn_implementation = name
+            told.append(Translation(flag, f"read as attn_implementation: {name}"))
+    if config.fp16 and config.bf16 == "auto":
+        config.bf16 = False
+    if config.evals_per_epoch is not None and not (config.test_datasets or config.val_set_size):
+        config.evals_per_epoch = None
+        told.append(Problem("evals_per_epoch", "not used: there are no rows to evaluate on (test_datasets, val_set_size)"))
+    if config.trl.beta is None:
+        config.trl.beta = config.rl_beta
+    elif config.rl_beta is not None and config.rl_beta != config.trl.beta:
+        told.append(Problem("rl_beta", f"not used: trl.beta ({config.trl.beta:g}) wins over it"))
+    if config.trl.beta is None and config.rl == "grpo":
+        config.trl.beta = 0.0  # TRL's default for GRPO: no KL term
+    return told
+
+
+def _renamed(data: dict[str, Any], source: Source) -> Iterator[Translation]:
+    for old, new in RENAMED.items():
+        holder, name = _place(data, old)
+        if holder is None or holder.get(name) is None:
+            continue
+        target, last = _place(data, new, make=True)
+        if target is not None and target.get(last) is None:
+            target[last] = holder.pop(name)
+            for where in (source.lines, source.overrides):
+                if old in where:
+                    where[new] = where[old]  # type: ignore[assignment]  # each is a mapping of its own type
+            yield Translation(old, f"read as {new}")
+
+
+def _place(data: dict[str, Any], key: str, make: bool = False) -> tuple[dict[str, Any] | None, str]:
+    """The mapping that holds a dotted key, and its last name; make: sections on the way that are not there."""
+    *sections, name = key.split(".")
+    place: Any = data
+    for section in sections:
+        if make and isinstance(place, dict) and place.get(section) is None:
+            place[section] = {}
+        place = place.get(section) if isinstance(place, dict) else None
+    return (place, name) if isinstance(place, dict) else (None, name)
+
+
+def _values(data: dict[str, Any]) -> Iterator[Translation]:
+    trl = data.get("trl")
+    if isinstance(trl, dict) and isinstance(trl.get("scale_rewards"), bool):
+        trl["scale_rewards"] = "group" if trl["scale_rewards"] else "none"  # TRL's own reading of the old boolean
+        yield Translation("trl.scale_rewards", f"read as {trl['scale_rewards']}, as TRL does")
+    if data.get("rl") == "gdpo" and isinstance(trl, dict | None):
+        data["rl"] = "grpo"
+        data["trl"] = {**(trl or {}), "multi_objective_aggregation": "normalize_then_sum"}
+        yield Translation("rl", "read as grpo with trl.multi_objective_aggregation: normalize_then_sum")
+    if data.get("save_strategy") is False:
+        data["save_strategy"] = "no"  # YAML reads a bare `no` as false
+        yield Translation("save_strategy", "read as the word no, which YAML takes for false")
+    if "bf16" in data and data["bf16"] is None:
+        data["bf16"] = False  # as Axolotl: written and empty is off, absent is auto
+        yield Translation("bf16", "empty: read as false, as Axolotl does; without the key it is auto")
+    for flag, name in ATTENTION_FLAGS.items():
+        if data.get(flag) is True and data.get("attn_implementation") in (None, name):
+            del data[flag]
+            data["attn_implementation"] = name
+            yield Translation(flag, f"read as attn_implementation: {name}")
+    yield from _eval_strategy(data)
+    yield from _fsdp_strategies(data)
+
+
+def _eval_strategy(data: dict[str, Any]) -> Iterator[Translation]:
+    """transformers' key, where it says no more than Axolotl's eval_steps and evals_per_epoch do."""
+    every = [key for key in ("eval_steps", "evals_per_epoch") if data.get(key) is not None]
+    for key in ("eval_strategy", "evaluation_strategy"):
+        if data.get(key) == "epoch" and not every:
+            del data[key]
+            data["evals_per_epoch"] = 1
+            yield Translation(key, "read as evals_per_epoch: 1")
+        elif data.get(key) == "steps" and every:
+            del data[key]
+            yield Translation(key, f"follows from {every[0]}")
+
+
+def _fsdp_strategies(data: dict[str, Any]) -> Iterator[Translation]:
+    written, options = data.get("fsdp"), data.get("fsdp_config") or {}
+    strategies = written.split() if isinstance(written, str) else written
+    if not strategies or not isinstance(strategies, list) or not isinstance(options, dict):
+        return
+    if not all(strategy in FSDP_STRATEGIES for strategy in strategies):
+        return  # it is refused with the others that Eagleray does not have
+    del data["fsdp"]
+    asked = {name: value for strategy in strategies for name, value in FSDP_STRATEGIES[strategy].items()}
+    data["fsdp_config"] = {**asked, **options}
+    data.setdefault("fsdp_version", 2)
+    named = "".join(f", with fsdp_config.{name}: {str(value).lower()}" for name, value in asked.items())
+    yield Translation("fsdp", f"read as fsdp_version: {data['fsdp_version']}{named}")
