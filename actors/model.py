@@ -24,7 +24,7 @@ def load_tokenizer(model: ModelSpec) -> Any:
     """The model's tokenizer, from the same folder as its weights, with the special tokens and the template of the job."""
     from transformers import AutoTokenizer
 
-    folder, special_tokens = hub.resolve(model.name), dict(model.special_tokens)
+    folder, special_tokens = hub.resolve(model.name, weights=False), dict(model.special_tokens)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, **special_tokens)
     if model.chat_template is not None:
         tokenizer.chat_template = model.chat_template  # so that whoever uses the result writes as it was trained

@@ -18,6 +18,8 @@ from actors.types import Completion
 
 PYTHON = ("python", "python3", "py")
 AT_ONCE = 4  # programs of one group that run side by side, where there are as many cores; rewards reserve none
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+MARKED = re.compile(r"<answer>(.*?)</answer>|\\boxed\{([^{}]*)\}", re.DOTALL)  # where a model was asked to put its answer
 FENCE = re.compile(r"^```[ \t]*([\w+-]*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -77,6 +79,20 @@ def passes_tests(
         return list(pool.map(share, range(count)))
 
 
+def right_answer(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float | None]:
+    """1 where a completion ends in the row's answer, else 0; None where the row has none.
+
+    The answer is what follows the last `####` of the column, as in GSM8K, or all of it. The completion's last `<answer>` or
+    `\\boxed{}`, or else all of it, must end in it: its last number be the same, or its last words, in upper or lower case.
+    """
+    return [_ends_in(text_of(one), final_answer(right)) for one, right in zip(completions, answer, strict=True)]
+
+
+def final_answer(written: Any) -> str:
+    """What of a row's `answer` must be found; "" where there is nothing."""
+    return "" if written is None else str(written).rpartition("####")[2].strip()
+
+
 def text_of(completion: Completion) -> str:
     """What was written, be it plain text or a message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
@@ -89,6 +105,22 @@ def python_of(text: str) -> str:
         if found := [code for tag, code in blocks if tag.lower() in tags]:
             return found[-1]
     return text
+
+
+def number_of(text: str) -> float | None:
+    """The number that a text is, such as `-1,250.5` or `$3`; None where it is none."""
+    bare = text.strip().lstrip("$").rstrip("%").replace(",", "")
+    return float(bare) if NUMBER.fullmatch(bare) else None
+
+
+def _ends_in(text: str, right: str) -> float | None:
+    if not right:
+        return None
+    given = ([found for pair in MARKED.findall(text) for found in pair if found] or [text])[-1]
+    if (number := number_of(right)) is not None:
+        written = NUMBER.findall(given.replace(",", ""))
+        return float(bool(written) and float(written[-1]) == number)
+    return float(re.search(rf"(?:^|\W){re.escape(right)}\W*$", given, re.IGNORECASE) is not None)
 
 
 def _examples(described: Any) -> list[tuple[str, str]]:

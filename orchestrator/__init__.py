@@ -1,10 +1,12 @@
 """The driver: it reads the configuration, plans, starts actors and conducts the loop. It holds refs and headers, no tensors.
 
     source.py       a YAML file with its line numbers, and overrides
+    spelling.py     keys and values with another name or spelling
+    matching.py     keys and types against the schema
     schema.py       every key of the dialect, with type and default
     values.py       choices and ranges of single keys
     validate.py     contradictions between keys
-    axolotl_keys.py keys of Axolotl that are hints, or refused
+    axolotl_keys.py keys of Axolotl that are hints, refused, or other names
     runnable.py     what this version acts on; the tables are in online_keys.py and dataset_keys.py
     config.py       all of that as load() and dump()
     data.py         prompts: reading, checking, dealing to steps
@@ -53,6 +55,10 @@
     served.py       which engines that takes, and what each has
     serve.py        it behind an OpenAI-compatible endpoint
     ray_jobs.py     the same job through Ray's job API: submit, status, logs, stop
+    advise.py       from rows to the method that they allow; advised_job.py its job file, advise_report.py what is said of it
+    row_sample.py   rows from all over a dataset; row_kinds.py and prompt_rows.py say which methods can use them
+    sizing.py       which adapter and how many GPUs
+    import_report.py an Axolotl file key by key
     cli.py          the command line
 
 Imports go one way: orchestrator -> actors.

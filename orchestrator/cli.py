@@ -111,6 +111,13 @@ def _top(args: argparse.Namespace) -> int:
     return top(args.output_dir, args.address, args.once)
 
 
+def _advise(args: argparse.Namespace) -> int:
+    from orchestrator.advise_report import run
+
+    run(args.data, args.model, args.reward, args.cluster, Path(args.write) if args.write else None)
+    return 0
+
+
 def _import(args: argparse.Namespace) -> int:
     from orchestrator.import_report import import_report, show
 
@@ -180,6 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in (submit, status, logs, stop):
         command.add_argument("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS, or this machine")
         command.add_argument("--headers", metavar="JSON", help="sent along, such as for a proxy; else RAY_JOB_HEADERS")
+    advise = commands.add_parser("advise", help="Tell which method rows of data allow, and write a job file for it.")
+    advise.add_argument("data", metavar="DATA", help="a file or folder of JSON, CSV, Parquet or Arrow, or a name on the hub")
+    advise.add_argument("--model", help="a folder or a name on the hub; by default the small one that comes with Eagleray")
+    advise.add_argument("--reward", metavar="FN", help="rewards completions: module.fn, or a reward model")
+    advise.add_argument("--cluster", metavar="8x80GB", help="GPUs to advise for; auto, the default, is what is here")
+    advise.add_argument("--write", metavar="FILE", help="the job file, which must not be there yet; else it is printed")
+    advise.set_defaults(command=_advise)
     report = commands.add_parser("report", help="Draw the curves of a run to OUTPUT_DIR/report.png.")
     report.add_argument("output_dir", metavar="OUTPUT_DIR")
     report.set_defaults(command=_report)

@@ -41,7 +41,7 @@ def refusals(config: JobConfig) -> list[Problem]:
         runs = ", ".join(name for name in METHODS if name)
         text = f"{config.rl} is not implemented yet: this version of Eagleray runs {runs}, and SFT without rl"
         return [Problem("rl", text)]
-    return [*_not_runnable(config), *sharding.problems(config)]
+    return [*not_runnable(config), *sharding.problems(config)]
 
 
 def remarks(config: JobConfig) -> list[Problem]:
@@ -63,7 +63,8 @@ def default_of(key: str) -> Any:
     return value_of(JobConfig(), key)
 
 
-def _not_runnable(config: JobConfig) -> Iterator[Problem]:
+def not_runnable(config: JobConfig) -> Iterator[Problem]:
+    """What this version does not do of a job whose method it has, sharding aside."""
     tables = METHODS[config.rl]
     for key, excluded, text in tables.LIMITS:
         value = value_of(config, key)

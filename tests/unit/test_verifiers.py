@@ -105,3 +105,24 @@ def test_mathematics_by_trl_and_math_verify() -> None:
     assert rewards(MATH, CHAT, {"solution": r"$\frac{1}{3}$"}, *texts) == (1.0, 0.0, 0.0, 0.0)
     assert rewards(MATH, CHAT, {"solution": "a solution in words"}, *texts) == (None,) * 4
     assert "solution" in (scored(MATH, CHAT, {}, *texts).failure or "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        (72, ["72", "It is 72.", "48 + 24 = 72", "\\boxed{72} apples, of 80"], ["7", "172", "72 or 73", "", "none"]),
+        ("48 + 24 = <<48+24=72>>72\n#### 72", ["So 72.", "72.0"], ["48"]),
+        ("1,250", ["1250", "$1,250 in all"], ["1,2", "250"]),
+        ("-0.5", ["x = -0.5"], ["0.5"]),
+        ("Paris", ["paris", "It is Paris.", "<answer>Paris</answer>, not Rome", "**Paris**"], ["Parisian", "Paris or Rome"]),
+        ("B", ["B", "The answer is (B)."], ["AB", "B or C"]),
+    ],
+)
+def test_a_completion_ends_in_the_rows_answer(answer: Any, right: list[str], wrong: list[str]) -> None:
+    found = rewards("actors.verifiers.right_answer", CHAT, {"answer": answer}, *right, *wrong)
+    assert found == (*[1.0] * len(right), *[0.0] * len(wrong))
+
+
+@pytest.mark.parametrize("answer", [None, "", " "])
+def test_a_row_without_an_answer_gives_no_reward(answer: Any) -> None:
+    assert rewards("actors.verifiers.right_answer", CHAT, {"answer": answer}, "72") == (None,)

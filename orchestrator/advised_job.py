@@ -1,0 +1,185 @@
+"""The job file that `eagleray advise` writes: what follows for its keys from a method, the rows and the machine."""
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import wrap
+from typing import Any
+
+import yaml
+
+from orchestrator.config import load
+from orchestrator.row_kinds import Fit
+from orchestrator.row_sample import Sample
+from orchestrator.schema import JobConfig
+from orchestrator.sizing import Cluster, Keys, ModelSize, Way, way_for
+
+# Where to start from with LoRA.
+LEARNING_RATES = {"sft": 2e-4, "dpo": 5e-5, "orpo": 1e-4, "kto": 5e-5, "reward_trainer": 1e-4, "grpo": 1e-4}
+OWN: dict[str, Keys] = {  # keys of a method
+    "sft": {},
+    "dpo": {"rl_beta": 0.1},
+    "orpo": {"orpo_alpha": 0.1},
+    "kto": {"rl_beta": 0.1},
+    "reward_trainer": {"center_rewards_coefficient": 0.01},
+    "grpo": {},
+}
+LORA: Keys = {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
+
+MULTIPLE = 64  # sequence_len is one of it
+FAR_OUT = 2  # times the 99th percentile: rows that long are left out rather than paid for by all
+UNSEEN = 1.1  # rows that nobody has looked at may be longer
+LONGEST_DOCUMENT = 2048  # tokens: longer plain text is cut
+TOKENS_AT_ONCE = 4096  # of a forward pass, as the ranges of sizing.py have them
+GENERATIONS = 8
+COMPLETIONS = 64  # of a step of GRPO: 8 prompts
+COMPLETION_TOKENS = {"gpu": 512, "cpu": 64}
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 64
+FEW_ROWS = 40  # of which none are held out
+SMALL, LARGE = 1000, 10_000  # rows, for the size of a step
+SHORT_DATA = 5000  # rows that SFT sees three times
+WIDTH = 110  # columns of the file
+GROUPS = ("adapter", "datasets", "micro_batch_size", "trl", "vllm", "ray")  # keys before which the file has a blank line
+
+
+def keys_of(
+    data: str,
+    model: str,
+    method: str,
+    fit: Fit,
+    sample: Sample,
+    size: ModelSize,
+    cluster: Cluster,
+    reward: str | None,
+    chat_template: str | None,
+) -> Keys:
+    """The keys of the job in the file's order. Raises ConfigError when the model does not fit the cluster."""
+    rl = None if method == "sft" else method
+    length = sequence_len(method, fit, sample, size, gpu=cluster.gpus > 0)
+    job: Keys = {
+        "base_model": model,
+        "output_dir": f"outputs/{Path(data).stem}-{method.removesuffix('_trainer')}",
+        **({"rl": rl, **OWN[method]} if rl else {}),
+        "adapter": "lora",
+        **LORA,
+        "datasets": [fit.layout.entry(data)],
+        **_held_out(sample.total),
+        "sequence_len": length,
+        **({"chat_template": chat_template} if chat_template else {}),
+    }
+    if rl == "grpo":
+        job["trl"] = {
+            "num_generations": GENERATIONS,
+            "max_completion_length": _completion_tokens(cluster.gpus > 0),
+            "reward_funcs": [reward],
+            "log_completions": True,
+        }
+    own: Keys = {"kv_cache_gib": 1} if rl == "grpo" and not cluster.gpus else {}
+    if (share := _left_out(fit, sample, length - (_completion_tokens(cluster.gpus > 0) if rl == "grpo" else 0))) is not None:
+        own["max_bad_rows"] = share
+    job |= _training(method, sample, cluster) | ({"ray": own} if own else {})
+
+    def placed(way: Way) -> Keys:
+        return _merged(job, {**way, **_batches(method, length, sample.total, way)})
+
+    return _in_order(placed(way_for(rl, model, size, cluster, lambda way: config_of(placed(way)))))
+
+
+def sequence_len(method: str, fit: Fit, sample: Sample, size: ModelSize, gpu: bool = False) -> int:
+    """Room for all rows but those far out, in multiples of MULTIPLE, and no more than the model was made for."""
+    longest, most = fit.lengths[-1], percentile(fit.lengths, 99)
+    wanted = longest if longest <= FAR_OUT * most else most
+    if sample.total > len(sample.rows):
+        wanted = ceil(wanted * UNSEEN)
+    if fit.layout.type == "completion":
+        wanted = min(wanted, LONGEST_DOCUMENT)
+    if method == "grpo":
+        wanted += _completion_tokens(gpu)
+    rounded = ceil(wanted / MULTIPLE) * MULTIPLE
+    return min(rounded, size.context) if size.context else rounded
+
+
+def percentile(lengths: Sequence[int], percent: int) -> int:
+    """Of sorted numbers: so many percent of them are no greater."""
+    return lengths[max(0, ceil(percent / 100 * len(lengths)) - 1)]
+
+
+def config_of(keys: Mapping[str, Any]) -> JobConfig:
+    """The keys as a job file of theirs loads. Raises ConfigError."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "job.yaml")
+        file.write_text(yaml.safe_dump(dict(keys), allow_unicode=True), encoding="utf-8")
+        return load(file)
+
+
+def text_of(keys: Keys, told: Sequence[str]) -> str:
+    """The file, with what is told at its top; indented lines of that are commands, and stay whole."""
+    lines = [line for one in told for line in ([one] if one.startswith(" ") else wrap(one, WIDTH))]
+    comment = "".join(f"# {line}\n" for line in lines)
+    parts = []
+    for key, value in keys.items():
+        written = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=WIDTH)
+        parts.append(f"\n{written}" if key in GROUPS else written)
+    return comment + "".join(parts)
+
+
+def _completion_tokens(gpu: bool) -> int:
+    return COMPLETION_TOKENS["gpu" if gpu else "cpu"]
+
+
+def _held_out(rows: int) -> Keys:
+    if rows < FEW_ROWS:
+        return {}
+    return {"val_set_size": min(HELD_OUT_MOST, ceil(HELD_OUT_SHARE * rows))}
+
+
+def _batches(method: str, length: int, rows: int, way: Way) -> Keys:
+    ranks = way.get("ray_num_workers", 1)
+    sequences = 2 if method in ("dpo", "orpo", "reward_trainer") else 1  # of a row, which go through the model together
+    most = max(1, TOKENS_AT_ONCE // (length * sequences))
+    micro = 1 << min(4 if method == "grpo" else 3, most.bit_length() - 1)  # a power of two, up to 16 or 8
+    step = COMPLETIONS if method == "grpo" else 8 if rows < SMALL else 16 if rows < LARGE else 32
+    if method == "kto":
+        micro = max(2, micro)  # each answer is compared with the others of its batch
+    return {"micro_batch_size": micro, "gradient_accumulation_steps": max(1, step // (micro * ranks))}
+
+
+def _training(method: str, sample: Sample, cluster: Cluster) -> Keys:
+    return {
+        "num_epochs": 3 if method == "sft" and sample.total < SHORT_DATA else 1,
+        "learning_rate": LEARNING_RATES[method],
+        "lr_scheduler": "constant_with_warmup" if method == "grpo" else "cosine",
+        "warmup_ratio": 0.05,
+        **({"gradient_checkpointing": True} if cluster.gpus else {}),
+    }
+
+
+def _left_out(fit: Fit, sample: Sample, room: int) -> float | None:
+    """ray.max_bad_rows: half as much again as in the sample. None where all rows are known to be good.
+
+    room: tokens that a row, or a prompt, may have.
+    """
+    long = 0 if fit.layout.type == "completion" else sum(one > room for one in fit.lengths)
+    bad = len(fit.bad) + long
+    if not bad and sample.total <= len(sample.rows):
+        return None
+    return max(1, ceil(150 * bad / (len(fit.lengths) + len(fit.bad)))) / 100
+
+
+def _merged(keys: Mapping[str, Any], more: Mapping[str, Any]) -> Keys:
+    """Both, where sections of the same name have the keys of both."""
+    merged = dict(keys)
+    for key, value in more.items():
+        merged[key] = {**merged[key], **value} if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def _in_order(keys: Keys) -> Keys:
+    """Sections last, and what belongs to the adapter beside it."""
+    last = ["num_epochs", "learning_rate", "lr_scheduler", "warmup_ratio", "gradient_checkpointing", "trl", "vllm", "ray"]
+    moved = ["load_in_4bit", "micro_batch_size", "gradient_accumulation_steps", "ray_num_workers", "fsdp_version", *last]
+    first = [key for key in keys if key not in moved]
+    at = first.index("adapter") + 1
+    order = [*first[:at], "load_in_4bit", *first[at:], *moved[1:]]
+    return {key: keys[key] for key in order if key in keys}
