@@ -20,6 +20,23 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+def gpu_bytes() -> int | None:
+    """Memory of each GPU of this machine, of the smallest one; None without a GPU.
+
+    Asked of the driver: torch would begin to use a GPU for it, and take half a GiB of it for as long as this process lives.
+    """
+    if not has_gpu():
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return min(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def device() -> torch.device:
     """Where this process computes: the GPU that Ray gave it, or the CPU."""
     return torch.device("cuda", 0) if has_gpu() else torch.device("cpu")
@@ -28,11 +45,6 @@ def device() -> torch.device:
 def free_gib() -> float:
     """GPU memory that no process holds, GiB; NaN without a GPU."""
     return torch.cuda.mem_get_info()[0] / 2**30 if has_gpu() else math.nan
-
-
-def total_gib() -> float:
-    """Memory of a GPU, GiB; NaN without one."""
-    return torch.cuda.mem_get_info()[1] / 2**30 if has_gpu() else math.nan
 
 
 def release_cache() -> None:

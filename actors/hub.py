@@ -45,8 +45,8 @@ def resolve(name: str, key: str = "base_model", *, weights: bool = True) -> str:
 
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
-        whole = not weights or any(cached.glob("*.safetensors"))  # else: its tokenizer alone, say
-        if whole and (cached / "config.json").is_file():
+        needed = "*.safetensors" if weights else "*token*"  # of what was fetched for another purpose it may be a part
+        if (cached / "config.json").is_file() and any(cached.glob(needed)):
             return str(cached)
     except HFValidationError as error:
         raise ConfigError(f"{key}: {name} is no folder and no name of a model ({error})") from error

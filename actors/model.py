@@ -21,11 +21,15 @@ FP32_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 
 
 def load_tokenizer(model: ModelSpec) -> Any:
-    """The model's tokenizer, from the same folder as its weights, with the special tokens and the template of the job."""
+    """The model's tokenizer, with the special tokens and the template of the job. Raises ConfigError when there is none."""
     from transformers import AutoTokenizer
 
     folder, special_tokens = hub.resolve(model.name, weights=False), dict(model.special_tokens)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, **special_tokens)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, **special_tokens)
+    except (OSError, ValueError) as error:
+        text = f"base_model: {folder} holds no tokenizer that transformers can load ({str(error).splitlines()[0]})"
+        raise ConfigError(f"{text}; put the files of its tokenizer there") from error
     if model.chat_template is not None:
         tokenizer.chat_template = model.chat_template  # so that whoever uses the result writes as it was trained
     return tokenizer

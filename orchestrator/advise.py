@@ -6,7 +6,7 @@ model that nobody has taught to answer yet, or a reward model; one answer and wh
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from actors.model import load_tokenizer
 from actors.rewards import load_function
 from actors.specs import ModelSpec, RewardSpec
 from orchestrator import sizing
-from orchestrator.advised_job import LEARNING_RATES, config_of, keys_of, sequence_len, text_of
+from orchestrator.advised_job import LEARNING_RATES, Found, config_of, keys_of, rows_of, text_of
 from orchestrator.jobs import local_folder
 from orchestrator.prompt_rows import Verifier, prompt_fit, verifier_of
 from orchestrator.row_kinds import LAYOUTS, Fit, fits_of, template_for
 from orchestrator.row_sample import Sample, take_sample
 from orchestrator.runnable import ensure_runnable
 from orchestrator.schema import DatasetConfig, JobConfig
-from orchestrator.sizing import Cluster, Keys, ModelSize
+from orchestrator.sizing import Cluster, Keys
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # comes with Eagleray, and runs without a GPU
 NAMES = {"dpo": "DPO", "orpo": "ORPO", "reward_trainer": "a reward model", "kto": "KTO", "sft": "SFT", "grpo": "GRPO"}
@@ -67,15 +67,11 @@ class Other:
 class Advice:
     """What was found, and the job that follows from it."""
 
-    data: str
-    sample: Sample
-    fit: Fit
+    found: Found
+    fit: Fit  # how the rows are read
     method: str  # a key of NAMES
     why: str
     others: tuple[Other, ...]
-    model: str
-    size: ModelSize
-    cluster: Cluster
     keys: Keys  # of the job file
     config: JobConfig  # the same, loaded
 
@@ -95,7 +91,6 @@ def advise(data: str, model: str | None, reward: str | None, cluster: Cluster, f
     """
     name = model or DEFAULT_MODEL
     tokenizer = load_tokenizer(ModelSpec(name, "float32"))
-    size = sizing.size_of(name)
     sample = take_sample(DatasetConfig(path=data), [str(Path.cwd()), str(folder)])
     tried = {method: fits_of(method, sample, tokenizer) for method in LAYOUTS} | {"grpo": [prompt_fit(sample, tokenizer)]}
     good = {method: fits[-1] for method, fits in tried.items() if fits and fits[-1].good}
@@ -109,13 +104,13 @@ def advise(data: str, model: str | None, reward: str | None, cluster: Cluster, f
     method, why = chosen
     fit = good["dpo" if method == "orpo" else method]
     rewarded = reward or (verifier.reward if verifier else None)
-    keys = keys_of(data, name, method, fit, sample, size, cluster, rewarded, template_for(tokenizer))
+    found = Found(data, sample, name, sizing.size_of(name), template_for(tokenizer), cluster, rewarded)
+    keys = keys_of(found, method, fit)
     config = config_of(keys)
     ensure_runnable(config)
     if reward is not None and "/" not in reward and local_folder(config, reward) is None:
         load_function(RewardSpec(reward, (str(Path.cwd()), str(folder))))
-    others = tuple(_others(method, good, keys, data, sample, size))
-    return Advice(data, sample, fit, method, why, others, name, size, cluster, keys, config)
+    return Advice(found, fit, method, why, tuple(_others(method, good, keys, found)), keys, config)
 
 
 def _chosen(
@@ -151,28 +146,24 @@ def _labels(fit: Fit, sample: Sample) -> dict[str, int]:
     return counts
 
 
-def _others(
-    method: str, good: Mapping[str, Fit], keys: Keys, data: str, sample: Sample, size: ModelSize
-) -> Sequence[Other]:
-    others = []
+def _others(method: str, good: Mapping[str, Fit], keys: Keys, found: Found) -> Iterator[Other]:
     for other in NAMES:
         fit = good.get("dpo" if other == "orpo" else other)
         if other == method or fit is None:
             continue
         if other == "grpo":
             if fit.layout.columns != ("text",):  # which is seldom a question
-                others.append(Other(other, data, ()))
+                yield Other(other, found.data, ())
             continue
         changes = {
             "rl": None if other == "sft" else other,
-            "datasets[0]": fit.layout.entry(data),
-            "sequence_len": sequence_len(other, fit, sample, size),
+            "datasets[0]": fit.layout.entry(found.data),
+            **rows_of(found, other, fit),
             "learning_rate": LEARNING_RATES[other],
         }
         now = {**keys, "datasets[0]": keys["datasets"][0]}
         overrides = tuple(f"{key}={_flow(value)}" for key, value in changes.items() if now.get(key) != value)
-        others.append(Other(other, data, overrides))
-    return others
+        yield Other(other, found.data, overrides)
 
 
 def _flow(value: Any) -> str:

@@ -63,17 +63,18 @@ def show(advice: Advice, console: Console, file: Path | None) -> None:
 
 
 def _rows(advice: Advice) -> dict[str, Text]:
-    config, fit, sample = advice.config, advice.fit, advice.sample
+    config, fit, found = advice.config, advice.fit, advice.found
+    sample, gpu = found.sample, found.cluster.gpus > 0
     looked = "" if sample.total <= len(sample.rows) else f", of which {len(sample.rows):,} were looked at"
     entry = (config.datasets or [])[0]
     read = ", ".join(f"{key}: {value}" for key, value in fit.layout.entry(entry.path).items() if key != "path")
     rows = {
-        "data": Text(f"{advice.data}: {sample.total:,} rows{looked}; columns {', '.join(sample.columns)}"),
+        "data": Text(f"{found.data}: {sample.total:,} rows{looked}; columns {', '.join(sample.columns)}"),
         "read by": Text(read or "prompt, as it stands, and columns for the rewards"),
         "tokens": Text(_lengths(advice)),
-        "model": Text(f"{advice.model}, {_count(advice.size.weights)} weights"),
-        "adapter": Text(described_adapter(config, trainer_dtype(config, advice.cluster.gpus > 0, "float32"))),
-        "machine": Text(f"{advice.cluster}: {_placed(config, advice.cluster.gpus > 0)}"),
+        "model": Text(f"{found.model}, {_count(found.size.weights)} weights"),
+        "adapter": Text(described_adapter(config, trainer_dtype(config, gpu, "float32"))),
+        "machine": Text(f"{found.cluster}: {_placed(config, gpu)}"),
     }
     if config.trl.reward_funcs and config.rl == "grpo":
         rows["reward"] = Text(", ".join(config.trl.reward_funcs))

@@ -1,6 +1,7 @@
 """The job file that `eagleray advise` writes: what follows for its keys from a method, the rows and the machine."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,61 +44,76 @@ WIDTH = 110  # columns of the file
 GROUPS = ("adapter", "datasets", "micro_batch_size", "trl", "vllm", "ray")  # keys before which the file has a blank line
 
 
-def keys_of(
-    data: str,
-    model: str,
-    method: str,
-    fit: Fit,
-    sample: Sample,
-    size: ModelSize,
-    cluster: Cluster,
-    reward: str | None,
-    chat_template: str | None,
-) -> Keys:
+@dataclass(frozen=True)
+class Found:
+    """What a job file follows from."""
+
+    data: str  # a path or a name on the hub, as given
+    sample: Sample
+    model: str
+    size: ModelSize
+    chat_template: str | None  # that a job must name; None = the model has its own
+    cluster: Cluster
+    reward: str | None  # of trl.reward_funcs
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of a completion of GRPO, at most."""
+        return COMPLETION_TOKENS["gpu" if self.cluster.gpus else "cpu"]
+
+
+def keys_of(found: Found, method: str, fit: Fit) -> Keys:
     """The keys of the job in the file's order. Raises ConfigError when the model does not fit the cluster."""
     rl = None if method == "sft" else method
-    length = sequence_len(method, fit, sample, size, gpu=cluster.gpus > 0)
+    rows = found.sample.total
     job: Keys = {
-        "base_model": model,
-        "output_dir": f"outputs/{Path(data).stem}-{method.removesuffix('_trainer')}",
+        "base_model": found.model,
+        "output_dir": f"outputs/{Path(found.data).stem}-{method.removesuffix('_trainer')}",
         **({"rl": rl, **OWN[method]} if rl else {}),
         "adapter": "lora",
         **LORA,
-        "datasets": [fit.layout.entry(data)],
-        **_held_out(sample.total),
-        "sequence_len": length,
-        **({"chat_template": chat_template} if chat_template else {}),
+        "datasets": [fit.layout.entry(found.data)],
+        **({"val_set_size": min(HELD_OUT_MOST, ceil(HELD_OUT_SHARE * rows))} if rows >= FEW_ROWS else {}),
+        **rows_of(found, method, fit),
+        "num_epochs": 3 if method == "sft" and rows < SHORT_DATA else 1,
+        "learning_rate": LEARNING_RATES[method],
+        "lr_scheduler": "constant_with_warmup" if method == "grpo" else "cosine",
+        "warmup_ratio": 0.05,
+        **({"gradient_checkpointing": True} if found.cluster.gpus else {}),
     }
+    own: Keys = {}
     if rl == "grpo":
         job["trl"] = {
             "num_generations": GENERATIONS,
-            "max_completion_length": _completion_tokens(cluster.gpus > 0),
-            "reward_funcs": [reward],
+            "max_completion_length": found.completion_tokens,
+            "reward_funcs": [found.reward],
             "log_completions": True,
         }
-    own: Keys = {"kv_cache_gib": 1} if rl == "grpo" and not cluster.gpus else {}
-    if (share := _left_out(fit, sample, length - (_completion_tokens(cluster.gpus > 0) if rl == "grpo" else 0))) is not None:
+        own = {} if found.cluster.gpus else {"kv_cache_gib": 1}
+    if (share := _left_out(fit, found.sample, job["sequence_len"] - _added(found, method))) is not None:
         own["max_bad_rows"] = share
-    job |= _training(method, sample, cluster) | ({"ray": own} if own else {})
+    job |= {"ray": own} if own else {}
 
     def placed(way: Way) -> Keys:
-        return _merged(job, {**way, **_batches(method, length, sample.total, way)})
+        return _merged(job, {**way, **_batches(method, job["sequence_len"], rows, way)})
 
-    return _in_order(placed(way_for(rl, model, size, cluster, lambda way: config_of(placed(way)))))
+    way = way_for(rl, found.model, found.size, found.cluster, lambda way: config_of(placed(way)))
+    return _in_order(placed(way))
 
 
-def sequence_len(method: str, fit: Fit, sample: Sample, size: ModelSize, gpu: bool = False) -> int:
-    """Room for all rows but those far out, in multiples of MULTIPLE, and no more than the model was made for."""
+def rows_of(found: Found, method: str, fit: Fit) -> Keys:
+    """How rows are written and how long they may be: all but those far out, and no more than the model was made for."""
     longest, most = fit.lengths[-1], percentile(fit.lengths, 99)
     wanted = longest if longest <= FAR_OUT * most else most
-    if sample.total > len(sample.rows):
+    if found.sample.total > len(found.sample.rows):
         wanted = ceil(wanted * UNSEEN)
     if fit.layout.type == "completion":
         wanted = min(wanted, LONGEST_DOCUMENT)
-    if method == "grpo":
-        wanted += _completion_tokens(gpu)
-    rounded = ceil(wanted / MULTIPLE) * MULTIPLE
-    return min(rounded, size.context) if size.context else rounded
+    rounded = ceil((wanted + _added(found, method)) / MULTIPLE) * MULTIPLE
+    keys: Keys = {"sequence_len": min(rounded, found.size.context or rounded)}
+    if found.chat_template and isinstance(fit.layout.type, str) and "chat_template" in fit.layout.type:
+        keys["chat_template"] = found.chat_template
+    return keys
 
 
 def percentile(lengths: Sequence[int], percent: int) -> int:
@@ -124,14 +140,9 @@ def text_of(keys: Keys, told: Sequence[str]) -> str:
     return comment + "".join(parts)
 
 
-def _completion_tokens(gpu: bool) -> int:
-    return COMPLETION_TOKENS["gpu" if gpu else "cpu"]
-
-
-def _held_out(rows: int) -> Keys:
-    if rows < FEW_ROWS:
-        return {}
-    return {"val_set_size": min(HELD_OUT_MOST, ceil(HELD_OUT_SHARE * rows))}
+def _added(found: Found, method: str) -> int:
+    """Tokens of a sequence that are not in its row."""
+    return found.completion_tokens if method == "grpo" else 0
 
 
 def _batches(method: str, length: int, rows: int, way: Way) -> Keys:
@@ -143,16 +154,6 @@ def _batches(method: str, length: int, rows: int, way: Way) -> Keys:
     if method == "kto":
         micro = max(2, micro)  # each answer is compared with the others of its batch
     return {"micro_batch_size": micro, "gradient_accumulation_steps": max(1, step // (micro * ranks))}
-
-
-def _training(method: str, sample: Sample, cluster: Cluster) -> Keys:
-    return {
-        "num_epochs": 3 if method == "sft" and sample.total < SHORT_DATA else 1,
-        "learning_rate": LEARNING_RATES[method],
-        "lr_scheduler": "constant_with_warmup" if method == "grpo" else "cosine",
-        "warmup_ratio": 0.05,
-        **({"gradient_checkpointing": True} if cluster.gpus else {}),
-    }
 
 
 def _left_out(fit: Fit, sample: Sample, room: int) -> float | None:

@@ -55,14 +55,14 @@ def cluster_of(text: str | None) -> Cluster:
             raise ConfigError(f"--cluster: {text} is no cluster; write auto, or GPUs and memory of each, such as 8x80GB")
         return Cluster(int(found[1]), float(found[2]))
     if not os.environ.get("RAY_ADDRESS"):
-        return Cluster(device.gpu_count(), device.total_gib() if device.has_gpu() else 0.0)
+        return Cluster(device.gpu_count(), (device.gpu_bytes() or 0) / 2**30)
     from orchestrator import cluster
 
     with cluster.connected():
         gpus = int(sum(node.resources.get("GPU", 0) for node in cluster.nodes()))
     if gpus and not device.has_gpu():
         raise ConfigError(f"--cluster: the cluster of RAY_ADDRESS has {gpus} GPUs; say their memory, such as {gpus}x80GB")
-    return Cluster(gpus, device.total_gib() if gpus else 0.0)
+    return Cluster(gpus, (device.gpu_bytes() or 0) / 2**30)
 
 
 def size_of(model: str) -> ModelSize:

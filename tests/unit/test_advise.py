@@ -23,8 +23,7 @@ from orchestrator.advise import DEFAULT_MODEL, Advice, advise
 from orchestrator.advised_job import percentile
 from orchestrator.cli import main
 from orchestrator.config import load
-from orchestrator.plan import Node
-from orchestrator.run import plan_lines
+from orchestrator.plan import Node, make_plan
 from orchestrator.runnable import ensure_runnable
 from orchestrator.sizing import Cluster, ModelSize, cluster_of
 from tests.job_files import messages
@@ -101,13 +100,17 @@ def entry(advice: Advice) -> dict[str, Any]:
 def test_the_recipes_data_gives_its_method(data: str, method: str, keys: dict[str, Any]) -> None:
     found = advised(str(ROOT / f"configs/{data}-train.jsonl"))
     assert (found.method, entry(found)) == (method, keys)
-    assert found.model == DEFAULT_MODEL and 130e6 < found.size.weights < 140e6
+    assert found.found.model == DEFAULT_MODEL and 130e6 < found.found.size.weights < 140e6
 
 
 def test_a_model_that_nobody_has_taught_learns_to_answer_and_to_prefer_in_one_stage(untaught: str) -> None:
     found = advised(str(ROOT / "configs/orpo/howto-train.jsonl"), model=untaught)
-    assert (found.method, found.keys["rl"], found.keys["chat_template"]) == ("orpo", "orpo", "chatml")
+    assert (found.method, found.keys["rl"], entry(found)) == ("orpo", "orpo", {"type": "chatml.intel"})
+    assert "chat_template" not in found.keys, "this type writes the turns itself"
     assert [other.method for other in found.others] == ["dpo", "reward_trainer", "grpo"]
+    assert "chat_template=chatml" in found.others[1].overrides
+    talks = advised(str(ROOT / "configs/dpo/direct-train.jsonl"), model=untaught)
+    assert (talks.method, talks.keys["chat_template"], entry(talks)) == ("orpo", "chatml", {"type": "chat_template.default"})
 
 
 def test_a_reward_makes_it_grpo() -> None:
@@ -217,7 +220,7 @@ def test_files_of_every_kind(name: str) -> None:
         jsonl(Path(name, "a.jsonl"), rows[:2])
         jsonl(Path(name, "b.jsonl"), rows[2:])
     found = advised(name)
-    assert (found.method, found.sample.total, found.keys["datasets"][0]["path"]) == ("sft", 5, name)
+    assert (found.method, found.found.sample.total, found.keys["datasets"][0]["path"]) == ("sft", 5, name)
 
 
 # What no method can use
@@ -297,8 +300,8 @@ def test_rows_that_cannot_be_used_are_allowed_for() -> None:
 def test_of_many_rows_some_from_everywhere_are_looked_at() -> None:
     rows = [{"instruction": f"Count to {i}.", "output": "Done."} for i in range(12_000)]
     found = of_rows(rows)
-    assert found.sample.total == 12_000 and 400 <= len(found.sample.rows) <= 600
-    numbers = [int(row["instruction"].split()[-1].strip(".")) for row in found.sample.rows]
+    assert found.found.sample.total == 12_000 and 400 <= len(found.found.sample.rows) <= 600
+    numbers = [int(row["instruction"].split()[-1].strip(".")) for row in found.found.sample.rows]
     assert min(numbers) == 0 and max(numbers) > 10_000
     assert found.config.ray.max_bad_rows == 0.01, "nobody knows the rows that were not looked at"
 
@@ -326,8 +329,7 @@ def test_the_file_loads_without_a_word_and_can_be_planned(
         config = load(file)
         ensure_runnable(config)
         assert messages(caplog) == []
-        lines, problems = plan_lines(config, [Node("laptop", {"CPU": 2.0})])
-        assert lines and problems == []
+        assert main(["plan", str(file)]) == 0
 
 
 def test_other_methods_are_commands_that_would_run(recipes: list[str], tmp_path: Path) -> None:
@@ -439,13 +441,13 @@ def test_a_job_for_gpus_loads_and_can_be_placed(tmp_path: Path) -> None:
     found = advised(str(ROOT / "configs/grpo/sums-train.jsonl"), cluster=cluster_of("2x24GB"))
     (tmp_path / "job.yaml").write_text(found.text("job.yaml"))
     config = load("job.yaml")
-    _, problems = plan_lines(config, [Node("a", {"CPU": 8.0, "GPU": 2.0})])
-    assert problems == [] and config.gradient_checkpointing is True and config.ray.kv_cache_gib is None
+    assert make_plan(config, [Node("a", {"CPU": 8.0, "GPU": 2.0})], 300).problems == []
+    assert config.gradient_checkpointing is True and config.ray.kv_cache_gib is None
     one = advised(str(ROOT / "configs/grpo/sums-train.jsonl"), cluster=cluster_of("1x24GB"))
     (tmp_path / "job.yaml").write_text(one.text("job.yaml"))
     config = load("job.yaml")
-    _, problems = plan_lines(config, [Node("a", {"CPU": 8.0, "GPU": 1.0})])
-    assert problems == [] and config.trl.vllm_mode == "colocate"
+    assert make_plan(config, [Node("a", {"CPU": 8.0, "GPU": 1.0})], 300).problems == []
+    assert config.trl.vllm_mode == "colocate"
 
 
 # Prompts made of rows
