@@ -24,10 +24,12 @@ from actors.requests import as_trained, guard
 from actors.specs import ServedEngineSpec, ServedModelSpec
 
 
-class EngineServer(LLMServer):
+class EngineServer(LLMServer):  # type: ignore[misc]
     """One engine and vLLM's own OpenAI server around it."""
 
-    async def __init__(self, llm_config: LLMConfig, spec: ServedEngineSpec) -> None:  # type: ignore[misc]  (Ray Serve awaits it)
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, llm_config: LLMConfig, spec: ServedEngineSpec
+    ) -> None:
         folder = hub.resolve(spec.model.name)
         file = Path(spec.adapter) / adapter.WEIGHTS_FILE if spec.adapter else None
         if file and not file.is_file():
@@ -40,7 +42,7 @@ class EngineServer(LLMServer):
             await self.engine.collective_rpc("eagleray_fuse_file", args=arguments)
 
 
-class Front(OpenAiIngress):
+class Front(OpenAiIngress):  # type: ignore[misc]
     """What clients talk to."""
 
     def __init__(
@@ -54,10 +56,12 @@ class Front(OpenAiIngress):
         )
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
-        return await super().chat(as_trained(body, self.served.get(body.model or "")), request)
+        response: Response = await super().chat(as_trained(body, self.served.get(body.model or "")), request)
+        return response
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
-        return await super().completions(as_trained(body, self.served.get(body.model or "")), request)
+        response: Response = await super().completions(as_trained(body, self.served.get(body.model or "")), request)
+        return response
 
 
 def front(key: str | None) -> Any:

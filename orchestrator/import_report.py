@@ -108,7 +108,8 @@ def _of(key: str, said: Sequence[Problem]) -> Iterator[str]:
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, float):
         return "" if value is None else f"{value:g}"
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("\n...\n").strip()
+    dumped: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    text = dumped.removesuffix("\n...\n").strip()
     return text if len(text) <= VALUE_WIDTH else text[: VALUE_WIDTH - 1] + "…"
 
 
