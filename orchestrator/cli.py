@@ -241,8 +241,7 @@ def _parser() -> argparse.ArgumentParser:
 def _quieten() -> None:
     """Libraries keep to errors; what Eagleray has to say goes to stderr, a line each."""
     warnings.filterwarnings("ignore")
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    for name, value in quiet.items():
+    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     handler = logging.StreamHandler()

@@ -78,7 +78,7 @@ class _Serving:
     def __enter__(self) -> None:
         from ray import serve
 
-        for name in ("ray", "ray.serve", "httpx"):
+        for name in ("ray", "ray.serve", "vllm"):
             logging.getLogger(name).setLevel(logging.ERROR)
         if serve.status().applications:
             raise ActorError("Ray Serve has applications on this cluster, and none is replaced; end them with `serve shutdown`")
