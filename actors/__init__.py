@@ -17,6 +17,7 @@
     states.py    nested states of tensors and plain values as safetensors
     optimizers.py an optimizer's state to a file and back
     sharding.py  FSDP2 and DeepSpeed, where transformers leaves something to do
+    network.py   on which interface of a machine ranks meet
     ranks.py     how a trainer's ranks share the model and its gradients
     trainer.py   the actor that learns, one rank of it
     engine.py    the actor that samples

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from actors import device, model, sharding
+from actors import device, model, network, sharding
 from actors.errors import ActorError, CheckpointError
 from actors.optimizers import OPTIMIZER_FILE, SHARD_FILE, load_optimizer, save_optimizer
 from actors.specs import RankSpec, TrainerSpec
@@ -44,6 +44,7 @@ def join(rank: RankSpec, spec: TrainerSpec) -> Any:
     # Each rank sees its own device alone, so it is the first of its machine, whatever else runs there.
     os.environ |= {"RANK": str(rank.rank), "WORLD_SIZE": str(rank.world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
+    network.use_node_interface()
     limit = timedelta(seconds=START_TIMEOUT_S)
     dist.init_process_group(device.collectives(), rank=rank.rank, world_size=rank.world, timeout=limit)
     if not spec.sharding:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors import device, hub, storage
+from actors import device, hub, network, storage
 from actors.dataset_loop import Reports, record_of, train_loop
 from actors.errors import ActorError, EaglerayError
 from actors.reading import BadRow
@@ -215,7 +215,7 @@ class _Training:
 
     def _trained(self, reports: Any, quarantine: Any, resume: Path | None, marker: str) -> "_Fit":
         import ray.train
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
 
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # fills the dashboard's record of Train runs
         storage_path = self.output_dir / ".ray-train"
@@ -235,7 +235,7 @@ class _Training:
                 use_gpu=self.plan.bundles[0].resources.get("GPU", 0) > 0,
                 resources_per_worker=dict(self.plan.bundles[0].resources),
             ),
-            torch_config=TorchConfig(timeout_s=self.config.ddp_timeout or 1800),
+            torch_config=network.torch_config(self.config.ddp_timeout or 1800),
             run_config=ray.train.RunConfig(
                 name=f"{self.config.ray_run_name or self.output_dir.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=str(storage_path),

@@ -163,7 +163,7 @@ def _row(details: Any) -> tuple[str, str, str, str, str]:
         details.status.lower(),
         f"{datetime.fromtimestamp(began):%Y-%m-%d %H:%M:%S}" if began else "-",
         duration(max(0.0, ended - began)) if began else "-",
-        (details.metadata or {}).get(COMMAND) or details.entrypoint,
+        " ".join(((details.metadata or {}).get(COMMAND) or details.entrypoint).split()),
     )
 
 

@@ -1,6 +1,7 @@
 """Jobs as a person starts them: the command line in a process of its own, on a Ray cluster that it starts and ends."""
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -132,6 +133,7 @@ def head_node(cpus: int) -> Iterator[Head]:
     with TemporaryDirectory(prefix="er", dir="/tmp") as folder:
         environment = {**os.environ, "HOME": folder, "RAY_TMPDIR": folder}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # as an activated .venv has it
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         environment["EAGLERAY_CACHE"] = str(Path.home() / ".cache" / "eagleray")
         for name in ("RAY_ADDRESS", "VLLM_ENABLE_V1_MULTIPROCESSING"):
             environment.pop(name, None)

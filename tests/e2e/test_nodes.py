@@ -21,7 +21,12 @@ pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
 EAGLERAY = f"{sys.executable} -m orchestrator"
-ACTORS = """python -c '
+JOINED = """RAY_AUTH_MODE=token python -c '
+import ray
+ray.init(address="auto", logging_level="ERROR")
+assert sum(node["Alive"] for node in ray.nodes()) == 3'
+"""
+ACTORS = """RAY_AUTH_MODE=token python -c '
 import json
 import ray
 from ray.util.state import list_actors
@@ -62,9 +67,9 @@ def mine(tmp_path: Path, job: Callable[..., Path]) -> Path:
     return folder
 
 
-def placed(head: Machine, environment: dict[str, str]) -> dict[str, str]:
+def placed(head: Machine) -> dict[str, str]:
     """On which machine each class of actor was."""
-    code, output = head.run(ACTORS, environment)
+    code, output = head.run(ACTORS)
     assert code == 0, output
     found: dict[str, str] = json.loads(output.splitlines()[-1])
     return found
@@ -106,7 +111,7 @@ def on_premise(tmp_path: Path, shared: Path) -> Iterator[tuple[Callable[..., tup
         tunnel = laptop.start(f"exec ray dashboard {written}", person, REPOSITORY)
         try:
             wait_for(f"wget -qO- {DEFAULT_ADDRESS}", laptop)
-            wait_for("RAY_AUTH_MODE=token ray list nodes --format=json | grep -c ALIVE | grep -qx 3", machines[0], 120)
+            wait_for(JOINED, machines[0], 120)
             yield command, machines[0]
         finally:
             for process in (tunnel, *servers):
@@ -122,7 +127,7 @@ def test_a_job_spreads_over_the_machines_that_ray_up_has_joined(
     code, output = command(f"{EAGLERAY} submit {mine}/job.yaml")
     assert code == 0, output
     ended_well(output, shared)
-    where = placed(head, {"RAY_AUTH_MODE": "token"})
+    where = placed(head)
     assert where["Trainer"] != where["RolloutEngine"], where
     code, output = command(f"{EAGLERAY} submit {mine}/job.yaml output_dir=outputs/two max_steps=1000 --no-wait")
     name = output.split()[1]

@@ -31,7 +31,7 @@ class Dashboard:
     too_large: bool = False
 
     def add(self, name: str, status: str, **more: Any) -> None:
-        job = {"type": "SUBMISSION", "submission_id": name, "status": status, "entrypoint": "python train.py", **more}
+        job = {"type": "SUBMISSION", "submission_id": name, "status": status, "entrypoint": "python\n  train.py", **more}
         self.jobs[name] = job
 
 
