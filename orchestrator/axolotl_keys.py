@@ -9,6 +9,7 @@ dataset entries are written `datasets[].key`, for `test_datasets` too.
 from typing import Any
 
 _KERNEL = "dropped: a faster kernel, same result; Eagleray uses PyTorch's own"
+_MEMORY = "dropped: it only changes memory and speed"
 _TRACKER = "dropped: Eagleray reports to TensorBoard and the Ray dashboard"
 _DATALOADER = "dropped: Ray reads the data and feeds the trainers"
 _SERVER = "dropped: the vLLM engines are Ray actors, with no address to set"
@@ -39,6 +40,11 @@ HINTS: dict[str, str] = {
     "liger_rms_norm_gated": _KERNEL,
     "dpo_use_liger_kernel": _KERNEL,
     "use_kernels": _KERNEL,
+    "dpo_use_logits_to_keep": _MEMORY,
+    "dpo_padding_free": _MEMORY,
+    "precompute_ref_log_probs": "dropped: the reference runs beside the trained model, with the same result",
+    "pad_to_multiple_of": "dropped: padding is masked, so it changes no result",
+    "multipack_real_batches": _MEMORY,
     "experts_implementation": _KERNEL,
     "use_scattermoe": _KERNEL,
     "llama4_linearized_experts": _KERNEL,
@@ -270,9 +276,7 @@ REFUSED: dict[str, str] = {
     "min_sample_len": _PREPARE,
     "excess_length_strategy": "use sequence_len",
     "eval_sequence_len": "use sequence_len",
-    "pad_to_multiple_of": "use pad_to_sequence_len",
     "sample_packing_sequentially": "use sample_packing",
-    "multipack_real_batches": "use sample_packing",
     "curriculum_sampling": "use shuffle_merged_datasets: false",
     "shuffle_before_merging_datasets": "use shuffle_merged_datasets",
     "dataset_exact_deduplication": _PREPARE,
@@ -306,10 +310,7 @@ REFUSED: dict[str, str] = {
     "expert_parallel_size": _PARALLEL,
     "dpo_use_weighting": "use dpo_loss_type",
     "dpo_loss_weights": "use one dpo_loss_type",
-    "dpo_use_logits_to_keep": "leave it out",
     "dpo_norm_loss": "use dpo_loss_type",
-    "dpo_padding_free": "leave it out",
-    "precompute_ref_log_probs": "leave it out: the reference model runs beside the trained one",
     "rpo_alpha": "use dpo_loss_type",
     "simpo_gamma": "use rl: simpo with rl_beta",
     "cpo_alpha": "use rl: simpo or rl: orpo",

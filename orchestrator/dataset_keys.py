@@ -20,8 +20,8 @@ from orchestrator.online_keys import (
     WANDB,
     WANDB_LIMITS,
     absent_or,
-    class_notes,
     is_class,
+    model_notes,
 )
 from orchestrator.schema import DatasetConfig, JobConfig
 from orchestrator.source import Problem, Translation
@@ -175,7 +175,7 @@ def entry_problems(key: str, entry: DatasetConfig, rl: str | None) -> Iterator[P
 
 def notes(config: JobConfig) -> Iterator[Problem]:
     """Settings that belong to another method, or follow from the model."""
-    yield from class_notes(config)
+    yield from model_notes(config)
     for name, entries in (("datasets", config.datasets), ("test_datasets", config.test_datasets)):
         for index, entry in enumerate(entries or []):
             if entry.type == "sharegpt":

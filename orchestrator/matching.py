@@ -99,7 +99,7 @@ def _foreign(
     elif (new := RENAMED.get(known)) is not None:
         notes.append(Problem(key, f"not used: {new} is written too, and wins over it"))
     elif (remedy := REFUSED.get(known)) is not None:
-        off = value is False or value in ([], {}, "")
+        off = value in (False, 0, [], {}, "")
         if off and key not in ACTS_WHEN_FALSE:
             notes.append(Problem(key, "dropped: it is off, and Eagleray does not have it"))
         else:

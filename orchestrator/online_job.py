@@ -10,7 +10,7 @@ from typing import Any
 from actors import device, hub, model, storage
 from actors.engine import prompt_token_ids
 from actors.errors import ActorError
-from actors.formats.templates import CHAT_TEMPLATES, OWN
+from actors.formats.templates import CHAT_TEMPLATES, OWN, ensure_own
 from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from orchestrator import checkpoints, cluster, sharding, starting_adapter
 from orchestrator.cluster import Actors
@@ -63,6 +63,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
     if config.adapter is None:
         model.ensure_checkpoint_names(spec)
     tokenizer = model.load_tokenizer(spec)
+    ensure_own(config.chat_template, tokenizer)
     template = config.trl.chat_template_kwargs or {}
     prompts = without_long_prompts(config, prompts, lambda p: len(prompt_token_ids(tokenizer, p, template)))
     probe = [t for row in prompts.train[:PROBE_TOKENS] for t in prompt_token_ids(tokenizer, row.prompt, template)]

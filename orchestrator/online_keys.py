@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from actors.formats.templates import CHAT_TEMPLATES, OWN
+from actors.formats.templates import CHAT_TEMPLATES, FAMILIES, OWN
 from orchestrator.schema import DatasetConfig, JobConfig
 from orchestrator.source import Problem, Translation
 from orchestrator.values import value_of
@@ -95,7 +95,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("optimizer", absent_or(*OPTIMIZERS, PAGED_ADAMW), f"is not implemented yet; use {' or '.join(OPTIMIZERS)}"),
     ("lr_scheduler", absent_or(*SCHEDULERS), f"is not implemented yet; use one of {', '.join(SCHEDULERS)}"),
     ("attn_implementation", absent_or(*ATTENTION), f"is not implemented yet; use one of {', '.join(ATTENTION)}"),
-    ("chat_template", absent_or(OWN, *CHAT_TEMPLATES), NO_TEMPLATE),
+    ("chat_template", absent_or(OWN, *FAMILIES, *CHAT_TEMPLATES), NO_TEMPLATE),
     ("save_strategy", absent_or("steps", "epoch", "no"), "is not implemented yet; use save_steps"),
     ("ray_num_workers", lambda v: isinstance(v, list), "a trainer's ranks cannot change while it runs; give one number"),
     (
@@ -214,8 +214,11 @@ def entry_problems(key: str, entry: DatasetConfig, rl: str | None) -> Iterator[P
             yield Problem(f"{key}.{f.name}", _DATASET_NOT_YET)
 
 
-def class_notes(config: JobConfig) -> Iterator[Problem]:
-    """Classes that are named, where they follow from the model."""
+def model_notes(config: JobConfig) -> Iterator[Problem]:
+    """What is named and follows from the model."""
+    if config.chat_template in FAMILIES:
+        mark = FAMILIES[config.chat_template]
+        yield Translation("chat_template", f"read as {OWN}, the model's own, which must have {mark} in it")
     for key, auto in (("model_type", "AutoModelForCausalLM"), ("tokenizer_type", "AutoTokenizer")):
         if value_of(config, key) not in (None, auto):
             yield Problem(key, "not used: the class follows from the model's own files and from the method")
@@ -223,7 +226,7 @@ def class_notes(config: JobConfig) -> Iterator[Problem]:
 
 def notes(config: JobConfig) -> Iterator[Problem]:
     """Settings that are taken in another way than they are written."""
-    yield from class_notes(config)
+    yield from model_notes(config)
     if config.optimizer == PAGED_ADAMW:
         yield Translation("optimizer", "read as adamw_torch: the same formula, and nothing moves to the CPU")
     if not config.trl.use_vllm:

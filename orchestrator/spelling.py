@@ -11,8 +11,9 @@ from orchestrator.axolotl_keys import RENAMED
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem, Source, Translation
 
-# Axolotl's flags for what attn_implementation names; the schema has the two that most files use.
-ATTENTION_FLAGS = {"eager_attention": "eager", "flex_attention": "flex_attention"}
+# Axolotl's flags for what attn_implementation names; the schema has the two that most files use. xformers' kernel computes
+# what PyTorch's does.
+ATTENTION_FLAGS = {"eager_attention": "eager", "flex_attention": "flex_attention", "xformers_attention": "sdpa"}
 # FSDP1's list of strategies: what FSDP2 does by itself, and what it does when it is asked in fsdp_config.
 FSDP_STRATEGIES: dict[str, dict[str, Any]] = {
     "full_shard": {},

@@ -42,18 +42,39 @@ CHAT_TEMPLATES = {
         "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
     ),
 }
+# Axolotl's names of templates that models of a family bring themselves, and what is in those.
+FAMILIES = {
+    **dict.fromkeys(("qwen_25", "qwen3"), "<|im_start|>"),
+    **dict.fromkeys(("mistral_v1", "mistral_v2v3", "mistral_v3_tekken", "mistral_v7_tekken"), "[INST]"),
+    "gemma3": "<start_of_turn>",
+    "llama4": "<|header_start|>",
+    "phi_35": "<|assistant|>",
+    "cohere": "<|START_OF_TURN_TOKEN|>",
+}
 OWN = "tokenizer_default"
 FALLBACK = "tokenizer_default_fallback_"
 
 
 def has_template(name: str | None) -> bool:
     """Whether chat_template may have that value; None = it is not written."""
-    return name is None or name in (OWN, "jinja") or name.removeprefix(FALLBACK) in CHAT_TEMPLATES
+    return name is None or name in (OWN, "jinja", *FAMILIES) or name.removeprefix(FALLBACK) in CHAT_TEMPLATES
+
+
+def ensure_own(name: str | None, tokenizer: Any) -> None:
+    """Raises ConfigError where a model's own template is asked for by its family's name, and it has none, or another."""
+    if name in FAMILIES and FAMILIES[name] not in (tokenizer.chat_template or ""):
+        raise ConfigError(
+            f"chat_template: {name} is what models of that family have of their own, with {FAMILIES[name]} in it; "
+            f"this one has {'another' if tokenizer.chat_template else 'none'}; choose one of {OWN}, {', '.join(CHAT_TEMPLATES)}"
+        )
 
 
 def template_of(spec: FormatSpec, tokenizer: Any) -> str:
     """The template's text. Raises ConfigError for an unknown name, no template, or one that is not Jinja."""
     name = spec.chat_template or ("jinja" if spec.chat_template_jinja else OWN)
+    if name in FAMILIES:
+        ensure_own(name, tokenizer)
+        name = OWN
     if name == "jinja":
         return _jinja(spec.chat_template_jinja, tokenizer)
     if name == OWN or (name.startswith(FALLBACK) and tokenizer.chat_template):

@@ -465,6 +465,8 @@ def test_an_empty_key_asks_for_nothing_whoever_has_it(tmp_path: Path, caplog: py
         ("dpo_beta: 0.3\n", "rl_beta: 0.3\n"),
         ("noisy_embedding_alpha: 5\n", "neftune_noise_alpha: 5\n"),
         ("flex_attention: true\n", "attn_implementation: flex_attention\n"),
+        ("xformers_attention: true\n", "attn_implementation: sdpa\n"),
+        ("cosine_constant_lr_ratio: 0\n", ""),
         ("eager_attention: true\n", "attn_implementation: eager\n"),
         ("trl: {vllm_dtype: float32, repetition_penalty: 1.1}\n",
          "vllm: {dtype: float32}\ntrl: {generation_kwargs: {repetition_penalty: 1.1}}\n"),

@@ -66,6 +66,7 @@ CHECKPOINTING = ("noted", "not used: they change memory and speed, no result")
 FLASH = ("translated", "read as attn_implementation: flash_attention_2")
 NO_ROWS = ("noted", "not used: there are no rows to evaluate on (test_datasets, val_set_size)")
 SERVER = ("noted", "dropped: the vLLM engines are Ray actors, with no address to set")
+SAME = "dropped: the reference runs beside the trained model, with the same result"
 LOADER = ("noted", "dropped: Ray reads the data and feeds the trainers")
 
 
@@ -152,10 +153,16 @@ def test_deepspeed_line_by_line() -> None:
         ("orpo-qlora", "loss_watchdog_threshold", "used", ""),
         ("dpo-lora", "dpo_beta", "translated", "read as rl_beta"),
         ("dpo-lora", "special_tokens", "used", ""),
-        ("dpo-lora", "precompute_ref_log_probs", "noted", "dropped: it is off, and Eagleray does not have it"),
+        ("dpo-lora", "precompute_ref_log_probs", "noted", SAME),
         ("kto-qlora", "kto_desirable_weight", "used", ""),
         ("fsdp2-full", "save_only_model", "noted", "not used: checkpoints always hold what a resume needs"),
         ("grpo-colocate", "trl.vllm_gpu_memory_utilization", "translated", "read as vllm.gpu_memory_utilization"),
+        (
+            "grpo-colocate",
+            "chat_template",
+            "translated",
+            "read as tokenizer_default, the model's own, which must have <|im_start|> in it",
+        ),
         ("grpo-colocate", "torch_compile", "noted", "not used: it changes speed, no result"),
         ("grpo-colocate", "optimizer", "translated", "read as adamw_torch: the same formula, and nothing moves to the CPU"),
     ],
@@ -193,8 +200,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["import", file]) == 1
     output = capsys.readouterr().out
     assert re.search(r"33 +adapter: qlora +refused +qlora needs load_in_4bit: true", output)
-    assert "29 used, 4 translated, 4 noted, 2 refused\nIt would not run" in output
-    assert main(["import", file, "load_in_4bit=true", "chat_template=tokenizer_default"]) == 0
+    assert "29 used, 5 translated, 4 noted, 1 refused\nIt would not run" in output
+    assert main(["import", file, "load_in_4bit=true"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"override +load_in_4bit: true +used", output)
     assert "It would run: GRPO, QLoRA" in output and "here ray_num_workers says it, and it is 1 now" in output

@@ -342,6 +342,11 @@ def test_fields_by_other_names(tokenizer: Any, names: dict[str, Any]) -> None:
     assert runs(tokenizer, row) == ["Paris<|im_end|>"]
 
 
+def test_a_familys_name_means_the_models_own_template(tokenizer: Any) -> None:
+    row = encode(tokenizer, {"messages": CAPITALS[1:3]}, chat_template="qwen_25")
+    assert row["input_ids"] == template_ids(tokenizer, CAPITALS[1:3])
+
+
 def test_roles_of_ones_own(tokenizer: Any) -> None:
     messages = [{"role": "customer", "content": "Hi"}, {"role": "agent", "content": "Hello"}]
     row = encode(tokenizer, {"messages": messages}, roles={"user": ["customer"], "assistant": ["agent"]})
@@ -427,6 +432,7 @@ def test_a_turn_that_cannot_be_found_is_refused(tokenizer: Any, template: str, m
     ("keys", "message"),
     [
         ({"chat_template": "chatlm"}, "chat_template: there is no 'chatlm'; choose one of tokenizer_default, .*chatml"),
+        ({"chat_template": "llama4"}, r"llama4 is what models of that family have of their own, .*; this one has another"),
         ({"chat_template": "jinja"}, "chat_template: jinja needs the template"),
         ({"chat_template_jinja": "/no/such/file"}, "/no/such/file is neither a template nor a file"),
         ({"chat_template_jinja": "{% for m in messages %}"}, "chat_template_jinja: is no Jinja template, line 1"),
