@@ -153,7 +153,7 @@ def load_policy(
     if gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
-    return base if lora is None else _with_lora(base, lora, reference=reference)
+    return base if lora is None else with_lora(base, lora, reference=reference)
 
 
 def load_base(model: ModelSpec) -> Any:
@@ -180,7 +180,7 @@ def load_base(model: ModelSpec) -> Any:
     return base
 
 
-def _with_lora(base: Any, lora: LoraSpec, *, reference: bool) -> Any:
+def with_lora(base: Any, lora: LoraSpec, *, reference: bool = False) -> Any:
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 

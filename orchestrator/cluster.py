@@ -34,6 +34,7 @@ from actors.reward_model import RewardModelWorker
 from actors.rewards import RewardWorker
 from actors.specs import EngineSpec, JudgeSpec, RankSpec, RewardModelSpec, RewardSpec, TrainerSpec
 from actors.trainer import Trainer
+from orchestrator import hardware
 from orchestrator.causes import GUESSES
 from orchestrator.dashboard import STARTED_AGAIN
 from orchestrator.environment import actor_environment
@@ -143,12 +144,23 @@ def local_nodes() -> list[Node]:
     resources = {"CPU": float(len(os.sched_getaffinity(0)))}
     if gpus := device.gpu_count():
         resources["GPU"] = float(gpus)
-    return [Node(socket.gethostname(), resources)]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return [Node(socket.gethostname(), resources, gpu_bytes=device.gpu_bytes(), memory=memory)]
 
 
 def nodes() -> list[Node]:
     """The nodes of the connected cluster."""
-    return [Node(node["NodeManagerHostname"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [
+        Node(
+            name=node["NodeManagerHostname"],
+            resources=node["Resources"],
+            gpu_bytes=hardware.gpu_bytes(node),
+            gpu_type=hardware.gpu_type(node),
+            memory=int(sum(node["Resources"].get(name, 0) for name in ("memory", "object_store_memory"))) or None,
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 @contextmanager

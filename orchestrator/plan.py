@@ -25,6 +25,9 @@ class Node:
 
     name: str
     resources: Resources  # CPU, GPU, ...
+    gpu_bytes: int | None = None  # memory of each GPU; None = not known, or it has none
+    gpu_type: str | None = None  # as Ray names it, where that is all that is known of its size
+    memory: int | None = None  # bytes, of the machine; None = not known
 
 
 @dataclass(frozen=True)

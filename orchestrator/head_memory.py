@@ -1,0 +1,99 @@
+"""Bytes of what comes after a model's layers in training: logits, and what becomes of them. A formula a method, in `HEADS`.
+
+Each counts what the code that it names allocates. N positions predict, of V words, from H hidden numbers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from actors.model import FP32_LOGITS_AT_ONCE
+from orchestrator.activations import PackedRows, PaddedRows
+from orchestrator.model_shape import ModelShape
+
+FP32 = 4
+TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's head
+TILE_COPIES = (3.25, 7.25)  # fp32 ones of a tile that it makes on a CPU, forward and backward; a GPU works in the tile
+
+
+@dataclass(frozen=True)
+class Head:
+    """Bytes."""
+
+    kept: int = 0  # until the backward pass
+    forward: int = 0  # beside these, the most in the forward pass
+    backward: int = 0  # ... and in the backward pass
+    gradient: int = 0  # of its weights
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the head has to do."""
+
+    rows: PaddedRows | PackedRows
+    shape: ModelShape
+    size: int  # bytes of a weight and of a logit
+    trains: bool  # whether the head's own weights are trained
+    gpu: bool
+
+    @property
+    def gradient(self) -> int:
+        """Of the weights of the head, which may be the embedding's."""
+        return (self.shape.head or self.shape.embedding) * self.size if self.trains else 0
+
+
+def tiled(task: Task) -> Head:
+    """TRL 1.16's (kernels/chunked_logprob.py), of SFT, DPO, IPO and KTO: logits of a tile at a time, computed twice."""
+    shape, size = task.shape, task.size
+    positions = task.rows.tokens - task.rows.sequences if isinstance(task.rows, PaddedRows) else task.rows.tokens
+    tokens = min(positions, TILE_TOKENS)
+    tile = tokens * TILE_WORDS * size
+    copies = [0 if task.gpu else round(n * tokens * min(shape.vocabulary, TILE_WORDS) * FP32) for n in TILE_COPIES]
+    hidden = positions * shape.hidden
+    weights = shape.head or shape.embedding if task.trains else 0
+    summed = (hidden + weights) * FP32
+    return Head(
+        kept=hidden * size,
+        forward=tile + copies[0],
+        backward=summed + tile + max(copies[1], (hidden + weights) * size),
+        gradient=task.gradient,
+    )
+
+
+def kept_logits(task: Task) -> Head:
+    """Ours (actors/model.py), of rl: grpo: logits of what predicts, and fp32 of a few positions at a time."""
+    assert isinstance(task.rows, PackedRows)
+    shape, size = task.shape, task.size
+    positions = task.rows.predicting
+    logits = positions * shape.vocabulary * size
+    at_once = FP32_LOGITS_AT_ONCE["cuda" if task.gpu else "cpu"]
+    scratch = min(positions, max(1, at_once // shape.vocabulary)) * shape.vocabulary * FP32
+    hidden = positions * shape.hidden * size
+    return Head(
+        kept=logits + hidden,
+        forward=2 * scratch,
+        backward=max(logits + scratch, hidden + task.gradient),
+        gradient=task.gradient,
+    )
+
+
+def whole_logits(task: Task) -> Head:
+    """TRL 1.16's ORPO (experimental/orpo): all logits in fp32, once more those of the chosen half, and their gradients."""
+    assert isinstance(task.rows, PaddedRows)
+    logits = task.rows.tokens * task.shape.vocabulary * FP32
+    return Head(kept=3 * logits // 2, forward=logits // 2, backward=3 * logits, gradient=task.gradient)
+
+
+def one_number(task: Task) -> Head:
+    """A reward model's: a number a position."""
+    return Head()
+
+
+HEADS: dict[str | None, Callable[[Task], Head]] = {
+    None: tiled,
+    "dpo": tiled,
+    "ipo": tiled,
+    "kto": tiled,
+    "orpo": whole_logits,
+    "reward_trainer": one_number,
+    "grpo": kept_logits,
+}

@@ -1,0 +1,179 @@
+"""A job on a cluster that may exist: its plan, whether it fits, and the nearest changes that would make it fit.
+
+`Job` holds what was read (rows, models); `planned` is a pure function of it, a configuration and nodes, so a change of the
+configuration is tried by planning it.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+from actors import device, storage
+from actors.errors import ConfigError
+from orchestrator import dataset_plan, plan, sharding
+from orchestrator.dataset_plan import DatasetPlan, make_dataset_plan
+from orchestrator.fit import Fit, fit
+from orchestrator.plan import Node, Plan, colocated, make_plan
+from orchestrator.runnable import not_runnable
+from orchestrator.schema import JobConfig
+from orchestrator.validate import contradictions
+from orchestrator.values import value_of
+
+MOST_CHANGES = 3  # that a suggestion combines
+MOST_SUGGESTIONS = 5
+LORA = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
+QLORA = {"adapter": "qlora", "load_in_4bit": True}
+
+Changes = Mapping[str, Any]  # a dotted key's new value
+
+
+@dataclass(frozen=True)
+class Read:
+    """What planning needs to know beside the configuration."""
+
+    rows: int = 0  # prompts of an online job
+    reward_models: tuple[str, ...] = ()  # which of trl.reward_funcs are such
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job on nodes."""
+
+    config: JobConfig
+    plan: Plan | DatasetPlan
+    fit: Fit
+
+    @property
+    def problems(self) -> list[str]:
+        """A line for each bundle that has no place, and for each kind of place that is too small."""
+        return [*self.plan.problems, *self.fit.problems]
+
+    @property
+    def fullest(self) -> float:
+        """Share of its memory that the fullest place needs; 0 when no place's memory is known."""
+        return max((place.total / place.capacity for place in self.fit.places if place.capacity), default=0.0)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Changes with which a job fits."""
+
+    changes: Changes
+    fullest: float  # share of its memory that the fullest place then needs
+
+
+def planned(config: JobConfig, nodes: Sequence[Node], read: Read) -> Planned:
+    """Of CPU nodes it takes this machine's processor as an example. Raises ConfigError."""
+    cpu_dtype = device.fastest_dtype(gpu=False)
+    if config.rl == "grpo":
+        made: Plan | DatasetPlan = make_plan(config, nodes, read.rows, cpu_dtype, read.reward_models)
+    else:
+        made = make_dataset_plan(config, nodes, cpu_dtype)
+    return Planned(config, made, fit(config, made))
+
+
+def describe(job: Planned) -> list[str]:
+    """The plan for a person, a line each."""
+    if isinstance(job.plan, Plan):
+        return plan.describe(job.config, job.plan)
+    return dataset_plan.describe(job.config, job.plan)
+
+
+def suggestions(config: JobConfig, nodes: Sequence[Node], read: Read) -> list[Suggestion]:
+    """The fewest changes with which the job fits, each planned; the ones that leave the result as it is come first."""
+    gpus = int(sum(node.resources.get("GPU", 0) for node in nodes))
+    kinds = list(_kinds(config, gpus))
+    for count in range(1, MOST_CHANGES + 1):
+        found = []
+        for chosen in combinations(kinds, count):
+            for changes in product(*chosen):
+                suggestion = _tried(config, nodes, read, {key: value for change in changes for key, value in change.items()})
+                if suggestion:
+                    found.append(suggestion)
+                    break  # the stronger ones of the same kinds would do as well
+            if len(found) == MOST_SUGGESTIONS:
+                return found
+        if found:
+            return found
+    return []
+
+
+def _tried(config: JobConfig, nodes: Sequence[Node], read: Read, changes: Changes) -> Suggestion | None:
+    """None where the job would not fit, or would be none."""
+    changed = with_changes(config, changes)
+    try:
+        if any((*contradictions(changed), *not_runnable(changed), *sharding.problems(changed))):
+            return None
+        job = planned(changed, nodes, read)
+    except ConfigError:
+        return None
+    return None if job.problems else Suggestion(changes, job.fullest)
+
+
+def with_changes(config: JobConfig, changes: Changes) -> JobConfig:
+    changed = copy.deepcopy(config)
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        setattr(value_of(changed, section) if section else changed, name, value)
+    return changed
+
+
+def _kinds(config: JobConfig, gpus: int) -> Iterator[list[Changes]]:
+    """Kinds of changes that need less, or need it elsewhere; of each kind from the least to the most."""
+    online = config.rl == "grpo"
+    if not sharding.checkpoints_activations(config):
+        yield [{"gradient_checkpointing": True}]
+    if smaller := list(_smaller_batches(config)):
+        yield smaller
+    if gpus and (over := list(_shards(config, gpus))):
+        yield over
+    if online and gpus:
+        yield from _engine_kinds(config, gpus)
+    if isinstance(config.ray_num_workers, int) and config.ray_num_workers > 1:
+        yield [{"ray_num_workers": workers} for workers in range(config.ray_num_workers - 1, 0, -1)]
+    if config.adapter is None:
+        yield [LORA, {**LORA, **QLORA}]
+    elif not config.load_in_4bit:
+        yield [{**QLORA, "load_in_8bit": False}]
+
+
+def _smaller_batches(config: JobConfig) -> Iterator[Changes]:
+    """As many rows a step, fewer of them at once."""
+    size, passes = config.micro_batch_size, config.gradient_accumulation_steps
+    while size % 2 == 0:
+        size, passes = size // 2, passes * 2
+        yield {"micro_batch_size": size, "gradient_accumulation_steps": passes}
+
+
+def _shards(config: JobConfig, gpus: int) -> Iterator[Changes]:
+    """The model in shards over more GPUs; as many rows a step where they can be dealt."""
+    now = config.ray_num_workers
+    if config.deepspeed or not isinstance(now, int):
+        return
+    passes = config.gradient_accumulation_steps
+    for workers in (2, 4, 8, 16, 32, 64):
+        if now < workers <= gpus or (workers == now and not sharding.kind(config)):
+            yield {
+                "fsdp_version": 2,
+                "ray_num_workers": workers,
+                "gradient_accumulation_steps": max(1, passes * now // workers),
+            }
+
+
+def _engine_kinds(config: JobConfig, gpus: int) -> Iterator[list[Changes]]:
+    size, share = config.vllm.tensor_parallel_size, config.vllm.gpu_memory_utilization
+    if larger := [n for n in (2, 4, 8) if size < n <= gpus]:
+        yield [{"vllm.tensor_parallel_size": n} for n in larger]
+    lower = [{"vllm.gpu_memory_utilization": s} for s in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3) if s < share]
+    if lower:
+        yield lower
+    if not colocated(config):
+        yield [{"trl.vllm_mode": "colocate", "trl.vllm_enable_sleep_mode": True}]
+        if config.ray_num_workers == 1 and size == 1:
+            yield [{"resources_per_worker": {"GPU": 0.5}, "ray.engine_gpus": 0.5}]
+        if config.ray.engines > 1:
+            yield [{"ray.engines": engines} for engines in range(config.ray.engines - 1, 0, -1)]
+    elif not config.trl.vllm_enable_sleep_mode:
+        yield [{"trl.vllm_enable_sleep_mode": True}]
