@@ -1,7 +1,11 @@
 """The only module that knows which accelerator there is. A new kind of device is taught to this file alone."""
 
 import functools
+import gc
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -45,6 +49,40 @@ def device() -> torch.device:
 def free_gib() -> float:
     """GPU memory that no process holds, GiB; NaN without a GPU."""
     return torch.cuda.mem_get_info()[0] / 2**30 if has_gpu() else math.nan
+
+
+@contextmanager
+def measured() -> Iterator[Callable[[], int]]:
+    """Measures the block; what it yields tells, afterwards, the most bytes of tensors that there were in this process.
+
+    On a GPU torch's allocator keeps the number itself. On a CPU it is what lived when the block began, as Python's garbage
+    collector lists it (weights mapped from a file too, of which no allocator knows), and the most that torch's allocator gave
+    out and did not take back since: its profiler hears of each block, also of those inside an operation. The resident set of
+    the process would not do, since memory that was freed stays in it, and a file's pages come and go.
+    """
+    if has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        yield torch.cuda.max_memory_allocated
+        return
+    before = tensor_bytes()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield lambda: before + _most_given_out(profiler)
+
+
+def tensor_bytes() -> int:
+    """Of all tensors in this process."""
+    if has_gpu():
+        return torch.cuda.memory_allocated()
+    tensors = (found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _most_given_out(profiler: torch.profiler.profile) -> int:
+    """profiler: one that has ended. Its table of operations would take minutes to make, and is not needed."""
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(0, *accumulate(nbytes for _, nbytes in changes))
 
 
 def release_cache() -> None:

@@ -36,17 +36,21 @@ def meeting_place() -> str:
         return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
 
-def join(rank: RankSpec, spec: TrainerSpec) -> Any:
-    """Meets the other ranks, before the model is loaded. Returns transformers' arguments of the sharding; None = no shards."""
-    if rank.world == 1 and not spec.sharding:
-        return None
+def meet(rank: RankSpec) -> None:
+    """Waits for all ranks, at the address of the spec. Each sees its own device alone, so it is the first of its machine."""
     host, port = rank.address.rsplit(":", 1)
-    # Each rank sees its own device alone, so it is the first of its machine, whatever else runs there.
     os.environ |= {"RANK": str(rank.rank), "WORLD_SIZE": str(rank.world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
     network.use_node_interface()
     limit = timedelta(seconds=START_TIMEOUT_S)
     dist.init_process_group(device.collectives(), rank=rank.rank, world_size=rank.world, timeout=limit)
+
+
+def join(rank: RankSpec, spec: TrainerSpec) -> Any:
+    """Meets the other ranks, before the model is loaded. Returns transformers' arguments of the sharding; None = no shards."""
+    if rank.world == 1 and not spec.sharding:
+        return None
+    meet(rank)
     if not spec.sharding:
         return None
     from transformers import TrainingArguments

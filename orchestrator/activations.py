@@ -178,7 +178,8 @@ class _Counted(TorchDispatchMode):
         super().__init__()
         self.now = self.most = 0
         self.known: set[int] = set()
-        self.apart = [tensor.untyped_storage() for tensor in apart if tensor is not None]  # kept, so that no other has its place
+        # Kept, so that no other storage gets the place of one of them.
+        self.apart = [tensor.untyped_storage() for tensor in apart if tensor is not None]
         self.known.update(storage._cdata for storage in self.apart)
 
     def restart(self) -> int:

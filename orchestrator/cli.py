@@ -53,21 +53,13 @@ def _ended(command: Callable[[], object]) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from orchestrator import cluster
-    from orchestrator.config import load
-    from orchestrator.plan import ensure_placeable
-    from orchestrator.run import plan_lines
+    from orchestrator import plan_command
+    from orchestrator.cluster import Interrupted
 
-    config = load(args.config, args.overrides)
-    if os.environ.get("RAY_ADDRESS"):
-        with cluster.connected():
-            nodes = cluster.nodes()
-    else:
-        nodes = cluster.local_nodes()
-    lines, problems = plan_lines(config, nodes)
-    print("\n".join(lines))
-    ensure_placeable(problems)
-    return 0
+    try:
+        return plan_command.run(args.config, args.overrides, args.cluster, as_json=args.json, measure=args.check)
+    except Interrupted as interrupted:
+        return interrupted.exit_code
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -170,7 +162,10 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     job_command("run", _run, "Run a job: on the cluster of RAY_ADDRESS, or on this machine.")
-    job_command("plan", _plan, "Print what a job would start, and whether the cluster can hold it. Starts nothing.")
+    plan = job_command("plan", _plan, "Print what a job would start, whether it fits, and what would make it fit.")
+    plan.add_argument("--cluster", default="auto", metavar="8x80GB", help="GPUSxSIZE, NODESxGPUSxSIZE, or auto: what is there")
+    plan.add_argument("--json", action="store_true", help="print it for programs")
+    plan.add_argument("--check", action="store_true", help="start each kind of actor for two steps, and measure its memory")
     submit = job_command("submit", _submit, "Run a job through Ray's job API and follow its log.")
     job_command("import", _import, "Tell what Eagleray makes of each key of an Axolotl file, and whether it would run.")
     submit.add_argument("--no-wait", action="store_true", help="return once the cluster has it")
@@ -243,7 +238,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore")
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that could be faster
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("eagleray: %(message)s"))
     logger = logging.getLogger("eagleray")

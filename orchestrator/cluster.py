@@ -37,6 +37,7 @@ from actors.trainer import Trainer
 from orchestrator import hardware
 from orchestrator.causes import GUESSES
 from orchestrator.dashboard import STARTED_AGAIN
+from orchestrator.dataset_plan import DatasetPlan
 from orchestrator.environment import actor_environment
 from orchestrator.plan import BOTH, ENGINE, TRAINER, Node, Plan
 
@@ -196,7 +197,7 @@ def connected() -> Iterator[Connection]:
 
 
 @contextmanager
-def placed(plan: Plan) -> Iterator[Any]:
+def placed(plan: Plan | DatasetPlan) -> Iterator[Any]:
     """Reserves the plan's bundles as one placement group for as long as the block runs."""
     group = placement_group([dict(bundle.resources) for bundle in plan.bundles], strategy=plan.strategy)
     try:
@@ -216,7 +217,7 @@ def start_actors(
 ) -> Actors:
     """Starts trainer ranks and engines, each in its bundle, all at once. They may not be ready yet."""
     ranks_at = [index for index, bundle in enumerate(plan.bundles) if bundle.role in (TRAINER, BOTH)]
-    address = _meeting_place(plan, group) if len(ranks_at) > 1 or trainer.sharding else ""
+    address = meeting_place(plan, group) if len(ranks_at) > 1 or trainer.sharding else ""
     environment = {"env_vars": actor_environment("trainer", plan, None)}
     trainers = [
         ray.remote(Trainer)
@@ -243,7 +244,15 @@ def start_engines(
     )
 
 
-def _meeting_place(plan: Plan, group: Any) -> str:
+def start_measuring(
+    plan: Plan | DatasetPlan, group: Any, index: int, environment: dict[str, str], cls: type, *args: Any
+) -> Any:
+    """Starts an actor of actors/measuring.py in one bundle, to have it for itself."""
+    options = {**_in_bundle(plan, group, index), "runtime_env": {"env_vars": environment}}
+    return ray.remote(cls).options(**options).remote(*args)
+
+
+def meeting_place(plan: Plan | DatasetPlan, group: Any) -> str:
     """Where the trainer's ranks meet: at the first one's node."""
     options = {**_in_bundle(plan, group, 0), "num_cpus": 0, "num_gpus": 0}
     ref = ray.remote(ranks.meeting_place).options(**options).remote()
@@ -269,7 +278,7 @@ def start_reward(plan: Plan, group: Any, spec: RewardSpec | RewardModelSpec | Ju
     return ray.remote(RewardModelWorker).options(**options).remote(spec)
 
 
-def _in_bundle(plan: Plan, group: Any, index: int) -> dict[str, Any]:
+def _in_bundle(plan: Plan | DatasetPlan, group: Any, index: int) -> dict[str, Any]:
     """Options of an actor that has all of one bundle, or half of one that two share."""
     resources = plan.bundles[index].resources
     share = 0.5 if plan.bundles[index].role == BOTH else 1.0

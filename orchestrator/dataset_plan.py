@@ -32,6 +32,7 @@ class DatasetPlan:
     threads: int | None  # CPU threads of a worker; None with GPUs
     readers: int  # tasks of Ray Data that read and encode rows while they are trained on
     rows_per_step: int
+    strategy: str = "PACK"  # Ray Train's, of Ray's placement group
 
     @property
     def problems(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Bytes that a vLLM engine needs on each of its GPUs, and a reward model on its own.
 
-An engine takes the share of the GPU that it was given, whatever it needs: what its weights and its work leave is KV cache. So the
-question is whether that is enough for one sequence of the longest length; more lets more of them decode side by side.
+An engine takes the share of the GPU that it was given, whatever it needs: what its weights and its work leave is KV cache. So
+the question is whether that is enough for one sequence of the longest length; more lets more of them decode side by side.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from orchestrator.model_shape import ModelShape, ModelSource, read_shape
 from orchestrator.plan import Plan
 from orchestrator.schema import JobConfig
 
-# vLLM 0.32, arg_utils.py: tokens that go through an offline engine at once, by the GPU's memory; chunks of prompts and all that decode.
+# vLLM 0.32, arg_utils.py: tokens that go through an offline engine at once, by the GPU's memory.
 BATCHED_TOKENS_LARGE, BATCHED_TOKENS, LARGE_GPU = 16384, 8192, 70 * GIB
 CUDA_GRAPHS = GIB // 2  # captured for each size of a batch, unless vllm.enforce_eager; stays while an engine sleeps
 SAMPLER_COPIES = 3  # of the logits in fp32: as computed, their logarithms, and sorted
@@ -55,7 +55,7 @@ def engine_memory(config: JobConfig, plan: Plan, capacity: int | None) -> Engine
 
 
 def _work(shape: ModelShape, plan: Plan, size: int, capacity: int) -> int:
-    """What vLLM's largest batch needs for a moment: an MLP's gate, up and their product beside the residual stream, or logits."""
+    """What vLLM's largest batch needs for a moment: an MLP's gate, up and product beside the residual stream, or logits."""
     tokens = max(plan.max_num_seqs, BATCHED_TOKENS_LARGE if capacity >= LARGE_GPU else BATCHED_TOKENS)
     layers = tokens * (3 * shape.intermediate // plan.tensor_parallel + 4 * shape.hidden) * size
     sampler = plan.max_num_seqs * shape.vocabulary * (size + SAMPLER_COPIES * 4)
@@ -63,7 +63,7 @@ def _work(shape: ModelShape, plan: Plan, size: int, capacity: int) -> int:
 
 
 def reward_memory(name: str, dtype: str, trust_remote_code: bool, *, gpu: bool) -> Memory:
-    """Of a reward model: a whole one, or the base that an adapter names. Raises ConfigError when its config.json is not there."""
+    """Of a reward model, a whole one. Raises ConfigError when its config.json is not there."""
     shape = read_shape(ModelSource(name, trust_remote_code, "SEQ_CLS"), None)
     work = TOKENS_AT_ONCE * (3 * shape.intermediate + 4 * shape.hidden) * BYTES[dtype]
     terms = {"weights": shape.weights * BYTES[dtype], "activations": work, "overhead": CUDA_CONTEXT if gpu else PROCESS}

@@ -114,7 +114,7 @@ def _places(plan: Plan | DatasetPlan, needs: Mapping[str, Sequence[tuple[Share, 
 
 
 def gpus_of(plan: Plan | DatasetPlan) -> list[tuple[int, ...]]:
-    """For each bundle the GPUs of its node that it has: whole ones, or a share of one, the fullest that has room, as Ray does."""
+    """For each bundle the GPUs of its node that it has: whole ones, or a share of the fullest that has room, as Ray does."""
     free = [[1.0] * int(node.resources.get("GPU", 0)) for node in plan.nodes]
     found: dict[int, tuple[int, ...]] = {}
     for index in sorted(range(len(plan.bundles)), key=lambda i: (-plan.bundles[i].resources.get("GPU", 0), i)):
@@ -145,10 +145,11 @@ def _too_small(nodes: Sequence[Node], places: Sequence[Place]) -> Iterator[str]:
     for same in alike.values():
         first = same[0]
         who = " and ".join(share.actor for share in first.shares)
-        more = f", and {len(same) - 1} more like it," if len(same) > 1 else ""
+        verb = "need" if len(first.shares) > 1 else "needs"
+        more = f" (and {len(same) - 1} more like it)" if len(same) > 1 else ""
         assert first.capacity is not None
         parts = "; ".join(_told(share) for share in first.shares)
-        yield f"{who}{more} need {gb(first.total)} of {named(nodes, first)}, which has {gb(first.capacity)}: {parts}"
+        yield f"{who} {verb} {gb(first.total)} of {named(nodes, first)}{more}, which has {gb(first.capacity)}: {parts}"
 
 
 def _told(share: Share) -> str:

@@ -1,7 +1,7 @@
 """The machines that a job is planned for: those that are there, or those that a person says (`--cluster 2x8x80GB`).
 
-Ray counts GPUs and does not say how large they are; a node's accelerator type does, where GPU_GIB knows it. A new kind of GPU is a
-line there.
+Ray counts GPUs and does not say how large they are; a node's accelerator type does, where GPU_GIB knows it. A new kind of GPU
+is a line there.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Bytes that a rank of a trainer needs, by what they are for, at the moment when they are most.
 
-What the layers keep is counted (activations.py). All else follows from the numbers of weights (model_shape.py) by formulas whose
-source stands beside them, and what follows the layers is in head_memory.py. Rows count as the longest that the configuration
-allows. What an engine needs is in engine_memory.py.
+What the layers keep is counted (activations.py). All else follows from the numbers of weights (model_shape.py) by formulas
+whose source stands beside them, and what comes after the layers is in head_memory.py. Rows count as the longest that the
+configuration allows. What an engine needs is in engine_memory.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,8 +25,8 @@ TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 # NF4 (QLoRA, arXiv:2305.14314, section 3): 4 bits, a constant of 8 bits a block of 64, one of 32 bits a block of 256 of these.
 NF4_CONSTANTS = 1 / 64 + 4 / (64 * 256)
-# An optimizer's states of a trained number: copies in its dtype, or bytes. bitsandbytes has a constant a block of 256; what is paged
-# moves to host memory when there is no room; adafactor keeps a row and a column, and sgd nothing.
+# An optimizer's states of a trained number: copies in its dtype, or bytes. bitsandbytes has a constant a block of 256; what is
+# paged moves to host memory when there is no room; adafactor keeps a row and a column, and sgd nothing.
 COPIES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1}
 BLOCKWISE = 1 + 4 / 256
 STATE_BYTES = {"adamw_bnb_8bit": 2 * BLOCKWISE, "adamw_8bit": 2 * BLOCKWISE, "lion_8bit": BLOCKWISE, "lion_32bit": 4.0}
@@ -166,15 +166,11 @@ class _Rank:
         if compares and config.lora_model_dir:
             trained *= 2  # the adapter as it was
         rest = shape.weights - shape.quantizable
-        whole = 0.0
-        if self.quantized:
-            rest *= 4 if config.rl == "orpo" else self.size  # what TRL's ORPO does not quantize, it trains in fp32
-            # LLM.int8() (arXiv:2208.07339, section 3.1): a byte, and a constant of 32 bits a row.
-            frozen = shape.quantizable * (0.5 if self.quantized == "nf4" else 1) + rest
-            whole = shape.quantizable * NF4_CONSTANTS if self.quantized == "nf4" else 4 * shape.quantizable_rows  # on every rank
-        else:
-            frozen = shape.weights * self.size
-        return self._share(trained + frozen, "zero3", "fsdp") + round(whole)
+        rest *= 4 if self.quantized and config.rl == "orpo" else self.size  # TRL's ORPO puts what is not quantized into fp32
+        # LLM.int8() (arXiv:2208.07339, section 3.1): a byte, and a constant of 32 bits a row.
+        quantized = {None: self.size, "nf4": 0.5, "int8": 1}[self.quantized] * shape.quantizable
+        constants = {None: 0.0, "nf4": NF4_CONSTANTS * shape.quantizable, "int8": 4 * shape.quantizable_rows}[self.quantized]
+        return self._share(trained + quantized + rest, "zero3", "fsdp") + round(constants)  # every rank has all constants
 
     def _gradients(self) -> int:
         return self._share(self.shape.trained * self._trained_size(), "zero2", "zero3", "fsdp")

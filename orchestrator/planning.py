@@ -1,6 +1,6 @@
 """A job on a cluster that may exist: its plan, whether it fits, and the nearest changes that would make it fit.
 
-`Job` holds what was read (rows, models); `planned` is a pure function of it, a configuration and nodes, so a change of the
+`read` reads what a plan needs to know; `planned` is a pure function of it, a configuration and nodes, and so a change of the
 configuration is tried by planning it.
 """
 
@@ -8,16 +8,23 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
+from statistics import mean
 from typing import Any
 
-from actors import device, storage
+from actors import device, model
+from actors.engine import prompt_token_ids
 from actors.errors import ConfigError
-from orchestrator import dataset_plan, plan, sharding
+from actors.specs import ModelSpec
+from orchestrator import dataset_plan, plan, prepare, sharding
+from orchestrator.data import PromptSet, load_prompts
 from orchestrator.dataset_plan import DatasetPlan, make_dataset_plan
 from orchestrator.fit import Fit, fit
+from orchestrator.jobs import with_absolute_paths
 from orchestrator.plan import Node, Plan, colocated, make_plan
+from orchestrator.rewards import reward_models
 from orchestrator.runnable import not_runnable
 from orchestrator.schema import JobConfig
+from orchestrator.starting_adapter import adopted
 from orchestrator.validate import contradictions
 from orchestrator.values import value_of
 
@@ -31,10 +38,12 @@ Changes = Mapping[str, Any]  # a dotted key's new value
 
 @dataclass(frozen=True)
 class Read:
-    """What planning needs to know beside the configuration."""
+    """What is read before a job can be planned."""
 
-    rows: int = 0  # prompts of an online job
-    reward_models: tuple[str, ...] = ()  # which of trl.reward_funcs are such
+    config: JobConfig  # its paths absolute, and the shape of the adapter that it starts from in it
+    rows: int  # prompts of an online job
+    reward_models: tuple[str, ...]  # which of trl.reward_funcs are such
+    tokens: float | None  # of a row, or an online job's prompt, on average; None = not known
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,26 @@ class Suggestion:
 
     changes: Changes
     fullest: float  # share of its memory that the fullest place then needs
+
+
+def read(config: JobConfig) -> Read:
+    """Raises EaglerayError for all that is wrong with a job's data and adapter, before anything is planned."""
+    config = adopted(with_absolute_paths(config))
+    folders = config.source.folders
+    if config.rl != "grpo":
+        prepare.check(config, folders)
+        return Read(config, 0, (), prepare.tokens_of_a_row(config, folders))
+    prompts = load_prompts(config, folders)
+    return Read(config, len(prompts.train), tuple(reward_models(config)), _tokens_of_a_prompt(config, prompts))
+
+
+def _tokens_of_a_prompt(config: JobConfig, prompts: PromptSet) -> float | None:
+    rows = prompts.train[: prepare.SAMPLED]
+    try:
+        tokenizer = model.load_tokenizer(ModelSpec(config.base_model, "float32", config.trust_remote_code))
+        return mean(len(prompt_token_ids(tokenizer, row.prompt, config.trl.chat_template_kwargs or {})) for row in rows)
+    except Exception:  # a template is a program, and there may be no tokenizer: the plan does without, and the job says why
+        return None
 
 
 def planned(config: JobConfig, nodes: Sequence[Node], read: Read) -> Planned:

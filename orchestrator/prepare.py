@@ -12,8 +12,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import ray
@@ -24,8 +25,19 @@ from actors.errors import DataError, EaglerayError
 from actors.formats.base import FormatSpec
 from actors.formats.templates import OWN, template_of
 from actors.model import load_tokenizer
-from actors.preparing import BAD_ROWS_KEPT, BUILDERS, PartStats, PrepareSpec, conduct, cut_file, ensure_type, prepare_piece
-from actors.reading import BadRow, Piece, SourceFile, SourceSpec
+from actors.preparing import (
+    BAD_ROWS_KEPT,
+    BUILDERS,
+    PartStats,
+    PrepareSpec,
+    RowEncoder,
+    conduct,
+    cut_file,
+    ensure_type,
+    prepare_piece,
+    sequences,
+)
+from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut, read
 from actors.specs import ModelSpec
 from orchestrator import cluster
 from orchestrator.data import ensure_usable, held_out_count, hub_spec, local_files
@@ -41,6 +53,7 @@ BLOCKS = 1000  # tasks of Ray Data at most; with more pieces than this, each tak
 STREAM_BLOCK_BYTES = 2**16  # of a stream: small, so that the first one comes soon
 BLOCK_BYTES = 2**20  # of files a task at least: a worker process takes longer to start than to encode less
 TIMEOUT_S = 24 * 3600
+SAMPLED, SAMPLED_BYTES = 64, 2**18  # rows, and bytes, of a file of which the plan learns how long rows are
 
 MANIFEST = "manifest.json"
 # What a tokenizer is read from, in the folder of its model.
@@ -134,6 +147,25 @@ def check(config: JobConfig, search_paths: Sequence[str]) -> None:
     text = f"is no token of {config.base_model}, and new tokens are not implemented yet; name one that it has"
     unknown = [(name, token) for name, token in spec.special_tokens if token not in known]
     config.source.raise_if_any(Problem(f"special_tokens.{name}", f"{token} {text}") for name, token in unknown)
+
+
+def tokens_of_a_row(config: JobConfig, search_paths: Sequence[str]) -> float | None:
+    """On average, all its sequences together, of the first SAMPLED rows of each local file; None when none can be used.
+
+    Starts nothing. Raises as `check` does.
+    """
+    spec, files = _what_to_read(config, search_paths)
+    tokenizer = _ensure_types(spec)
+    lengths: list[int] = []
+    for file in files:
+        source = spec.sources[file.source]
+        if source.held_out or file.kind == "hub":
+            continue
+        encoder = RowEncoder(spec, source, tokenizer)
+        for piece in islice(cut(file, source, SAMPLED_BYTES, SAMPLED), 1):
+            encoded = (encoder.rows(place, raw) for place, raw in islice(read(piece, source), SAMPLED))
+            lengths += [sum(sequences(row)) for rows in encoded if not isinstance(rows, BadRow) for row in rows]
+    return mean(lengths) if lengths else None
 
 
 def fingerprint(config: JobConfig, search_paths: Sequence[str]) -> str:
