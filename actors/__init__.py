@@ -21,6 +21,7 @@
     ranks.py     how a trainer's ranks share the model and its gradients
     trainer.py   the actor that learns, one rank of it
     engine.py    the actor that samples
+    measuring.py actors that tell how much memory a trainer, a worker or an engine really needs
     samples.py   the actor that writes down what was sampled
     rewards.py   the actor that scores with a function
     verifiers.py reward functions that come with Eagleray

@@ -73,6 +73,7 @@ def tensor_bytes() -> int:
     """Of all tensors in this process."""
     if has_gpu():
         return torch.cuda.memory_allocated()
+    gc.unfreeze()  # vLLM hides what it has made from the collector
     tensors = (found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -12,6 +12,14 @@
     data.py         prompts: reading, checking, dealing to steps
     plan.py         configuration and cluster to roles, bundles and batch arithmetic: a pure function
     dataset_plan.py the same for dataset jobs
+    model_shape.py  a model's config.json to numbers of weights
+    activations.py  what a micro-batch keeps alive in a model's layers, counted on tensors without data
+    head_memory.py  what comes after the layers
+    memory.py       all that a rank needs; engine_memory.py: what an engine does
+    fit.py          whether that is there, GPU by GPU
+    hardware.py     the machines that a person says, and how large the GPUs of a cluster are
+    planning.py     a job on a cluster, and the nearest changes with which it would fit
+    plan_command.py eagleray plan; drawing.py: its picture; memory_check.py: its numbers beside measured ones
     prepare.py      datasets to token ids on disk, by Ray Data
     sharding.py     deepspeed and fsdp_config, checked and as transformers takes them
     arguments.py    configuration to the arguments of TRL's trainers

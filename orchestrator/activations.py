@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from actors import attention, model
+from actors.errors import ConfigError, EaglerayError
 from actors.packing import PackedRow, Sample, pack_row
 from actors.specs import LoraSpec
 from actors.types import RolloutGroup
@@ -68,7 +69,7 @@ class Setting:
     lora: LoraSpec | None
     rows: PaddedRows | PackedRows
     dtype: str  # of the weights, and of the computation
-    attention: str  # sdpa | eager; packed rows have their own
+    eager: bool  # whether attention keeps its scores, as eager attention does and no other; packed rows have their own
     checkpointing: bool
 
 
@@ -88,7 +89,13 @@ def alive(setting: Setting) -> Alive:
     """Of a whole model, all layers alike. Raises ConfigError."""
     lora = replace(setting.lora, start=None) if setting.lora else None  # the shape of its weights is all that counts
     setting = replace(setting, lora=lora)
-    one, two = (_run(setting, layers) for layers in (1, 2))
+    try:
+        one, two = (_run(setting, layers) for layers in (1, 2))
+    except EaglerayError:
+        raise
+    except Exception as error:  # the code of any model runs here, and may ask for numbers that are not there
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is known'}"
+        raise ConfigError(f"base_model: what {setting.source.name} needs in memory cannot be counted ({why})") from error
     more = read_shape(setting.source, lora).layers - 1
     grown = {f.name: getattr(one, f.name) + more * (getattr(two, f.name) - getattr(one, f.name)) for f in fields(Alive)}
     return Alive(**{**grown, "last": one.backward})
@@ -121,8 +128,9 @@ def _policy(setting: Setting, layers: int) -> Any:
     packed = isinstance(setting.rows, PackedRows)
     attention.register()
     # Of attention that it does not know transformers makes no mask; without one and unpacked it is sdpa.
-    masked = not packed and (setting.rows.masked or setting.attention == "eager")
-    base = build(setting.source, setting.dtype, setting.attention if masked else attention.NAME, layers)
+    masked = not packed and (setting.rows.masked or setting.eager)
+    own = "eager" if setting.eager else None  # None = the model's choice
+    base = build(setting.source, setting.dtype, own if masked else attention.NAME, layers)
     if setting.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()

@@ -105,4 +105,4 @@ def _looks_of_place(place: Place) -> tuple[object, ...]:
 
 def _legend(used: set[str]) -> Text:
     parts = [Text.assemble((LETTERS[term], COLOURS[term]), f" {term}") for term in TERMS if term in used]
-    return Text("  ").join([Text("  GB:"), *parts])
+    return Text("  ").join(parts)

@@ -148,13 +148,14 @@ def _too_small(nodes: Sequence[Node], places: Sequence[Place]) -> Iterator[str]:
         verb = "need" if len(first.shares) > 1 else "needs"
         more = f" (and {len(same) - 1} more like it)" if len(same) > 1 else ""
         assert first.capacity is not None
-        parts = "; ".join(_told(share) for share in first.shares)
+        parts = "; ".join(_told(share, alone=len(first.shares) == 1) for share in first.shares)
         yield f"{who} {verb} {gb(first.total)} of {named(nodes, first)}{more}, which has {gb(first.capacity)}: {parts}"
 
 
-def _told(share: Share) -> str:
-    terms = ", ".join(f"{name} {gb(nbytes)}" for name, nbytes in share.memory.terms.items() if nbytes >= GIB // 100)
-    return f"{share.actor} ({share.memory.moment}) {terms}"
+def _told(share: Share, *, alone: bool) -> str:
+    """What fills it, from 0.1 GB on. alone: there is no other, whose name would have to tell them apart."""
+    terms = ", ".join(f"{name} {gb(nbytes)}" for name, nbytes in share.memory.terms.items() if nbytes >= GIB // 20)
+    return f"{'' if alone else f'{share.actor} '}({share.memory.moment}) {terms}"
 
 
 def _no_cache(plan: Plan, engine: EngineMemory, bundles: Sequence[int]) -> Iterator[str]:

@@ -101,10 +101,9 @@ class _Rank:
         self.shape = read_shape(source_of(config), lora)
         self.size = BYTES[dtype]
         self.rows = longest_rows(config)
-        attention = "eager" if config.attn_implementation == "eager" else "sdpa"  # the others keep what it keeps
-        self.alive = alive(
-            Setting(source_of(config), lora, self.rows, dtype, attention, sharding.checkpoints_activations(config))
-        )
+        eager = config.attn_implementation == "eager"
+        checkpointing = sharding.checkpoints_activations(config)
+        self.alive = alive(Setting(source_of(config), lora, self.rows, dtype, eager, checkpointing))
         self.head = HEADS[config.rl](Task(self.rows, self.shape, self.size, self.full, gpu))
 
     def moments(self) -> Iterator[Memory]:
@@ -113,11 +112,11 @@ class _Rank:
         # Gradients of an earlier micro-batch are there all the time; those of the only one come as it goes back.
         before = gradients if self.config.gradient_accumulation_steps > 1 else 0
         yield self._memory("forward pass", before, alive.forward)
-        yield self._memory("head, forward", before, alive.kept, head.kept + head.forward)
+        yield self._memory("head's forward pass", before, alive.kept, head.kept + head.forward)
         if self.config.rl in WITH_REFERENCE:
             again = alive.forward - alive.kept + self.rows.tokens * self.shape.hidden * self.size
             yield self._memory("reference", before, alive.kept + again, head.kept + head.forward)
-        yield self._memory("head, backward", before, alive.kept, head.kept + head.backward)
+        yield self._memory("head's backward pass", before, alive.kept, head.kept + head.backward)
         after_head = max(before, self._share(head.gradient, "zero2", "zero3", "fsdp"))
         yield self._memory("backward pass", after_head, alive.backward)
         yield self._memory("end of the backward pass", gradients, max(alive.last, alive.embedding))

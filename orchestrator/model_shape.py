@@ -69,7 +69,7 @@ def read_shape(source: ModelSource, lora: LoraSpec | None) -> ModelShape:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     text = read_config(source).get_text_config()
-    base = build(source, "bfloat16", "sdpa")
+    base = build(source, "bfloat16")
     weights = sum(p.numel() for p in base.parameters())
     layers = max((m for m in base.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings()
@@ -100,8 +100,8 @@ def read_shape(source: ModelSource, lora: LoraSpec | None) -> ModelShape:
     return ModelShape(**shape, trained=sum(trained.values()), copied=copied)
 
 
-def build(source: ModelSource, dtype: str, attention: str, layers: int | None = None) -> Any:
-    """The model without weights. layers: the first so many of it; None = all."""
+def build(source: ModelSource, dtype: str, attention: str | None = None, layers: int | None = None) -> Any:
+    """The model without weights. attention: by transformers' name. layers: the first so many of it; None = all."""
     config = deepcopy(read_config(source))
     if source.task == "SEQ_CLS":
         config.num_labels = 1

@@ -100,7 +100,7 @@ def _raise_unless_it_fits(job: Planned, changes: Sequence[Suggestion]) -> None:
         return
     lines = ["the cluster cannot hold this job:", *job.problems]
     if changes:
-        lines += ["with one of these it would:", *(f"{told(s.changes)}  ({s.fullest:.0%} of the fullest)" for s in changes)]
+        lines += ["with one of these it would:", *(f"{told(s.changes)}  (the fullest at {s.fullest:.0%})" for s in changes)]
     else:
         lines.append("no change of batch, checkpointing, adapter, shards or placement makes it fit; use more or larger GPUs")
     raise ConfigError("\n  ".join(lines))

@@ -199,7 +199,8 @@ def _engine_kinds(config: JobConfig, gpus: int) -> Iterator[list[Changes]]:
     if lower:
         yield lower
     if not colocated(config):
-        yield [{"trl.vllm_mode": "colocate", "trl.vllm_enable_sleep_mode": True}]
+        takes_turns: Changes = {"trl.vllm_mode": "colocate", "trl.vllm_enable_sleep_mode": True}
+        yield [takes_turns, *({**takes_turns, "vllm.gpu_memory_utilization": s} for s in (0.7, 0.5) if s < share)]
         if config.ray_num_workers == 1 and size == 1:
             yield [{"resources_per_worker": {"GPU": 0.5}, "ray.engine_gpus": 0.5}]
         if config.ray.engines > 1:

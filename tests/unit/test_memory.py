@@ -220,7 +220,7 @@ def test_pairs_go_through_the_model_together() -> None:
 
 def test_what_a_forward_pass_keeps_is_what_autograd_saves(base: str) -> None:
     """On a real model with data, counted by another instrument: the hooks that autograd calls for each tensor that it saves."""
-    counted = alive(Setting(ModelSource(base), None, PaddedRows(2, 24, masked=False), "float32", "sdpa", checkpointing=False))
+    counted = alive(Setting(ModelSource(base), None, PaddedRows(2, 24, masked=False), "float32", eager=False, checkpointing=False))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     ids = torch.zeros(2, 24, dtype=torch.long)
@@ -246,7 +246,7 @@ def test_one_and_two_layers_tell_of_four(tmp_path: Path, adapter: str | None, ch
     (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["Llama-3.1-8B"], **small}))
     lora = trained_lora(model_job(str(tmp_path), adapter))
     rows = PackedRows(groups=2, prompt=9, completions=6, length=8)
-    setting = Setting(ModelSource(str(tmp_path)), lora, rows, "float32", "sdpa", checkpointing)
+    setting = Setting(ModelSource(str(tmp_path)), lora, rows, "float32", eager=False, checkpointing=checkpointing)
     found, direct = alive(setting), _run(setting, 4)
     assert (found.kept, found.forward, found.backward) == (direct.kept, direct.forward, direct.backward)
     if checkpointing:
