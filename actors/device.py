@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,11 +80,11 @@ def tensor_bytes() -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def _most_given_out(profiler: torch.profiler.profile) -> int:
-    """profiler: one that has ended. Its table of operations would take minutes to make, and is not needed."""
+def _most_given_out(profiler: Any) -> int:
+    """profiler: torch's, one that has ended. Its table of operations would take minutes to make, and is not needed."""
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(0, *accumulate(nbytes for _, nbytes in changes))
+    return max(0, *accumulate(int(nbytes) for _, nbytes in changes))
 
 
 def release_cache() -> None:

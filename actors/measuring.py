@@ -109,7 +109,7 @@ class MeasuredEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self.engine = RolloutEngine(spec, PROBE)
 
-    def peak(self) -> int:
+    async def peak(self) -> int:
         """Bytes: its weights, and the KV cache."""
-        self.engine.probe_logprobs()
+        await self.engine.probe_logprobs()
         return device.tensor_bytes()

@@ -125,10 +125,9 @@ def _run(setting: Setting, layers: int) -> Alive:
 
 
 def _policy(setting: Setting, layers: int) -> Any:
-    packed = isinstance(setting.rows, PackedRows)
     attention.register()
     # Of attention that it does not know transformers makes no mask; without one and unpacked it is sdpa.
-    masked = not packed and (setting.rows.masked or setting.eager)
+    masked = isinstance(setting.rows, PaddedRows) and (setting.rows.masked or setting.eager)
     own = "eager" if setting.eager else None  # None = the model's choice
     base = build(setting.source, setting.dtype, own if masked else attention.NAME, layers)
     if setting.checkpointing:
@@ -136,7 +135,7 @@ def _policy(setting: Setting, layers: int) -> Any:
         base.enable_input_require_grads()
     if setting.lora is None:
         return base
-    if packed:
+    if isinstance(setting.rows, PackedRows):
         return model.with_lora(base, setting.lora)
     return with_adapter(base, setting.lora, setting.source.task)
 

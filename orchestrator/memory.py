@@ -206,7 +206,7 @@ class _Rank:
         """Weights that are whole for a moment."""
         shape = self.shape
         if self.kind == "zero3":
-            return round(min(self._zero("stage3_max_live_parameters", 1e9), shape.weights) * self.size)
+            return round(min(float(self._zero("stage3_max_live_parameters", 1e9)), shape.weights) * self.size)
         if self.kind != "fsdp":
             return 0
         layer = shape.in_layers / shape.layers

@@ -10,7 +10,7 @@ from typing import Any
 
 from actors.dataset_loop import Reports
 from actors.measuring import MeasuredEngine, MeasuredTrainer, MeasuredWorker
-from actors.specs import DatasetTrainSpec, RankSpec
+from actors.specs import DatasetTrainSpec, RankSpec, TrainerSpec
 from orchestrator import cluster, dataset_job, online_job
 from orchestrator.activations import PackedRows
 from orchestrator.dataset_plan import DatasetPlan
@@ -82,8 +82,9 @@ def _ranks(job: Planned, group: Any) -> Iterator[Measured]:
     address = cluster.meeting_place(plan, group)
     if isinstance(plan, DatasetPlan):
         cls: type = MeasuredWorker
+        spec: DatasetTrainSpec | TrainerSpec
         environment, spec = worker_environment(plan.threads), _worker_spec(config, plan)
-        more: tuple[Any, ...] = (cluster.start_free(Reports),)
+        more: tuple[Any, ...] = (cluster.start_free(Reports, "reports"),)
         rows: tuple[int, ...] = (config.micro_batch_size * config.gradient_accumulation_steps, config.sequence_len)
     else:
         cls, environment, spec = MeasuredTrainer, actor_environment(TRAINER, plan, None), online_job.trainer_spec(config, plan)

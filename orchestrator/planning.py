@@ -149,7 +149,7 @@ def with_changes(config: JobConfig, changes: Changes) -> JobConfig:
     return changed
 
 
-def _kinds(config: JobConfig, gpus: int) -> Iterator[list[Changes]]:
+def _kinds(config: JobConfig, gpus: int) -> Iterator[Sequence[Changes]]:
     """Kinds of changes that need less, or need it elsewhere; of each kind from the least to the most."""
     online = config.rl == "grpo"
     if not sharding.checkpoints_activations(config):
@@ -191,7 +191,7 @@ def _shards(config: JobConfig, gpus: int) -> Iterator[Changes]:
             }
 
 
-def _engine_kinds(config: JobConfig, gpus: int) -> Iterator[list[Changes]]:
+def _engine_kinds(config: JobConfig, gpus: int) -> Iterator[Sequence[Changes]]:
     size, share = config.vllm.tensor_parallel_size, config.vllm.gpu_memory_utilization
     if larger := [n for n in (2, 4, 8) if size < n <= gpus]:
         yield [{"vllm.tensor_parallel_size": n} for n in larger]

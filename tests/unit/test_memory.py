@@ -220,7 +220,8 @@ def test_pairs_go_through_the_model_together() -> None:
 
 def test_what_a_forward_pass_keeps_is_what_autograd_saves(base: str) -> None:
     """On a real model with data, counted by another instrument: the hooks that autograd calls for each tensor that it saves."""
-    counted = alive(Setting(ModelSource(base), None, PaddedRows(2, 24, masked=False), "float32", eager=False, checkpointing=False))
+    rows = PaddedRows(2, 24, masked=False)
+    counted = alive(Setting(ModelSource(base), None, rows, "float32", eager=False, checkpointing=False))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     ids = torch.zeros(2, 24, dtype=torch.long)
