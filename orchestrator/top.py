@@ -10,8 +10,8 @@ from rich.live import Live
 
 from actors.errors import ActorError
 from orchestrator.frame import frame
+from orchestrator.ray_jobs import DEFAULT_ADDRESS
 from orchestrator.sightings import OfCluster, OfFolder, Sighting
-from orchestrator.submit import DEFAULT_ADDRESS
 
 EVERY_S = 2.0  # the dashboard itself hears from its nodes no oftener
 PIPE_WIDTH, PIPE_HEIGHT = 100, 40  # of what is no terminal
