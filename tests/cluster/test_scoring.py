@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from actors.errors import ConfigError, RewardError
 from actors.specs import JudgeSpec, ModelSpec, RewardModelSpec, RewardSpec, SandboxSpec
 from actors.types import RolloutGroup
+from orchestrator.dashboard import STARTED_AGAIN
 from orchestrator.data import Row
 from orchestrator.plan import Node, make_plan
 from orchestrator.schema import JobConfig
@@ -64,9 +65,8 @@ def test_a_failing_call_costs_its_group_alone(cluster: None) -> None:
     assert "did not return within ray.reward_timeout_s = 3 s" in reasons[1]
     assert "ended its process" in reasons[2]
     assert "returned 1 rewards for 2 completions" in reasons[3]
-    assert {"reward tests.cluster.fakes.hangs_on_bad", "reward tests.cluster.fakes.hangs_on_bad, start 3"} & set(
-        ray.util.list_named_actors()
-    ) == {"reward tests.cluster.fakes.hangs_on_bad, start 3"}, "a process for each of the two that were lost"
+    names = [name for name in ray.util.list_named_actors() if name.startswith("reward tests.cluster.fakes.hangs_on_bad")]
+    assert any(STARTED_AGAIN in name for name in names), "Ray gives a name away once, also to one that takes another's place"
     assert [group[0].rewards for group in made.collect(second)] == [(1.0, 1.0)] * 2
 
 
