@@ -97,7 +97,9 @@ class _Serving:
     def __exit__(self, *_: object) -> None:
         from ray import serve
 
-        serve.shutdown()
+        serve.delete(APP)
+        if os.environ.get("RAY_ADDRESS"):  # else all of it ends with the cluster that this command started
+            serve.shutdown()
 
     def _run(self) -> None:
         from ray import serve

@@ -5,6 +5,7 @@ The reference is transformers with PEFT: the adapter on its base, greedily.
 
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -89,6 +90,25 @@ def test_chat_answers_as_the_adapter_does(trained: Path, written: Callable[..., 
     assert answer(trained / "checkpoint-2", PROMPT).startswith(reference(llama, trained / "checkpoint-2", PROMPT))
     dora = written("dora", dora=True)
     assert answer(dora, PROMPT).startswith(reference(llama, dora, f"{PROMPT} w9 "))
+
+
+def test_a_conversation_in_a_terminal(written: Callable[..., Path], llama: Path) -> None:
+    """The second question is answered with the first one and its answer in view; Ctrl-D ends it."""
+    texts = written("texts")
+    ours, theirs = pty.openpty()
+    os.write(ours, f"{PROMPT}\nw8 w10\n\x04".encode())
+    command = [sys.executable, "-m", "orchestrator", "chat", str(texts)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, stdin=theirs, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "texts answers; Ctrl-D ends" in done.stderr
+    first, second, last = done.stdout.removeprefix("> ").rstrip("\n").split("\n> ")
+    assert last == ""
+    asked = f"{PROMPT} w9 "
+    assert first.startswith(reference(llama, texts, asked))
+    assert second.startswith(reference(llama, texts, f"{asked}{first} w9 w8 w10 w9 "))
 
 
 def test_eval_finds_what_the_job_found(trained: Path, llama: Path) -> None:
