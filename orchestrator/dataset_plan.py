@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from math import ceil
 
 from orchestrator import sharding
-from orchestrator.plan import Bundle, Node, amount, described_adapter, first_fit, shortages, trainer_dtype, trainer_resources
+from orchestrator.plan import (
+    Bundle,
+    Node,
+    amount,
+    described_adapter,
+    first_fit,
+    hosts,
+    shortages,
+    trainer_dtype,
+    trainer_resources,
+)
 from orchestrator.schema import JobConfig
 
 METHOD_NAMES = {
@@ -69,7 +79,7 @@ def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str =
         gpu=gpu,
         dtype=trainer_dtype(config, gpu, cpu_dtype),
         attention=attention,
-        threads=None if gpu else max(1, cpus // ceil(workers / max(1, len(nodes)))),
+        threads=None if gpu else max(1, cpus // ceil(workers / hosts(nodes))),
         readers=max(1, int(sum(node.resources.get("CPU", 0) for node in nodes)) // 2),
         rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * workers,
     )

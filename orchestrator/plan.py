@@ -298,8 +298,13 @@ def _threads(config: JobConfig, nodes: Sequence[Node], reward_models: int) -> tu
     if config.ray.max_staleness > 0:
         return config.ray.trainer_cpus, config.ray.engine_cpus, 1
     cpus = int(max((node.resources.get("CPU", 1) for node in nodes), default=1))
-    ranks_per_node, engines_per_node = (ceil(count / max(1, len(nodes))) for count in (ranks(config), engines(config)))
+    ranks_per_node, engines_per_node = (ceil(count / hosts(nodes)) for count in (ranks(config), engines(config)))
     return max(1, cpus // ranks_per_node), max(1, cpus // engines_per_node), max(1, cpus // max(1, reward_models))
+
+
+def hosts(nodes: Sequence[Node]) -> int:
+    """How many nodes have CPUs for actors: a cluster's head may offer none."""
+    return max(1, sum(node.resources.get("CPU", 0) > 0 for node in nodes))
 
 
 def _engine_gpus(config: JobConfig, gpu: bool) -> float:

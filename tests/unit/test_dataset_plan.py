@@ -90,6 +90,7 @@ def test_workers_on_one_machine_share_its_cores() -> None:
     assert make_dataset_plan(job(), LAPTOP, "bfloat16").threads == 2
     two = make_dataset_plan(job(ray_num_workers=2), LAPTOP)
     assert (two.threads, two.dtype, two.placement) == (1, "float32", (0, 0))
+    assert make_dataset_plan(job(ray_num_workers=2), [Node("head", {"CPU": 0.0}), *LAPTOP]).threads == 1
 
 
 def test_save_and_eval_intervals() -> None:

@@ -43,6 +43,8 @@ def test_cpu_bundles_and_threads() -> None:
     assert (plan.trainer_threads, plan.engine_threads) == (2, 2)  # they take turns, so each may use the machine
     two = make_plan(job(ray__engines=2), LAPTOP, 100)
     assert (two.trainer_threads, two.engine_threads) == (2, 1)  # the engines sample at once
+    behind_a_head = make_plan(job(ray__engines=2), [Node("head", {"CPU": 0.0}), *LAPTOP], 100)
+    assert (behind_a_head.trainer_threads, behind_a_head.engine_threads) == (2, 1)
     asynchronous = make_plan(job(ray__max_staleness=1), LAPTOP, 100)
     assert (asynchronous.trainer_threads, asynchronous.engine_threads) == (1, 1)  # they run side by side
 
