@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from actors.specs import SamplingSpec
+
 
 class Decoder:
     """Steps an engine in the event loop of its callers: nothing else of theirs runs during a step."""
@@ -21,22 +23,50 @@ class Decoder:
         self.stepping: asyncio.Task[None] | None = None
 
     async def output(self, token_ids: Sequence[int], params: Any, lora_request: Any = None) -> Any:
-        """vLLM's RequestOutput of one prompt, when all its completions have ended. Raises what vLLM raises."""
+        """vLLM's RequestOutput of one prompt, when all its completions have ended. Raises what vLLM raises.
+
+        Nothing more is decoded for a caller that is cancelled.
+        """
         name = str(next(self.names))
         self.engine.add_request(name, {"prompt_token_ids": list(token_ids)}, params, lora_request=lora_request)
         self.waiting[name] = asyncio.get_running_loop().create_future()
         if self.stepping is None or self.stepping.done():
             self.stepping = asyncio.create_task(self._step())
-        return await self.waiting[name]
+        try:
+            return await self.waiting[name]
+        except asyncio.CancelledError:
+            if self.waiting.pop(name, None):
+                self.engine.abort_request([name])
+            raise
 
     async def _step(self) -> None:
         try:
             while self.waiting:
                 await asyncio.sleep(0)  # those who were answered go on, and new requests come in
                 for output in self.engine.step():
-                    if output.finished:
-                        self.waiting.pop(output.request_id).set_result(output)
+                    if output.finished and not (future := self.waiting.pop(output.request_id)).done():
+                        future.set_result(output)
         except Exception as error:  # whatever it is, nobody may wait for ever
             waiting, self.waiting = self.waiting, {}
             for future in waiting.values():
-                future.set_exception(error)
+                if not future.done():
+                    future.set_exception(error)
+
+
+def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
+    """vLLM's parameters of one group; completion i draws with `seed` + i."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=sampling.num_generations,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=seed,
+        logprobs=0,  # of the sampled token alone
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        **sampling.extra,  # type: ignore[arg-type]
+    )

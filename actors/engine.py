@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from actors import device, hub, model, snapshot
-from actors.decoder import Decoder
+from actors.chat import prompt_token_ids
+from actors.conversation import RolloutFunction, Speaker
+from actors.decoder import Decoder, sampling_params
 from actors.errors import SyncError
 from actors.install import BaseWeights
 from actors.snapshot import Bucket
@@ -40,6 +42,7 @@ class RolloutEngine:
 
         device.seed_everything(spec.seed)
         self.spec = spec
+        self.rollout_function = RolloutFunction(spec.rollout_function) if spec.rollout_function else None
         self.probe = list(probe)
         folder = hub.resolve(spec.model.name)
         self.base = BaseWeights(folder, model.quantized_weights(spec.model), spec.model.quantization)
@@ -79,6 +82,7 @@ class RolloutEngine:
         self.tokenizer = self.llm.get_tokenizer()
         if spec.model.chat_template is not None:
             self.tokenizer.chat_template = spec.model.chat_template
+        self.sampling = 0  # groups, now
         self.asleep = False
 
     def __repr__(self) -> str:  # what the dashboard and Ray's logs call it
@@ -112,8 +116,8 @@ class RolloutEngine:
         exactly.
         """
         started = time.perf_counter()
-        if self.decoder.waiting:
-            raise SyncError(f"policy version {header.version} came while {len(self.decoder.waiting)} groups are sampled")
+        if self.sampling:
+            raise SyncError(f"policy version {header.version} came while {self.sampling} groups are sampled")
         digest = snapshot.validate(
             header,
             buckets,
@@ -213,13 +217,18 @@ class RolloutEngine:
         return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], self.probe[1:], strict=True)]
 
     async def sample(
-        self, prompt: Any, sampling: SamplingSpec, seed: int, version: int | None = None
+        self,
+        prompt: Any,
+        sampling: SamplingSpec,
+        seed: int,
+        version: int | None = None,
+        columns: Mapping[str, Any] | None = None,
     ) -> tuple[RolloutHeader, RolloutGroup]:
         """Samples `num_generations` completions of one prompt, to be called with two returns.
 
         prompt: chat messages (a list) or plain text (a str). seed decides the draws, whatever else is sampled beside them:
-        the same seed, prompt and policy give the same completions. version: None = that installed last. Raises SyncError
-        for a version that this engine does not serve.
+        the same seed, prompt and policy give the same completions. version: None = that installed last. columns: the row's,
+        for the rollout function. Raises SyncError for a version that this engine does not serve.
         """
         version = self.version if version is None else version
         # Weights in the model itself are one version's, of slots there are several.
@@ -227,54 +236,44 @@ class RolloutEngine:
         if version is not None and version not in served:
             raise SyncError(f"policy version {version} was asked for, served is {self.version}")
         started = time.perf_counter()
-        params = sampling_params(sampling, seed)
-        output = await self.decoder.output(self.token_ids(prompt), params, self._lora_request(version))
-        group = _group(output, version or 0)
+        self.sampling += 1
+        try:
+            group, failure = await self._completions(prompt, sampling, seed, version, columns or {})
+        finally:
+            self.sampling -= 1
         header = RolloutHeader(
             policy_version=group.policy_version,
             prompt_tokens=len(group.prompt_ids),
             completion_tokens=tuple(len(ids) for ids in group.completion_ids),
+            written_tokens=tuple(int(group.written_by_model(i).sum()) for i in range(len(group.texts))),
             truncated=group.truncated,
             seconds=time.perf_counter() - started,
+            failure=failure,
         )
         return header, group
+
+    async def _completions(
+        self, prompt: Any, sampling: SamplingSpec, seed: int, version: int | None, columns: Mapping[str, Any]
+    ) -> tuple[RolloutGroup, str | None]:
+        """A group, and why the rollout function failed on it."""
+        lora = self._lora_request(version)
+        if self.rollout_function is None:
+            output = await self.decoder.output(self.token_ids(prompt), sampling_params(sampling, seed), lora)
+            return _group(output, version or 0), None
+
+        async def output_of(token_ids: Sequence[int], params: Any) -> Any:
+            return await self.decoder.output(token_ids, params, lora)
+
+        speaker = Speaker(self.tokenizer, self.spec.chat_template_kwargs, sampling, output_of)
+        return await self.rollout_function.group(speaker, prompt, columns, seed, version or 0)
 
     def token_ids(self, prompt: Any) -> list[int]:
         """A prompt's tokens, with the chat template where it is a conversation."""
         return prompt_token_ids(self.tokenizer, prompt, self.spec.chat_template_kwargs)
 
 
-def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
-    """vLLM's parameters of one group; completion i draws with `seed` + i."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        n=sampling.num_generations,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=seed,
-        logprobs=0,  # of the sampled token alone
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        **sampling.extra,  # type: ignore[arg-type]
-    )
-
-
-def prompt_token_ids(tokenizer: Any, prompt: Any, chat_template_kwargs: Mapping[str, object]) -> list[int]:
-    """Tokens of a prompt as the model sees it: plain text as it stands, messages through the chat template."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(
-        tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
-        )["input_ids"]
-    )
-
-
 def _group(output: Any, version: int) -> RolloutGroup:
+    """Of vLLM's RequestOutput."""
     ids, logprobs = [], []
     for completion in output.outputs:
         tokens = list(completion.token_ids)

@@ -10,7 +10,7 @@ class EaglerayError(Exception):
 
 
 class ConfigError(EaglerayError):
-    """The configuration cannot mean a job: unknown key, wrong type, contradiction, missing file."""
+    """The configuration cannot mean a job: unknown key, wrong type, contradiction, missing file or function."""
 
 
 class DataError(EaglerayError):
@@ -18,7 +18,7 @@ class DataError(EaglerayError):
 
 
 class RewardError(EaglerayError):
-    """A reward function cannot be imported, a judge cannot be asked, or there is nothing usable for a whole batch."""
+    """A judge cannot be asked, or there is nothing usable for a whole batch."""
 
 
 class SyncError(EaglerayError):

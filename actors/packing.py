@@ -37,10 +37,10 @@ class PackedRow:
     keys_BS: Tensor  # [B, S] int64: what each completion may see: its prompt's positions, padded with 0, then queries_BT
     prompt_lengths_B: Tensor  # [B] int64
     places_L: Tensor  # [L] int64: of each position, in all prompts and then all completions, padding included
-    keep: Tensor  # [K] int64: positions whose logits predict a completion token
-    predicts_BT: Tensor  # [B, T] int64: index into keep of the position that predicts the token; 0 at padding
+    keep: Tensor  # [K] int64: positions whose logits predict a token that the model wrote
+    predicts_BT: Tensor  # [B, T] int64: index into keep of the position that predicts the token; 0 where the mask is false
     completion_ids_BT: Tensor  # [B, T] int64; 0 at padding
-    mask_BT: Tensor  # [B, T] bool
+    mask_BT: Tensor  # [B, T] bool: tokens that the model wrote; false at padding and where it was answered
     rollout_logprobs_BT: Tensor  # [B, T] fp32, the engine's; 0 at padding
     advantages_B: Tensor  # [B] fp32
 
@@ -90,8 +90,9 @@ def pack_row(groups: Sequence[RolloutGroup], samples: Sequence[Sample]) -> Packe
     positions: list[NDArray[np.int64]] = []
     prompts: list[NDArray[np.int64]] = []  # where each lies
     own: list[NDArray[np.int64]] = []  # where each completion lies
+    written: list[NDArray[np.bool_]] = []  # which of its tokens are the model's
     keep: list[int] = []
-    predicts: list[list[int]] = []
+    predicts: list[NDArray[np.int64]] = []
     prompt_of: list[int] = []  # of each completion, its prompt's place in `prompts`
     row_groups: list[int] = []
     length = 0
@@ -112,15 +113,16 @@ def pack_row(groups: Sequence[RolloutGroup], samples: Sequence[Sample]) -> Packe
             prompt_end = len(keep)  # the prompt's last position predicts the first token of every completion
             keep.append(length - 1)
         ids = group.completion_ids[sample.index]
-        predicts.append([prompt_end, *range(len(keep), len(keep) + len(ids) - 1)])
-        keep.extend(range(length, length + len(ids) - 1))
+        mine = group.written_by_model(sample.index)
+        predicts.append(mine * np.array([prompt_end, *(len(keep) - 1 + np.cumsum(mine[1:]))]))
+        keep.extend((length + np.flatnonzero(mine[1:])).tolist())
+        written.append(mine)
         own.append(append(ids, len(group.prompt_ids)))
         prompt_of.append(len(prompts) - 1)
 
-    width = max(len(p) for p in predicts)
+    width = max(map(len, predicts))
     completions = [groups[s.group].completion_ids[s.index] for s in samples]
     logprobs = [groups[s.group].logprobs[s.index] for s in samples]
-    lengths = torch.tensor([len(ids) for ids in completions])
     longest = max(map(len, prompts))
     longest += -(longest + width) % ALIGNMENT
     prompts_GP = _padded(prompts, longest)
@@ -139,9 +141,9 @@ def pack_row(groups: Sequence[RolloutGroup], samples: Sequence[Sample]) -> Packe
         prompt_lengths_B=torch.tensor([len(prompts[number]) for number in prompt_of]),
         places_L=places_L,
         keep=torch.tensor(keep),
-        predicts_BT=_padded([np.array(p) for p in predicts], width).long(),
+        predicts_BT=_padded(predicts, width),
         completion_ids_BT=_padded(completions, width).long(),
-        mask_BT=torch.arange(width)[None] < lengths[:, None],
+        mask_BT=_padded(written, width),
         rollout_logprobs_BT=_padded(logprobs, width).float(),
         advantages_B=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
     )

@@ -1,41 +1,21 @@
 """The actor that scores: one reward function, one process, so that what it does to itself it does not do to the job.
 
 A function has TRL's signature, `fn(completions, **columns) -> list[float | None]`, sync or async. It gets `prompts`,
-`completions`, `completion_ids` and the dataset's columns, each a list over the completions of one prompt, as far as it
-names them or takes `**kwargs`; one that names `sandbox_limits` also gets the limits of `ray.sandbox`. Its calls run one
-after another: the driver ends the process of one that does not return.
+`completions`, `completion_ids`, the dataset's columns and what `trl.rollout_func` returned, each a list over the completions
+of one prompt, as far as it names them or takes `**kwargs`; one that names `sandbox_limits` also gets the limits of
+`ray.sandbox`. Its calls run one after another: the driver ends the process of one that does not return.
 """
 
 import asyncio
-import importlib
 import inspect
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors import sandbox
-from actors.errors import RewardError
+from actors.functions import load_function, named_by
 from actors.specs import RewardSpec
 from actors.types import RolloutGroup, Scores
-
-
-def load_function(spec: RewardSpec) -> Callable[..., Any]:
-    """Imports `module.function`. Raises RewardError when there is no such thing."""
-    for path in reversed(spec.search_paths):
-        if path not in sys.path:
-            sys.path.insert(0, path)
-    module_name, _, name = spec.path.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (Exception, SystemExit) as error:  # importing a person's file may raise anything
-        raise RewardError(
-            f"trl.reward_funcs: {spec.path} cannot be imported ({type(error).__name__}: {error}); "
-            f"looked in {', '.join(spec.search_paths)}"
-        ) from error
-    if not callable(function):
-        raise RewardError(f"trl.reward_funcs: {spec.path} is a {type(function).__name__}, not a function")
-    return function  # type: ignore[no-any-return]
 
 
 class RewardWorker:
@@ -43,33 +23,30 @@ class RewardWorker:
 
     def __init__(self, spec: RewardSpec) -> None:
         self.spec = spec
-        self.function = load_function(spec)
-        parameters = inspect.signature(self.function).parameters.values()
-        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.takes = {p.name for p in parameters}
+        self.function = load_function("trl.reward_funcs", spec.path, spec.search_paths)
+        self.takes_limits = "sandbox_limits" in inspect.signature(self.function).parameters
 
     def __repr__(self) -> str:  # what the dashboard and Ray's logs call it
         return f"reward {self.spec.path}"
 
     def ready(self) -> str | None:
         """Returns once the function is imported: calls are timed from then on. What a person must know of it, or None."""
-        if "sandbox_limits" in self.takes and not sandbox.has_namespaces():
+        if self.takes_limits and not sandbox.has_namespaces():
             return sandbox.WITHOUT_NAMESPACES
         return None
 
     def score(self, prompt: Any, columns: Mapping[str, Any], group: RolloutGroup) -> Scores:
         """Rewards of one group. A function that fails is a failure in the result, never a zero."""
         count = len(group.texts)
-        conversational = not isinstance(prompt, str)
-        arguments: dict[str, Any] = {
+        arguments = {
             **{name: [value] * count for name, value in columns.items()},  # first: a column replaces none of the following
+            **group.columns,
             "prompts": [prompt] * count,
-            "completions": [[{"role": "assistant", "content": t}] if conversational else t for t in group.texts],
+            "completions": group.completions(conversational=not isinstance(prompt, str)),
             "completion_ids": [ids.tolist() for ids in group.completion_ids],
         }
-        if not self.takes_all:
-            arguments = {name: value for name, value in arguments.items() if name in self.takes}
-        if "sandbox_limits" in self.takes:
+        arguments = named_by(self.function, arguments)
+        if self.takes_limits:
             arguments["sandbox_limits"] = self.spec.sandbox
         try:
             result = self.function(**arguments)

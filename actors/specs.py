@@ -129,6 +129,15 @@ class SamplingSpec:
 
 
 @dataclass(frozen=True)
+class RolloutFunctionSpec:
+    """What plays a completion of several turns."""
+
+    path: str  # module.function
+    search_paths: tuple[str, ...]  # folders put first on the import path
+    timeout_s: float  # that it may take between two of the model's turns
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """One vLLM engine."""
 
@@ -145,6 +154,7 @@ class EngineSpec:
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
     chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
+    rollout_function: RolloutFunctionSpec | None = None  # None = a completion is what the model answers once
     seed: int = 42
 
 

@@ -146,7 +146,7 @@ class Trainer:
             for i, advantage in enumerate(advantages_G):
                 if advantage is None:
                     continue
-                length = len(group.completion_ids[i])
+                length = int(group.written_by_model(i).sum())
                 if self.spec.mask_truncated_completions and group.truncated[i]:
                     length = 0
                 lengths.append(length)

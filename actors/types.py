@@ -5,7 +5,7 @@ A new message gets a class here, a line a field, with its shape and unit.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,20 @@ class RolloutGroup:
     logprobs: tuple[NDArray[np.float32], ...]  # G arrays of [T]: the engine's, at the sampling temperature
     truncated: tuple[bool, ...]  # [G]: cut at the length limit
     texts: tuple[str, ...]  # [G]: decoded without special tokens
+    # Of completions that trl.rollout_func played:
+    written: tuple[NDArray[np.bool_], ...] | None = None  # G arrays of [T]: whether the model wrote the token; None = all
+    messages: tuple[Sequence[Mapping[str, Any]], ...] | None = None  # [G]: all that came after the prompt
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # by name, [G]: what the function returned
+
+    def written_by_model(self, index: int) -> NDArray[np.bool_]:
+        """[T]: which tokens of a completion are the model's own; the others are what it was answered, and nothing to learn."""
+        return np.ones(len(self.completion_ids[index]), dtype=np.bool_) if self.written is None else self.written[index]
+
+    def completions(self, *, conversational: bool) -> list[Completion]:
+        """[G]: as people's functions get them. conversational: whether the prompt is messages."""
+        if self.messages is not None:
+            return list(self.messages)
+        return [[{"role": "assistant", "content": text}] if conversational else text for text in self.texts]
 
 
 @dataclass(frozen=True)
@@ -33,8 +47,10 @@ class RolloutHeader:
     policy_version: int
     prompt_tokens: int
     completion_tokens: tuple[int, ...]  # [G]: tokens of each completion
+    written_tokens: tuple[int, ...]  # [G]: those of them that the model wrote
     truncated: tuple[bool, ...]  # [G]
     seconds: float  # inside the engine
+    failure: str | None = None  # why trl.rollout_func did not play the group to its end, for a person
 
 
 @dataclass(frozen=True)
