@@ -5,6 +5,7 @@
     errors.py    the exceptions of the whole project
     device.py    the only module that knows which accelerator there is
     hub.py       a model's name to a local folder, with SmolLM2 carried along for machines without a hub
+    chat.py      messages to tokens
     model.py     the policy: base model, LoRA, tokenizer; log-probabilities of packed rows
     attention.py what a completion in a packed row looks at
     adapter.py   an adapter in a folder, and a policy that starts from it
@@ -20,9 +21,12 @@
     network.py   on which interface of a machine ranks meet
     ranks.py     how a trainer's ranks share the model and its gradients
     trainer.py   the actor that learns, one rank of it
+    decoder.py   requests to vLLM that are decoded side by side
+    conversation.py completions of several turns, played by a function of a person
     engine.py    the actor that samples
     measuring.py actors that tell how much memory a trainer, a worker or an engine really needs
     samples.py   the actor that writes down what was sampled
+    functions.py functions that the job file names
     rewards.py   the actor that scores with a function
     verifiers.py reward functions that come with Eagleray
     sandbox.py   programs of a code reward, with limits of their own

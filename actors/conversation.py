@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from actors.chat import prompt_token_ids, token_ids_between
-from actors.decoder import sampling_params
 from actors.errors import ConfigError
 from actors.functions import load_function, named_by
 from actors.specs import RolloutFunctionSpec, SamplingSpec
@@ -46,7 +45,8 @@ class Speaker:
     tokenizer: Any
     chat_template_kwargs: Mapping[str, object]
     sampling: SamplingSpec  # of each turn; its max_tokens are for all turns and what is said between them
-    output: Callable[[Sequence[int], Any], Awaitable[Any]]  # token ids and vLLM's SamplingParams to vLLM's RequestOutput
+    params: Callable[[SamplingSpec, int], Any]  # and a seed to vLLM's SamplingParams
+    output: Callable[[Sequence[int], Any], Awaitable[Any]]  # token ids and those to vLLM's RequestOutput
 
 
 class Conversation:
@@ -65,7 +65,8 @@ class Conversation:
         self._logprobs: list[float] = []
         self._read = len(prompt)  # messages that are in the prompt or in _ids
         self._end = ""  # the token that the model ended its last turn with
-        self._waits_since: float | None = None  # for its function, by the loop's clock; None = the model writes, or it is over
+        self._waits_since: float | None = None  # for its function, by the loop's clock; None = it need not
+        self._over = False
         self._broken: Exception | None = None  # what the engine raised
 
     @property
@@ -89,8 +90,10 @@ class Conversation:
         ConversationCut when there is no room for a turn; what was said since the last one is taken back then, since the model
         did not read it.
         """
+        if self._over:
+            await asyncio.get_running_loop().create_future()  # nothing more comes, also for who catches all that is raised
         if self._waits_since is None:
-            raise RuntimeError("conversation.answer() came while the model writes a turn of it, or after its end")
+            raise RuntimeError("conversation.answer() came while the model writes a turn of it")
         said = self._said()
         sampling = self._speaker.sampling
         if self._room(said) < max(1, int(sampling.extra.get("min_tokens", 0))):  # type: ignore[call-overload]
@@ -100,7 +103,8 @@ class Conversation:
             raise ConversationCut(f"{sampling.max_tokens} tokens, trl.max_completion_length, have no room for another turn")
         most = min(self._room(said), max_tokens or sampling.max_tokens)
         extra = {**sampling.extra, **({"stop": stop} if stop else {})}
-        params = sampling_params(replace(sampling, num_generations=1, max_tokens=most, extra=extra), next(self._seeds))
+        own = replace(sampling, num_generations=1, max_tokens=most, extra=extra)
+        params = self._speaker.params(own, next(self._seeds))
         self._waits_since = None
         try:
             output = await self._speaker.output([*self._ids, *said], params)
@@ -179,7 +183,7 @@ class RolloutFunction:
         for task in (late, *tasks):
             task.cancel()
         for conversation in conversations:
-            conversation._waits_since = None  # also one whose function does not let itself be cancelled gets no more turns
+            conversation._over = True  # for a function that does not let itself be cancelled
         await asyncio.wait(tasks, timeout=CLEAN_UP_S)
         if broken := next((c._broken for c in conversations if c._broken), None):
             raise broken

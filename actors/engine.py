@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -260,11 +261,8 @@ class RolloutEngine:
         if self.rollout_function is None:
             output = await self.decoder.output(self.token_ids(prompt), sampling_params(sampling, seed), lora)
             return _group(output, version or 0), None
-
-        async def output_of(token_ids: Sequence[int], params: Any) -> Any:
-            return await self.decoder.output(token_ids, params, lora)
-
-        speaker = Speaker(self.tokenizer, self.spec.chat_template_kwargs, sampling, output_of)
+        output = partial(self.decoder.output, lora_request=lora)
+        speaker = Speaker(self.tokenizer, self.spec.chat_template_kwargs, sampling, sampling_params, output)
         return await self.rollout_function.group(speaker, prompt, columns, seed, version or 0)
 
     def token_ids(self, prompt: Any) -> list[int]:

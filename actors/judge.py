@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.errors import RewardError
 from actors.specs import JudgeSpec
-from actors.types import RolloutGroup, Scores
+from actors.types import Completion, RolloutGroup, Scores
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -66,7 +66,8 @@ class JudgeWorker:
     async def score(self, prompt: Any, columns: Mapping[str, Any], group: RolloutGroup) -> Scores:
         """Rewards of one group. A question that cannot be asked is a failure in the result, and so is no number at all."""
         try:
-            questions = [question(self.spec.prompt, prompt_text(prompt), text) for text in group.texts]
+            answers = map(text_of, group.completions(conversational=False))
+            questions = [question(self.spec.prompt, text_of(prompt), answer) for answer in answers]
             rewards = tuple(await asyncio.gather(*map(self._reward, questions)))
         except TimeoutError:
             return self._failure(f"the judge did not answer within {self.spec.limit_s:g} s, however often it was asked")
@@ -118,13 +119,13 @@ def question(template: str, prompt: str, completion: str) -> str:
     return re.sub(r"\{prompt\}|\{completion\}", lambda found: parts[found[0]], template)
 
 
-def prompt_text(prompt: Any) -> str:
-    """A prompt for a reader: text as it is, and so one message; several with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+def text_of(part: Completion) -> str:
+    """A prompt or a completion for a reader: text as it is, and so one message; several with their roles."""
+    if isinstance(part, str):
+        return part
+    if len(part) == 1:
+        return str(part[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in part)
 
 
 def reward_of(answer: str, low: float, high: float) -> float | None:

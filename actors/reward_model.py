@@ -16,7 +16,7 @@ from actors import adapter, device, hub
 from actors.errors import ConfigError
 from actors.rewards import checked
 from actors.specs import RewardModelSpec
-from actors.types import RolloutGroup, Scores
+from actors.types import Completion, RolloutGroup, Scores
 
 KEY = "trl.reward_funcs"
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # as transformers' classifiers name them
@@ -44,16 +44,17 @@ class RewardModelWorker:
     def score(self, prompt: Any, columns: Mapping[str, Any], group: RolloutGroup) -> Scores:
         """Rewards of one group. What fails is a failure in the result, never a zero."""
         try:
-            rewards = self.rewards([self.text(prompt, completion) for completion in group.texts])
+            completions = group.completions(conversational=not isinstance(prompt, str))
+            rewards = self.rewards([self.text(prompt, completion) for completion in completions])
             return Scores(self.spec.path, checked(rewards, len(group.texts)), None)
         except Exception as error:  # the fault boundary: a chat template may raise anything, and memory may run out
             return Scores(self.spec.path, (), f"{type(error).__name__}: {error}")
 
-    def text(self, prompt: Any, completion: str) -> str:
+    def text(self, prompt: Any, completion: Completion) -> str:
         """What the model reads."""
-        if isinstance(prompt, str):
-            return prompt + completion
-        messages = [*prompt, {"role": "assistant", "content": completion}]
+        if isinstance(completion, str):
+            return str(prompt) + completion
+        messages = [*prompt, *completion]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self.spec.chat_template_kwargs))
 
     @torch.inference_mode()

@@ -1,4 +1,7 @@
-"""The actor that writes down what was sampled, for people: a line of JSON a completion."""
+"""The actor that writes down what was sampled, for people: a line of JSON a completion.
+
+A completion is text, or, where `trl.rollout_func` played it, the messages of its turns.
+"""
 
 import json
 import os
@@ -29,11 +32,11 @@ class SampleWriter:
             for prompt, by_function, rewards_G, advantages_G, group in zip(
                 prompts, scores, rewards, advantages, groups, strict=True
             ):
-                for i, text in enumerate(group.texts):
+                for i, completion in enumerate(group.messages or group.texts):
                     given = {s.function: None if s.failure else s.rewards[i] for s in by_function}
                     line = {
                         "prompt": prompt,
-                        "completion": text,
+                        "completion": completion,
                         "reward": rewards_G[i],
                         "rewards": given,
                         "advantage": advantages_G[i],

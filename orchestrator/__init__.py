@@ -29,6 +29,7 @@
     rollouts.py     batches in flight
     rewards.py      reward functions, reward models and judges: what trl.reward_funcs names
     judges.py       the judges of ray.judges, checked and as their actors take them
+    conversations.py trl.rollout_func, checked and as the engines take it
     scoring.py      reward calls, with their time limit
     samples.py      what was sampled, on its way to files
     credit.py       rewards to advantages

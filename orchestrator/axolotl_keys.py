@@ -321,7 +321,6 @@ REFUSED: dict[str, str] = {
     "trl.ref_model_mixup_alpha": "the reference is always the base model; leave it out",
     "trl.ref_model_sync_steps": "the reference is always the base model; leave it out",
     "trl.vllm_guided_decoding_regex": "write structured_outputs under trl.generation_kwargs",
-    "trl.rollout_func": "use trl.reward_funcs",
     "trl.async_prefetch": "use ray.max_staleness: 1",
     "trl.prefetch_depth": "use ray.max_staleness",
     "trl.vllm_importance_sampling_correction": _CORRECTION,

@@ -120,6 +120,7 @@ IDLE: dict[str, str] = {
             "trl.max_completion_length",
             "trl.reward_funcs",
             "trl.reward_weights",
+            "trl.rollout_func",
             "trl.temperature",
             "trl.top_p",
             "trl.top_k",

@@ -121,7 +121,7 @@ class Loop:
         self._fill()
         sampled = self._filled_up(self._collected(self._next()))
         headers, scores, rewards = sampled.headers, sampled.scores, sampled.rewards
-        if told := self.tally.failures(scores, rewards, self.step + 1):
+        if told := self.tally.failures(headers, scores, rewards, self.step + 1):
             self.warn(told)
         advantages = self.tally.credit(scores, rewards)
         if self.samples:
@@ -161,7 +161,7 @@ class Loop:
             header, publish_s = self.policies.publish(self.rollouts)
             snapshot_bytes = header.nbytes
         self.policies.forget(self.versions_needed())
-        tokens = sum(sum(h.completion_tokens) for h in headers)
+        tokens = sum(sum(h.written_tokens) for h in headers)
         step_s = time.perf_counter() - started
         return {
             "step": self.step,
@@ -197,7 +197,7 @@ class Loop:
         greedy = SamplingSpec(1, trl.max_completion_length, temperature=0.0, extra=trl.generation_kwargs or {})
         answers = self._sampled_now(self.prompts.held_out, greedy, self.step, "held-out")
         scores, rewards = answers.scores, answers.rewards
-        if told := self.tally.failures(scores, rewards, self.step + 1):
+        if told := self.tally.failures(answers.headers, scores, rewards, self.step + 1):
             self.warn(told)
         record = self.tally.record(answers.headers, scores, rewards, rewards)
         if self.samples:

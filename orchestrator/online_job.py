@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from actors import device, hub, model, storage
-from actors.engine import prompt_token_ids
+from actors.chat import prompt_token_ids
 from actors.errors import ActorError
 from actors.formats.templates import CHAT_TEMPLATES, OWN, ensure_own
 from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from orchestrator import checkpoints, cluster, sharding, starting_adapter
 from orchestrator.cluster import Actors
+from orchestrator.conversations import ensure_playable, rollout_function_spec
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
 from orchestrator.display import Display
 from orchestrator.grpo import Evaluation, Loop
@@ -35,6 +36,7 @@ PROBE_FILLER = range(100, 100 + PROBE_TOKENS)  # token ids that every vocabulary
 def plan_job(config: JobConfig, nodes: list[Node]) -> tuple[Plan, PromptSet]:
     """The plan of a job on these nodes; reads the datasets, starts nothing."""
     prompts = load_prompts(config, config.source.folders)
+    ensure_playable(config, prompts)
     return resolved(config, nodes, prompts), prompts
 
 
@@ -319,6 +321,7 @@ def engine_spec(config: JobConfig, plan: Plan) -> EngineSpec:
         enforce_eager=bool(vllm.enforce_eager),
         enable_prefix_caching=vllm.enable_prefix_caching is not False,
         chat_template_kwargs=config.trl.chat_template_kwargs or {},
+        rollout_function=rollout_function_spec(config),
         seed=config.seed,
     )
 

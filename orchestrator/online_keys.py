@@ -32,7 +32,7 @@ ACTS_ON = frozenset({
     "ray_run_name", "rl_beta", "trl.beta", "trl.use_vllm",
     "load_in_4bit", "load_in_8bit", "trl.vllm_mode", "trl.vllm_enable_sleep_mode", "trl.vllm_sync_interval",
     "trl.num_generations", "trl.max_completion_length",
-    "trl.reward_funcs", "trl.reward_weights", "trl.temperature", "trl.top_p", "trl.top_k", "trl.min_p",
+    "trl.reward_funcs", "trl.reward_weights", "trl.rollout_func", "trl.temperature", "trl.top_p", "trl.top_k", "trl.min_p",
     "trl.num_iterations", "trl.epsilon", "trl.epsilon_high", "trl.loss_type", "trl.scale_rewards",
     "trl.multi_objective_aggregation",
     "trl.importance_sampling_level", "trl.mask_truncated_completions", "trl.generation_kwargs",

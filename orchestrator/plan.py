@@ -226,6 +226,7 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
         f"gradient_accumulation_steps x {ranks(config)} ray_num_workers = {plan.completions_per_step} completions a step",
         f"            = {plan.prompts_per_step} prompts x {trl.num_generations} num_generations, "
         f"dealt by load to {engines(config)} engine(s), {plan.prompts_per_engine} each if they are equal",
+        *([f"rollouts    {trl.rollout_func} plays them, in the engines' processes"] if trl.rollout_func else []),
         f"tokens      sequence_len {config.sequence_len}, completions up to {trl.max_completion_length}, "
         f"at most {plan.completions_per_step * trl.max_completion_length} completion tokens a step",
         f"steps       {plan.total_steps} ({plan.rows} prompts, {plan.steps_per_epoch:.1f} steps an epoch), "

@@ -116,7 +116,7 @@ class Rollouts:
                 f"not with {group.policy_version}"
             )
         group.header, group.ended_at = header, time.monotonic()
-        group.calls = self.scorer.submit(group.row, group.group_ref)
+        group.calls = self.scorer.submit(group.row, group.group_ref, header.failure)
         pace = header.seconds / max(1, *header.completion_tokens)
         engine.pace = pace if engine.pace is None else PACE_MEMORY * engine.pace + (1 - PACE_MEMORY) * pace
 
@@ -150,7 +150,8 @@ class Rollouts:
         engine = self.engines[index]
         group.engine, group.dealt_at = index, time.monotonic()
         call = engine.actor.sample.options(num_returns=2)
-        ref, group.group_ref = call.remote(group.row.prompt, group.sampling, group.seed, group.policy_version)
+        row = group.row
+        ref, group.group_ref = call.remote(row.prompt, group.sampling, group.seed, group.policy_version, row.columns)
         engine.out[ref] = group
 
     def _late(self) -> str:

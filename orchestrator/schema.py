@@ -75,6 +75,7 @@ class TrlConfig:
     max_completion_length: int = 256  # tokens
     reward_funcs: list[str] | None = None  # module.fn, the folder or hub name of a reward model, or judge.NAME
     reward_weights: list[float] | None = None  # one per reward function; none = all 1.0
+    rollout_func: str | None = None  # module.fn that plays a completion of several turns; none = the model answers once
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0 = all tokens
@@ -145,7 +146,8 @@ class RayConfig:
     max_resamples: int = 0
     sync: str = "auto"  # auto | fused: merged into the weights | adapter: a LoRA slot of vLLM
     sync_bucket_mib: int = 1024  # MiB of a policy that are gathered and sent at once
-    reward_timeout_s: float = 60.0  # seconds per call of a reward function
+    # seconds per call of a reward function, and between two turns of the model that trl.rollout_func asks for
+    reward_timeout_s: float = 60.0
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     judges: dict[str, JudgeConfig] = field(default_factory=dict)  # by name
     rollout_timeout_s: float = 1800.0  # seconds per batch of rollouts

@@ -66,8 +66,13 @@ class Scorer:
         """
         return [note for function in self.functions if (note := self._wait_ready(function))]
 
-    def submit(self, row: Row, group_ref: Any) -> list[Call]:
-        """Queues the calls for one group that has been sampled: one a function. They run in the order of submission."""
+    def submit(self, row: Row, group_ref: Any, failure: str | None = None) -> list[Call]:
+        """Queues the calls for one group that has been sampled: one a function. They run in the order of submission.
+
+        failure: why the group was not sampled to its end; no function is asked about it then.
+        """
+        if failure:
+            return [Call(row, group_ref, scores=self._failure(function, failure)) for function in self.functions]
         return [self._queue(function, Call(row, group_ref)) for function in self.functions]
 
     def collect(

@@ -38,16 +38,21 @@ class Tally:
             for group, header in zip(scores, headers, strict=True)
         ]
 
-    def failures(self, scores: list[list[Scores]], rewards: Numbers, step: int) -> str | None:
-        """What to tell of calls that failed. Raises RewardError when no completion of all has a reward."""
-        failures = [score for group in scores for score in group if score.failure]
-        summary = f"every reward of step {step} is None"
-        if failures:
-            first = failures[0]
-            summary = f"reward {first.function} failed on {len(failures)} calls of step {step}: {first.failure}"
+    def failures(
+        self, headers: Sequence[RolloutHeader], scores: list[list[Scores]], rewards: Numbers, step: int
+    ) -> str | None:
+        """What to tell of groups and calls that failed. Raises RewardError when no completion of all has a reward."""
+        told = []
+        if unplayed := [header.failure for header in headers if header.failure]:
+            name = f"trl.rollout_func {self.config.trl.rollout_func}"
+            told.append(f"{name} failed on {len(unplayed)} prompts of step {step}: {unplayed[0]}")
+        played = [group for header, group in zip(headers, scores, strict=True) if not header.failure]
+        if failed := [score for group in played for score in group if score.failure]:
+            told.append(f"reward {failed[0].function} failed on {len(failed)} calls of step {step}: {failed[0].failure}")
+        summary = "; ".join(told) or f"every reward of step {step} is None"
         if all(reward is None for group in rewards for reward in group):
             raise RewardError(f"{summary}. No completion has a reward, so there is nothing to learn from")
-        return f"{summary}; their completions were dropped" if failures else None
+        return f"{summary}; their completions were dropped" if told else None
 
     def advantages(self, scores: list[list[Scores]], rewards: Numbers) -> Numbers:
         """Of each completion. rewards: of `combined`."""
@@ -85,7 +90,7 @@ class Tally:
         advantages: Sequence[Sequence[float | None]],
     ) -> Record:
         """The part of a step's record that is about its completions."""
-        lengths = [n for header in headers for n in header.completion_tokens]
+        played = [header for header in headers if not header.failure]
         kept = [reward for group in rewards for reward in group if reward is not None]
         by_function: dict[str, list[float]] = {}
         for group in scores:
@@ -97,8 +102,8 @@ class Tally:
             "reward_std": pstdev(kept) if kept else math.nan,
             **{f"reward/{name}": fmean(values) if values else math.nan for name, values in by_function.items()},
             "accuracy": fmean(reward >= 1.0 for reward in judged) if judged else math.nan,
-            "completion_length": fmean(lengths),
-            "truncated": fmean(cut for header in headers for cut in header.truncated),
+            "completion_length": fmean(count for header in played for count in header.written_tokens),
+            "truncated": fmean(cut for header in played for cut in header.truncated),
             "groups": len(rewards),
             "groups_without_signal": sum(not has_signal(group) for group in advantages),
             "samples_dropped": sum(reward is None for group in rewards for reward in group),

@@ -7,7 +7,7 @@ this version can run (that is `runnable.py`); what one key alone may be stands i
 import math
 from collections.abc import Iterator
 
-from orchestrator import judges
+from orchestrator import conversations, judges
 from orchestrator.schema import DatasetConfig, JobConfig
 from orchestrator.source import Problem
 from orchestrator.values import out_of_range, value_of
@@ -180,6 +180,7 @@ def _grpo(config: JobConfig) -> Iterator[Problem]:
     if config.adapter is None:
         yield from _all_weights(config)
     yield from judges.problems(config)
+    yield from conversations.problems(config)
     if CODE in (trl.reward_funcs or []) and config.ray.sandbox.time_s >= config.ray.reward_timeout_s:
         text = f"is {config.ray.sandbox.time_s:g}, no less than ray.reward_timeout_s, in which a group's programs all run"
         yield Problem("ray.sandbox.time_s", f"{text}; lower it, or raise ray.reward_timeout_s")

@@ -35,7 +35,9 @@ class FakeEngine:
     def versions(self) -> list[int]:
         return [header.version for header in self.headers]
 
-    def sample(self, prompt: Any, sampling: SamplingSpec, seed: int, version: int) -> tuple[RolloutHeader, RolloutGroup]:
+    def sample(
+        self, prompt: Any, sampling: SamplingSpec, seed: int, version: int, columns: Mapping[str, Any]
+    ) -> tuple[RolloutHeader, RolloutGroup]:
         self.sampled.append((prompt, self.headers[-1].version))
         time.sleep(self.takes_s)
         while prompt == self.held and not os.path.exists(self.until):
@@ -52,7 +54,8 @@ class FakeEngine:
         )
         said = -1 if self.lie == "version" else group.policy_version
         seconds = self.takes_s * max(map(len, ids))
-        return RolloutHeader(said, len(group.prompt_ids), tuple(map(len, ids)), group.truncated, seconds), group
+        lengths = tuple(map(len, ids))
+        return RolloutHeader(said, len(group.prompt_ids), lengths, lengths, group.truncated, seconds), group
 
     def done(self) -> list[tuple[Any, int]]:
         """Prompts and versions, in the order in which they were sampled."""

@@ -80,7 +80,7 @@ def test_calls_that_always_hang_are_given_up(cluster: None) -> None:
 
 
 def test_a_function_that_does_not_exist(cluster: None) -> None:
-    with pytest.raises(RewardError, match="^trl.reward_funcs: tests.cluster.fakes.nowhere cannot be imported"):
+    with pytest.raises(ConfigError, match="^trl.reward_funcs: tests.cluster.fakes.nowhere cannot be imported"):
         scorer("tests.cluster.fakes.nowhere", 1.0)
 
 

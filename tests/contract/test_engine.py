@@ -20,10 +20,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from actors import hub, install, model, snapshot
+from actors.conversation import Conversation, RolloutFunction
 from actors.engine import RolloutEngine
 from actors.errors import SyncError
 from actors.packing import Sample, pack_row
-from actors.specs import EngineSpec, LoraSpec, LossSpec, OptimizerSpec, SamplingSpec, TrainerSpec
+from actors.specs import EngineSpec, LoraSpec, LossSpec, OptimizerSpec, RolloutFunctionSpec, SamplingSpec, TrainerSpec
 from actors.trainer import Trainer
 from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader
 from tests.tiny import SMOLLM2, fill_adapter, published
@@ -417,6 +418,97 @@ def test_sampled_logprobs_are_the_trainers(engine: RolloutEngine, policies: Poli
     gap_BT = (logprobs_BT - row.rollout_logprobs_BT) * row.mask_BT
     assert gap_BT.abs().max() < LOGPROB_TOLERANCE
     assert row.mask_BT.sum() > 50 and row.rollout_logprobs_BT.min() < -1.0
+
+
+async def talks(conversation: Conversation, pause_s: float = 0.0) -> dict[str, Any]:
+    """Three turns: the first is cut, the others may end by themselves."""
+    await conversation.answer(max_tokens=4)
+    await asyncio.sleep(pause_s)
+    conversation.say("user", "And in one word?")
+    await conversation.answer(max_tokens=6)
+    conversation.say("user", "Are you sure? Say yes or no.")
+    return {"left": conversation.left, "last": await conversation.answer(max_tokens=6)}
+
+
+async def asks_once(conversation: Conversation) -> None:
+    await conversation.answer()
+
+
+async def fails_early(conversation: Conversation) -> None:
+    if conversation.left < 64:  # at its second turn
+        raise ZeroDivisionError("no such luck")
+    await conversation.answer(max_tokens=4)
+    await fails_early(conversation)
+
+
+def play(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
+    spec = RolloutFunctionSpec(f"{__name__}.{function.__name__}", (), timeout_s=60.0)
+    monkeypatch.setattr(engine, "rollout_function", RolloutFunction(spec))
+
+
+def test_a_conversation_is_the_trainers_and_its_seeds(
+    engine: RolloutEngine, policies: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log-probabilities are those that the trainer computes of the whole, its draws the same whatever goes on beside."""
+    installed(engine, *policies.snapshots[2])
+    play(engine, monkeypatch, talks)
+    sampling = SamplingSpec(2, 80, temperature=0.7)
+    prompts = PROMPTS[:2]
+
+    async def side_by_side(*pauses_s: float) -> list[RolloutGroup]:
+        calls = [engine.sample(prompts[i], sampling, 5 + 99 * i, None, {"pause_s": s}) for i, s in enumerate(pauses_s)]
+        return [group for _, group in await asyncio.gather(*calls)]
+
+    groups = asyncio.run(side_by_side(0.0, 0.1))
+    assert completions(groups[:1]) == completions(asyncio.run(side_by_side(0.05)))
+    row = pack_row(groups, [Sample(g, i, 1.0) for g in range(2) for i in range(2)])
+    with torch.no_grad():
+        logprobs_BT, _ = model.completion_logprobs(model.row_logits(policies.trainer.policy, row), row, 0.7)
+    gap_BT = (logprobs_BT - row.rollout_logprobs_BT) * row.mask_BT
+    assert gap_BT.abs().max() < LOGPROB_TOLERANCE
+    assert row.mask_BT.sum() > 30 and row.rollout_logprobs_BT.min() < -1.0
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert group.messages is not None and group.written is not None
+        for i, messages in enumerate(group.messages):
+            whole = engine.tokenizer.apply_chat_template([*prompt, *messages], tokenize=False)
+            ids = [*group.prompt_ids.tolist(), *group.completion_ids[i].tolist()]
+            assert whole.startswith(engine.tokenizer.decode(ids)), "a reader of the messages would see another text"
+            answers = [message["content"] for message in messages if message["role"] == "assistant"]
+            written = engine.tokenizer.decode(group.completion_ids[i][group.written[i]], skip_special_tokens=True)
+            assert written == "".join(answers) and group.columns["last"][i] == answers[-1]
+            last_turn = len(group.completion_ids[i]) - (sampling.max_tokens - group.columns["left"][i])
+            assert group.written[i].tolist()[-last_turn - 1 :] == [False] + [True] * last_turn
+        assert len({tuple(ids) for ids in completions([group])[0]}) == 2
+
+
+@pytest.mark.parametrize("engine", ["fused"], indirect=True)
+def test_one_turn_of_a_conversation_is_a_completion(
+    engine: RolloutEngine, policies: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(engine, *policies.snapshots[1])
+    sampling = SamplingSpec(3, NEW_TOKENS)
+    ((_, plain),) = sampled(engine, PROMPTS[:1], sampling, seed=7)
+    play(engine, monkeypatch, asks_once)
+    ((header, played),) = sampled(engine, PROMPTS[:1], sampling, seed=7)
+    assert completions([played]) == completions([plain])
+    assert (played.texts, played.truncated) == (plain.texts, plain.truncated)
+    assert played.prompt_ids.tolist() == plain.prompt_ids.tolist()
+    np.testing.assert_allclose(np.concatenate(played.logprobs), np.concatenate(plain.logprobs), atol=LOGPROB_TOLERANCE)
+    assert header.written_tokens == header.completion_tokens
+
+
+@pytest.mark.parametrize("engine", ["fused"], indirect=True)
+def test_a_conversation_that_fails_leaves_the_engine_free(
+    engine: RolloutEngine, policies: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(engine, *policies.snapshots[1])
+    play(engine, monkeypatch, fails_early)
+    ((header, group),) = sampled(engine, PROMPTS[:1], SamplingSpec(2, 64), seed=7)
+    assert header.failure == "ZeroDivisionError: no such luck" and group.written is not None
+    assert not engine.decoder.waiting and not engine.llm.llm_engine.has_unfinished_requests()
+    monkeypatch.undo()
+    installed(engine, *policies.snapshots[2])
+    assert greedy(engine)
 
 
 def test_groups_hold_what_was_sampled(engine: RolloutEngine, policies: Policies) -> None:

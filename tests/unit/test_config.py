@@ -230,7 +230,7 @@ def test_loading_needs_no_framework() -> None:
         ("ray:\n  engine: 2\n", [":15: ray.engine: unknown key", "did you mean ray.engines?"]),
         ("test_datasets:\n  - path: x\n    pth: y\n", [":16: test_datasets[0].pth", "did you mean test_datasets[0].path?"]),
         ("relora: true\n", [":14: relora: eagleray does not support relora", "use adapter: lora"]),
-        ("  rollout_func: a.b\n", [":14: trl.rollout_func: eagleray does not support rollout_func"]),
+        ("  async_prefetch: true\n", [":14: trl.async_prefetch: eagleray does not support async_prefetch"]),
         ("tokenizer_use_fast: false\n", [":14: tokenizer_use_fast: eagleray does not support"]),
         ("test_datasets: [{path: x, shards: 3}]\n", [":14: test_datasets[0].shards: eagleray does not support shards"]),
         ("lora_r: 8\n", [":14: lora_r: is written twice, at lines 4 and 14", "keep one"]),

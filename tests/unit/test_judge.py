@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors.errors import RewardError
-from actors.judge import JudgeWorker, prompt_text, question, reward_of
+from actors.judge import JudgeWorker, question, reward_of, text_of
 from actors.specs import JudgeSpec
 from actors.types import RolloutGroup, Scores
 from tests.chat_server import ChatServer, chat_server
@@ -72,7 +72,7 @@ def test_braces_stay_as_they_are() -> None:
 
 
 def test_a_prompt_of_several_messages_says_who_speaks() -> None:
-    assert prompt_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]) == (
+    assert text_of([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]) == (
         "system: Be brief.\n\nuser: Hi"
     )
 

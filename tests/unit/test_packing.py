@@ -1,5 +1,7 @@
 """Packed rows: their layout against one written out by hand, and what every plan must keep."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,23 @@ def test_no_position_is_kept_that_predicts_nothing() -> None:
     row = example_row()
     assert row.keep.tolist() == [1, 2, 3, 5, 9]
     assert set(row.predicts_BT[row.mask_BT].tolist()) == set(range(len(row.keep)))
+
+
+def test_what_the_model_did_not_write_is_context_and_nothing_else() -> None:
+    """Two completions: one that was answered in its middle and at its end, and one that others began."""
+    first, second = [11, 12, 13, 14, 15, 16], [21, 22, 23]
+    mine = (np.array([1, 1, 0, 0, 1, 0], dtype=np.bool_), np.array([0, 1, 1], dtype=np.bool_))
+    groups = [replace(group([1, 2], first, second), written=mine), group([3], [41, 42])]
+    row = pack_row(groups, [Sample(0, 0, 0.5), Sample(0, 1, -1.0), Sample(1, 0, 1.0)])
+    assert row.input_ids.tolist() == [[1, 2, *first, *second, 3, 41, 42]]
+    assert row.completion_ids_BT.tolist() == [first, [*second, 0, 0, 0], [41, 42, 0, 0, 0, 0]]
+    assert row.mask_BT.tolist() == [[b == "1" for b in line] for line in ("110010", "011000", "110000")]
+    # Of the row's positions: 1 ends the first prompt, 2 holds 11, 5 holds 14, 8 and 9 hold 21 and 22, 11 the second prompt.
+    predicts = row.keep[row.predicts_BT]
+    assert [positions[mask].tolist() for positions, mask in zip(predicts, row.mask_BT, strict=True)] == [
+        [1, 2, 5], [8, 9], [11, 12]
+    ]  # fmt: skip
+    assert row.keep.tolist() == [1, 2, 5, 8, 9, 11, 12], "logits of no other position are computed"
 
 
 def test_a_completion_sees_its_prompt_and_itself() -> None:

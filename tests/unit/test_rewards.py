@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.errors import RewardError
-from actors.rewards import RewardWorker, load_function
+from actors.errors import ConfigError
+from actors.functions import load_function
+from actors.rewards import RewardWorker
 from actors.specs import RewardSpec
 from actors.types import RolloutGroup, Scores
 
@@ -98,7 +99,7 @@ def scored(folder: str, name: str, prompt: Any = "2 + 2?", columns: dict[str, An
 
 def seen(folder: str, name: str, prompt: Any = "2 + 2?", columns: dict[str, Any] = COLUMNS) -> dict[str, Any]:
     assert scored(folder, name, prompt, columns).failure is None
-    return load_function(spec(folder, f"my_rewards.{name}")).__globals__["SEEN"][-1]
+    return load_function("k", f"my_rewards.{name}", (folder,)).__globals__["SEEN"][-1]
 
 
 def test_a_function_gets_what_it_names(folder: str) -> None:
@@ -204,12 +205,12 @@ def test_a_worker_goes_on_after_a_failure(folder: str) -> None:
     ],
 )
 def test_an_import_that_fails_names_the_path_and_where_it_looked(folder: str, path: str, reason: str) -> None:
-    with pytest.raises(RewardError, match=f"{path} cannot be imported .*{reason}.*; looked in {folder}"):
+    with pytest.raises(ConfigError, match=f"{path} cannot be imported .*{reason}.*; looked in {folder}"):
         RewardWorker(spec(folder, path))
 
 
 def test_what_is_no_function_is_refused(folder: str) -> None:
-    with pytest.raises(RewardError, match=r"my_rewards\.NOT_A_FUNCTION is a int, not a function"):
+    with pytest.raises(ConfigError, match=r"my_rewards\.NOT_A_FUNCTION is a int, not a function"):
         RewardWorker(spec(folder, "my_rewards.NOT_A_FUNCTION"))
 
 

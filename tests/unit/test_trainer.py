@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -56,12 +57,17 @@ def losses(stats: TrainStats) -> dict[str, Any]:
 
 
 def plain_loss(
-    policy: Any, old: dict[tuple[int, int], Tensor], temperature: float, beta: float = 0.0, reference: Any = None
+    policy: Any,
+    old: dict[tuple[int, int], Tensor],
+    temperature: float,
+    beta: float = 0.0,
+    reference: Any = None,
+    written: Sequence[Sequence[str]] | None = None,
 ) -> Tensor:
     """DAPO's loss (arXiv:2503.14476, eq. 8) with engine weights and KL, a loop over completions; no packing."""
-    tokens = sum(
-        len(GROUPS[g].completion_ids[i]) for g, row in enumerate(ADVANTAGES) for i, a in enumerate(row) if a is not None
-    )
+    counted = [(g, i) for g, row in enumerate(ADVANTAGES) for i, a in enumerate(row) if a is not None]
+    masks = {(g, i): mask_of(written[g][i] if written else "w" * len(GROUPS[g].completion_ids[i])) for g, i in counted}
+    tokens = sum(float(mask_T.sum()) for mask_T in masks.values())
     total = torch.zeros(())
     for g, row in enumerate(ADVANTAGES):
         for i, advantage in enumerate(row):
@@ -77,17 +83,33 @@ def plain_loss(
                 with torch.no_grad(), nullcontext() if reference else policy.disable_adapter():
                     ref_T, _ = alone_logprobs(reference or policy, GROUPS[g], i, temperature)
                 loss_T = loss_T + beta * (torch.exp(ref_T - logprobs_T) - (ref_T - logprobs_T) - 1) * ratio_T
-            total = total + loss_T.sum() / tokens
+            total = total + (loss_T * masks[g, i]).sum() / tokens
     return total
 
 
+def mask_of(written: str) -> Tensor:
+    return torch.tensor([letter == "w" for letter in written])
+
+
+# Of the completions of GROUPS, which tokens the model wrote, and which are what it was answered.
+WRITTEN = [["wwaw", "w", "aawwaaw"], ["ww", "aw"], ["waawaw", "wwwww", "w", "w"]]
+
+
+def conversations() -> list[RolloutGroup]:
+    return [
+        replace(group, written=tuple(mask_of(letters).numpy() for letters in row))
+        for group, row in zip(GROUPS, WRITTEN, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("written", [None, WRITTEN], ids=["one turn", "several turns"])
 @pytest.mark.parametrize("beta", [0.0, 0.2])
-def test_the_gradient_is_that_of_a_loop_over_completions(folder: str, beta: float) -> None:
+def test_the_gradient_is_that_of_a_loop_over_completions(folder: str, beta: float, written: list[list[str]] | None) -> None:
     loss = LossSpec(importance_sampling_cap=CAP, beta=beta)
     trainer = make(trainer_spec(folder, loss=loss, temperature=0.7))
-    expected_loss = plain_loss(trainer.policy.eval(), {}, 0.7, beta)
+    expected_loss = plain_loss(trainer.policy.eval(), {}, 0.7, beta, written=written)
     expected = torch.autograd.grad(expected_loss, trainer.shared.parameters)
-    stats = trainer.train(ADVANTAGES, *GROUPS)
+    stats = trainer.train(ADVANTAGES, *(conversations() if written else GROUPS))
     assert stats.loss == pytest.approx(float(expected_loss), abs=1e-5)
     norm = float(torch.stack([g.square().sum() for g in expected]).sum().sqrt())
     assert stats.grad_norm == pytest.approx(norm, rel=1e-4) and norm > 0.1
@@ -157,19 +179,43 @@ def test_micro_batches_do_not_change_the_update(folder: str) -> None:
             torch.testing.assert_close(tensors[name], first_weights[name], rtol=0, atol=1e-6)
 
 
-def test_statistics_are_those_of_a_loop_over_completions(folder: str) -> None:
+@pytest.mark.parametrize("written", [None, WRITTEN], ids=["one turn", "several turns"])
+def test_statistics_are_those_of_a_loop_over_completions(folder: str, written: list[list[str]] | None) -> None:
     trainer = make(trainer_spec(folder, loss=LossSpec(importance_sampling_cap=CAP), temperature=0.7))
     trained = [(g, i) for g, row in enumerate(ADVANTAGES) for i, a in enumerate(row) if a]
     with torch.no_grad():
         alone = [alone_logprobs(trainer.policy.eval(), GROUPS[g], i, 0.7) for g, i in trained]
     gap_N = torch.cat([a for a, _ in alone]) - torch.cat([torch.from_numpy(GROUPS[g].logprobs[i]) for g, i in trained])
     entropy_N = torch.cat([torch.distributions.Categorical(logits=logits).entropy() for _, logits in alone])
-    stats = trainer.train(ADVANTAGES, *GROUPS)
+    if written:
+        mask_N = torch.cat([mask_of(written[g][i]) for g, i in trained])
+        gap_N, entropy_N = gap_N[mask_N], entropy_N[mask_N]
+    stats = trainer.train(ADVANTAGES, *(conversations() if written else GROUPS))
     assert stats.engine_gap == pytest.approx(float(gap_N.abs().mean()), abs=1e-5)
     assert stats.importance_ratio == pytest.approx(float(gap_N.exp().clamp(max=CAP).mean()), abs=1e-5)
     assert stats.entropy == pytest.approx(float(entropy_N.mean()), abs=1e-5)
     assert (stats.clip_fraction, stats.left_out) == (0.0, 0) and np.isnan(stats.kl)
-    assert (stats.trained_completions, stats.trained_tokens) == (len(trained), len(gap_N)) == (7, 21)
+    assert (stats.trained_completions, stats.trained_tokens) == (len(trained), len(gap_N)) == (7, 15 if written else 21)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo"])
+def test_words_of_others_at_the_end_change_nothing(folder: str, loss_type: str, level: str) -> None:
+    """Nothing that the model wrote comes after them, so a batch with them is the batch without, whatever they are."""
+    loss = LossSpec(loss_type, beta=0.1, importance_sampling_level=level)
+    found = []
+    for more in ([], [5, 6, 7], [9]):
+        ids = tuple(np.array([*ids, *more], dtype=np.int32) for ids in GROUPS[0].completion_ids)
+        logprobs = tuple(np.array([*values, *[-50.0] * len(more)], dtype=np.float32) for values in GROUPS[0].logprobs)
+        mine = tuple(np.arange(len(now)) < len(before) for now, before in zip(ids, GROUPS[0].completion_ids, strict=True))
+        trainer = make(trainer_spec(folder, loss=loss))
+        stats = trainer.train(ADVANTAGES, replace(GROUPS[0], completion_ids=ids, logprobs=logprobs, written=mine), *GROUPS[1:])
+        found.append((losses(stats), gradients(trainer)))
+    for stats, grads in found[1:]:
+        assert stats.pop("computed_tokens") > found[0][0]["computed_tokens"]
+        assert stats == pytest.approx({name: found[0][0][name] for name in stats}, abs=1e-6)
+        for a, b in zip(grads, found[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
