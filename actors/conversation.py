@@ -178,7 +178,8 @@ class RolloutFunction:
         tasks = [asyncio.create_task(self._played(conversation, arguments)) for conversation in conversations]
         playing = asyncio.gather(*tasks)
         late = asyncio.create_task(self._late(conversations))
-        await asyncio.wait([playing, late], return_when=asyncio.FIRST_COMPLETED)
+        first: list[asyncio.Future[Any]] = [playing, late]
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         error = playing.exception() if playing.done() else late.exception()
         for task in (late, *tasks):
             task.cancel()

@@ -38,7 +38,7 @@ class RewardWorker:
     def score(self, prompt: Any, columns: Mapping[str, Any], group: RolloutGroup) -> Scores:
         """Rewards of one group. A function that fails is a failure in the result, never a zero."""
         count = len(group.texts)
-        arguments = {
+        arguments: dict[str, Any] = {
             **{name: [value] * count for name, value in columns.items()},  # first: a column replaces none of the following
             **group.columns,
             "prompts": [prompt] * count,

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from actors.errors import DataError
+from actors.functions import load_function
 from actors.model import load_tokenizer
-from actors.rewards import load_function
-from actors.specs import ModelSpec, RewardSpec
+from actors.specs import ModelSpec
 from orchestrator import sizing
 from orchestrator.advised_job import LEARNING_RATES, Found, config_of, keys_of, rows_of, text_of
 from orchestrator.jobs import local_folder
@@ -109,7 +109,7 @@ def advise(data: str, model: str | None, reward: str | None, cluster: Cluster, f
     config = config_of(keys)
     ensure_runnable(config)
     if reward is not None and "/" not in reward and local_folder(config, reward) is None:
-        load_function(RewardSpec(reward, (str(Path.cwd()), str(folder))))
+        load_function("--reward", reward, (str(Path.cwd()), str(folder)))
     return Advice(found, fit, method, why, tuple(_others(method, good, keys, found)), keys, config)
 
 

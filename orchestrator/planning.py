@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from actors import device, model
-from actors.engine import prompt_token_ids
+from actors.chat import prompt_token_ids
 from actors.errors import ConfigError
 from actors.specs import ModelSpec
 from orchestrator import dataset_plan, plan, prepare, sharding

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors import prompts, verifiers
-from actors.engine import prompt_token_ids
+from actors.chat import prompt_token_ids
 from actors.reading import BadRow
 from orchestrator.row_kinds import Fit, Layout
 from orchestrator.row_sample import MOST, Sample

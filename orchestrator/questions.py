@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import storage
-from actors.engine import prompt_token_ids
+from actors.chat import prompt_token_ids
 from actors.errors import DataError, EaglerayError
 from orchestrator.answering import tokenizer_of
 from orchestrator.data import PromptSet, Row, load_prompts, without_long_prompts
