@@ -1,4 +1,4 @@
-"""The command line. A new command is a function here and a line in `_parser`.
+"""The command line. A new command is a function here and a line in `make_parser`.
 
 Exit codes: 0 done, 1 something that the message explains, 2 a wrong command line, 128 + n ended by signal n.
 """
@@ -16,7 +16,7 @@ from actors.errors import EaglerayError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Errors for people are one message on stderr, without a traceback."""
-    parser = _parser()
+    parser = make_parser()
     args, rest = parser.parse_known_args(arguments)
     # argparse gives up on overrides that follow an option.
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(args, "overrides")):
@@ -148,7 +148,7 @@ def _serve(args: argparse.Namespace) -> int:
     return _ended(lambda: serve(folders, **options))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="eagleray", description="Post-training of language models on Ray from one YAML."
     )

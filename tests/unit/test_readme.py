@@ -1,17 +1,34 @@
-"""What the README says of configurations is what `load` takes."""
+"""What the README says of configurations is what `load` takes, and its commands are what the command line takes."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from orchestrator.cli import make_parser
 from orchestrator.config import load
 from orchestrator.runnable import ensure_runnable
 from tests.job_files import GRPO, write
 
 README = Path(__file__).parents[2] / "README.md"
 METHODS = dict(re.findall(r"^\| (\w[\w. ]+) \| `([^`]*trl: [^`]+)`", README.read_text(encoding="utf-8"), re.MULTILINE))
+
+COMMANDS = re.findall(r"^    eagleray (\w.*?)(?: +#.*)?$", README.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_one(command: str) -> None:
+    arguments = make_parser().parse_args(shlex.split(command.replace("[JOB]", "JOB")))
+    for name in ("config", "output_dir"):
+        path = getattr(arguments, name, None) or ""
+        assert not path.startswith("configs/") or (README.parent / path).is_file()
+
+
+def test_every_command_is_there() -> None:
+    written = {command.split()[0] for command in COMMANDS}
+    assert written == set(re.findall(r"^    (\w+) ", make_parser().format_help(), re.MULTILINE))
 
 
 def test_the_table_of_methods_is_there() -> None:
