@@ -17,6 +17,8 @@ from actors.errors import ActorError
 # The first word of every actor's name, in the order in which people look for them. Ray Train's workers are `worker RANK`.
 ROLES = ("trainer", "worker", "engine", "reward", "samples", "reports", "quarantine")
 STARTED_AGAIN = ", start "  # and a number: in the name of an actor that takes another one's place
+# What Ray says of an actor that its driver ended, or that ended with its driver.
+ASKED_FOR = ("ray.kill", "INTENDED", "owner has died", "references to the actor were removed", "placement group")
 TIMEOUT_S = 10.0
 MAX_ACTORS = 10_000  # the most that Ray tells of at once
 TRAIN_WORKER = "RayTrainWorker"  # the class of Ray Train's workers, which have no name
@@ -186,7 +188,7 @@ def _death(row: Mapping[str, Any]) -> str:
 
 
 def _unasked(death: str) -> bool:
-    return "ray.kill" not in death and "INTENDED" not in death
+    return not any(words in death for words in ASKED_FOR)
 
 
 def _gpu_memory(process: Mapping[str, Any], pid: int | None) -> int | None:

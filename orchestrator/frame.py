@@ -193,9 +193,10 @@ def _actors(seen: Sighting, rows: int, machines: Sequence[Machine]) -> Panel:
 
 def _actor(actor: Actor, machines: dict[str, Machine]) -> list[Text]:
     machine = machines.get(actor.node_id)
+    state = Text(actor.state.lower().replace("_", " "), STATE_STYLES.get(actor.state, "yellow"))
     return [
         Text(actor.name),
-        Text(actor.state.lower().replace("_", " "), STATE_STYLES.get(actor.state, "yellow")),
+        state if actor.state != "DEAD" or actor.killed else Text("ended", "dim"),
         Text(machine.name if machine else "-"),
         Text(str(actor.pid or "-")),
         Text(gib(actor.memory) if actor.memory else "-"),

@@ -38,8 +38,7 @@ def test_submit_runs_the_job_and_returns_its_code(
         code, output = run(top, environment)
         assert code == 0, output
         assert "● done" in output and "step 4 of 4" in output, "by the links in Ray's folder of logs"
-        without_token = {**environment, "HOME": str(tmp_path)}
-        code, output = run(top, without_token)
+        code, output = run(top, {**environment, "RAY_AUTH_TOKEN": "another"})
         assert code == 1 and "refuses this token, or none" in output, output
         code, output = run([*command, rewards], environment)
         assert code == 1, output

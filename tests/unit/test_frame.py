@@ -32,8 +32,10 @@ def record(step: int, **values: float | None) -> dict[str, Any]:
     return {"time": 1000.0 + 20 * step, "kind": "train", "step": step, "step_s": 20.0, **values}
 
 
-def engine(number: int, state: str = "ALIVE", restarts: int = 0, memory: int | None = 3 * GIB // 2) -> Actor:
-    return Actor(f"a{number}", f"engine {number}", "RolloutEngine", state, "n1", 4000 + number, restarts, memory)
+def engine(
+    number: int, state: str = "ALIVE", restarts: int = 0, memory: int | None = 3 * GIB // 2, death: str = ""
+) -> Actor:
+    return Actor(f"a{number}", f"engine {number}", "RolloutEngine", state, "n1", 4000 + number, restarts, memory, None, death)
 
 
 def sighting(**changes: Any) -> Sighting:
@@ -228,6 +230,12 @@ def test_top_prints_one_frame_into_a_pipe(tmp_path: Path, answers: type[Answers]
     assert main(["top", str(tmp_path), "--once"]) == 0
     printed = capsys.readouterr().out
     assert "● running" in printed and "engine 0" in printed and "\x1b" not in printed
+
+
+def test_an_actor_that_was_asked_to_end_is_not_dead() -> None:
+    asked = engine(0, "DEAD", death="The actor is dead because it was killed by `ray.kill`.")
+    lines = drawn(sighting(actors=[asked, engine(1, "DEAD", death="Worker exit type: SYSTEM_ERROR")]))
+    assert "ended" in line_with(lines, "engine 0") and "dead" in line_with(lines, "engine 1")
 
 
 def test_no_run_and_no_cluster_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
