@@ -35,12 +35,12 @@ def tokenizer_of(base: ModelSpec, folder: Path) -> Any:
     """The tokenizer that was saved with a result, or its base model's. Raises CheckpointError for one that is damaged."""
     from transformers import AutoTokenizer
 
-    own = (folder / "tokenizer_config.json").is_file()
-    path = str(folder) if own else hub.resolve(base.name)
+    if not (folder / "tokenizer_config.json").is_file():
+        return model.load_tokenizer(base)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=base.trust_remote_code)
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=base.trust_remote_code)
     except Exception as error:  # tokenizers raises bare ones
-        raise CheckpointError(f"{path}: its tokenizer cannot be read ({error}); use another copy of it") from error
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read ({error}); use another copy of it") from error
 
 
 def _loaded(base: ModelSpec, task: str) -> Any:

@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors import adapter, device, merge, model
-from actors.specs import EngineSpec, ModelSpec, SamplingSpec
+from actors import adapter, device, merge
+from actors.model import expected_shapes, rank_and_scaling
+from actors.specs import EngineSpec, SamplingSpec
 from orchestrator import cluster
-from orchestrator.data import Prompt
+from orchestrator.data import Row
 from orchestrator.display import Display
-from orchestrator.jobs import lora_spec, quantization
+from orchestrator.jobs import lora_spec
 from orchestrator.online_job import engine_spec
 from orchestrator.plan import TRAINER, Node, Plan, ensure_placeable, first_fit, make_plan
-from orchestrator.results import Result, Weights
+from orchestrator.results import Result, Weights, base_of
 from orchestrator.schema import JobConfig
 
 KV_CACHE_GIB = 2  # of an engine on CPUs, unless the job says: vLLM would take most of the machine
@@ -51,14 +52,20 @@ def sampling_plan(config: JobConfig, nodes: Sequence[Node], engines: int, reward
 class Engines:
     """The engines of a plan, on a connected cluster. They have no model before `load`."""
 
-    def __init__(self, result: Result, plan: Plan, group: Any, display: Display, *, window: int, completions: int) -> None:
-        """window: tokens of prompt and completion, -1 for as many as fit. completions: decoded side by side at most."""
+    def __init__(
+        self, result: Result, plan: Plan, group: Any, display: Display, *, window: int, completions: int, plays: bool
+    ) -> None:
+        """window: tokens of prompt and completion, -1 for as many as fit. completions: decoded side by side at most.
+
+        plays: whether trl.rollout_func, where the job has one, plays them.
+        """
         self.result = result
         self.plan = plan
         self.group = group
         self.display = display
         self.window = window
         self.completions = completions
+        self.plays = plays
         self.actors: tuple[Any, ...] = ()
         self.model: str | None = None
 
@@ -78,39 +85,46 @@ class Engines:
             with self.display.phase("loading the adapter"):
                 self._install(weights.adapter)
 
-    def ask(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seed: int) -> list[tuple[Any, Any]]:
-        """A ref of the header and one of the group for each prompt; engines take turns.
+    def ask(self, rows: Sequence[Row], sampling: SamplingSpec, seed: int) -> list[tuple[Any, Any]]:
+        """A ref of the header and one of the group for each row; engines take turns.
 
         seed: the same one gives the same completions of the same weights.
         """
         calls = []
-        for number, prompt in enumerate(prompts):
+        for number, row in enumerate(rows):
             engine = self.actors[number % len(self.actors)]
             call = engine.sample.options(num_returns=2)
-            calls.append(tuple(call.remote(prompt, sampling, seed + number * sampling.num_generations)))
+            own = seed + number * sampling.num_generations
+            calls.append(tuple(call.remote(row.prompt, sampling, own, columns=row.columns)))
         return calls
 
     def _spec(self, name: str) -> EngineSpec:
-        config = self.result.config
-        lora = lora_spec(config) if name == config.base_model and self.result.adapted else None
-        rounding = quantization(config) if lora else None  # of the base that the adapter stands on
+        spec = engine_spec(self.result.config, self.plan)
+        lora = lora_spec(self.result.config) if name == self.result.config.base_model and self.result.adapted else None
+        model = replace(
+            spec.model,
+            name=name,
+            quantization=spec.model.quantization if lora else None,  # what was quantized was the base of the adapter
+            chat_template=None if self.result.tokenizer else spec.model.chat_template,
+        )
         return replace(
-            engine_spec(config, self.plan),
-            model=ModelSpec(name, self.plan.dtype, config.trust_remote_code, quantization=rounding),
+            spec,
+            model=model,
             lora=lora,
             sync="fused" if lora else "weights",
             sleeps=False,
             tokenizer=self.result.tokenizer,
             max_model_len=self.window,
             max_num_seqs=self.completions,
+            rollout_function=spec.rollout_function if self.plays else None,
         )
 
     def _install(self, folder: Path) -> None:
         config = self.result.config
         lora = lora_spec(config)
-        base = ModelSpec(config.base_model, self.plan.dtype, config.trust_remote_code)
-        rank, scaling = model.rank_and_scaling(lora)
-        tensors = adapter.load(folder, model.expected_shapes(base, lora))
+        base = base_of(config, self.plan.dtype)
+        rank, scaling = rank_and_scaling(lora)
+        tensors = adapter.load(folder, expected_shapes(base, lora))
         header, bucket = adapter.as_snapshot(
             tensors, base_model=base.name, rank=rank, scaling=scaling, version=ADAPTER_VERSION
         )
@@ -121,8 +135,7 @@ class Engines:
 
 def tokenizer_of(result: Result) -> Any:
     """The tokenizer that engines of this result have."""
-    base = ModelSpec(result.config.base_model, "float32", result.config.trust_remote_code)
-    return merge.tokenizer_of(base, result.folder)
+    return merge.tokenizer_of(base_of(result.config, "float32"), result.folder)
 
 
 def endings(config: JobConfig, tokenizer: Any) -> dict[str, object]:

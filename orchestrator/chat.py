@@ -16,7 +16,7 @@ from actors.specs import SamplingSpec
 from actors.types import RolloutGroup
 from orchestrator import cluster
 from orchestrator.answering import Engines, endings, sampling_plan, tokenizer_of
-from orchestrator.data import Prompt
+from orchestrator.data import Prompt, Row
 from orchestrator.display import Display
 from orchestrator.results import Weights, find, loadable
 
@@ -42,7 +42,8 @@ def chat(folder: Path, question: str | None, *, base: bool) -> None:
             stack.enter_context(cluster.connected())
         plan = sampling_plan(result.config, cluster.nodes(), engines=1)
         group = stack.enter_context(cluster.placed(plan))
-        engines = Engines(result, plan, group, display, window=result.config.vllm.max_model_len or -1, completions=1)
+        window = result.config.vllm.max_model_len or -1
+        engines = Engines(result, plan, group, display, window=window, completions=1, plays=False)
         engines.load(Weights(result.config.base_model, None) if base else weights)
         conversation = Conversation(_asker(engines, tokenizer, display), templated=tokenizer.chat_template is not None)
         if question is not None:
@@ -100,7 +101,7 @@ def _asker(engines: Engines, tokenizer: Any, display: Display) -> Callable[[Prom
     sampling = SamplingSpec(1, tokens, temperature=0.0, extra=endings(config, tokenizer))
 
     def ask(prompt: Prompt) -> str:
-        ((_, ref),) = engines.ask([prompt], sampling, config.seed)
+        ((_, ref),) = engines.ask([Row(prompt, {}, "what was asked")], sampling, config.seed)
         with display.phase("answering"):
             group: RolloutGroup = cluster.fetch(ref, "engine 0, answering", config.ray.rollout_timeout_s)
         if group.truncated[0]:

@@ -13,9 +13,11 @@ from typing import Any
 from actors import storage
 from actors.errors import EaglerayError
 from actors.specs import SamplingSpec
-from actors.types import RolloutGroup
+from actors.types import RolloutGroup, RolloutHeader
 from orchestrator import cluster
 from orchestrator.answering import Engines, endings, sampling_plan, tokenizer_of
+from orchestrator.conversations import ensure_playable
+from orchestrator.data import PromptSet
 from orchestrator.display import Display
 from orchestrator.figures import Answered, Figures, figures, recorded, table
 from orchestrator.metrics import METRICS_FILE, read
@@ -80,6 +82,7 @@ class _Comparison:
 
     def run(self, stack: ExitStack) -> Path:
         models = reward_models(self.config)
+        ensure_playable(self.config, PromptSet(self.questions.rows, (), ()))
         weights = stack.enter_context(loadable(self.result, self.display))
         with self.display.phase("starting Ray"):
             stack.enter_context(cluster.connected())
@@ -94,7 +97,9 @@ class _Comparison:
                 self.display.warn(note)
         together = len(self.questions.rows) * self.samplings["sampled"].num_generations
         completions = min(together, MAX_NUM_SEQS)
-        self.engines = Engines(self.result, plan, group, self.display, window=plan.max_model_len, completions=completions)
+        self.engines = Engines(
+            self.result, plan, group, self.display, window=plan.max_model_len, completions=completions, plays=True
+        )
         self.engines.load(Weights(self.config.base_model, None))
         before = self._measured("before")
         self.engines.load(weights)
@@ -111,11 +116,14 @@ class _Comparison:
 
     def _answers(self, sampling: SamplingSpec) -> list[Answered]:
         rows = self.questions.rows
-        asked = self.engines.ask([row.prompt for row in rows], sampling, self.config.seed)
+        asked = self.engines.ask(rows, sampling, self.config.seed)
         timeout_s = self.config.ray.rollout_timeout_s
-        headers = [cluster.fetch(header, "an engine, answering", timeout_s) for header, _ in asked]
+        headers: list[RolloutHeader] = [cluster.fetch(header, "an engine, answering", timeout_s) for header, _ in asked]
         groups: list[RolloutGroup] = [cluster.fetch(group, "an engine, answering", timeout_s) for _, group in asked]
-        scores = self.scorer.collect([self.scorer.submit(row, group) for row, (_, group) in zip(rows, asked, strict=True)])
+        calls = [
+            self.scorer.submit(row, ref, header.failure) for row, header, (_, ref) in zip(rows, headers, asked, strict=True)
+        ]
+        scores = self.scorer.collect(calls)
         failures = [score for of_group in scores for score in of_group if score.failure]
         if failures:
             first = failures[0]
@@ -124,7 +132,8 @@ class _Comparison:
         answers = []
         for group, header, rewards, said in zip(groups, headers, combined, scores, strict=True):
             by_function = {score.function: score.rewards for score in said}
-            answers.append(Answered(group.texts, header.completion_tokens, header.truncated, tuple(rewards), by_function))
+            completions = group.messages or group.texts
+            answers.append(Answered(completions, header.written_tokens, header.truncated, tuple(rewards), by_function))
         return answers
 
     def _write(self, found: dict[str, dict[str, Figures]], before: Measured, after: Measured) -> Path:

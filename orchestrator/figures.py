@@ -18,8 +18,8 @@ Figures = dict[str, float]  # by name; only those that can be known
 class Answered:
     """One prompt's completions, with what was said of them."""
 
-    texts: tuple[str, ...]  # [G]
-    tokens: tuple[int, ...]  # [G]
+    completions: tuple[Any, ...]  # [G]: text, or the messages of a conversation
+    tokens: tuple[int, ...]  # [G]: that the model wrote
     truncated: tuple[bool, ...]  # [G]
     rewards: tuple[float | None, ...]  # [G]: weighted
     by_function: Mapping[str, tuple[float | None, ...]]  # [G] each; empty for a function that failed
@@ -28,13 +28,13 @@ class Answered:
         """An entry a completion."""
         return [
             {
-                "completion": text,
+                "completion": completion,
                 "reward": self.rewards[i],
                 "rewards": {name: rewards[i] if rewards else None for name, rewards in self.by_function.items()},
                 "tokens": self.tokens[i],
                 "truncated": self.truncated[i],
             }
-            for i, text in enumerate(self.texts)
+            for i, completion in enumerate(self.completions)
         ]
 
 
@@ -46,7 +46,7 @@ def figures(answers: Sequence[Answered], judge: str | None) -> Figures:
     found: Figures = {}
     if judge is not None:
         judged = [[reward >= 1.0 for reward in a.by_function[judge] if reward is not None] for a in answers]
-        most = max(len(a.texts) for a in answers)
+        most = max(len(a.completions) for a in answers)
         for k in sorted({1, most}):
             solved = [pass_at(k, len(right), sum(right)) for right in judged if len(right) >= k]
             if solved:

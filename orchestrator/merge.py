@@ -7,10 +7,9 @@ from safetensors import SafetensorError
 from actors import adapter, storage
 from actors import merge as weights
 from actors.errors import EaglerayError
-from actors.specs import ModelSpec
 from orchestrator.config import load
 from orchestrator.jobs import CONFIG
-from orchestrator.results import dtype_of, holds_result, run_of
+from orchestrator.results import base_of, dtype_of, holds_result, run_of
 
 
 def merge(folder: Path, into: Path | None = None) -> list[str]:
@@ -34,7 +33,7 @@ def merge(folder: Path, into: Path | None = None) -> list[str]:
     dtype = dtype_of(config)
     try:
         with storage.new_folder(target) as beside:
-            name = weights.merge(ModelSpec(config.base_model, dtype, config.trust_remote_code), folder, beside)
+            name = weights.merge(base_of(config, dtype), folder, beside)
     except (OSError, SafetensorError) as error:
         raise EaglerayError(f"{target} was not written: {error}") from error
     lines = [f"merged   {target}, in {dtype}", f'load     transformers.{name}.from_pretrained("{target}")']

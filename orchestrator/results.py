@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from actors import adapter, device, hub, merge, model, storage
 from actors.errors import EaglerayError
+from actors.formats.templates import CHAT_TEMPLATES, OWN
 from actors.specs import ModelSpec
 from orchestrator.checkpoints import RESULTS
 from orchestrator.config import load
@@ -106,6 +107,12 @@ def dtype_of(config: JobConfig) -> str:
     return resolve(config, device.has_gpu(), device.fastest_dtype(gpu=False))
 
 
+def base_of(config: JobConfig, dtype: str) -> ModelSpec:
+    """The base model as the job read it, never quantized. A dataset job saves its template with the result."""
+    template = CHAT_TEMPLATES.get(config.chat_template or OWN) if config.rl == "grpo" else None
+    return ModelSpec(config.base_model, dtype, config.trust_remote_code, chat_template=template)
+
+
 @contextmanager
 def loadable(result: Result, display: Display) -> Iterator[Weights]:
     """A whole model as it is, and an adapter beside its base. One that engines cannot take is merged first, in a folder in
@@ -114,7 +121,7 @@ def loadable(result: Result, display: Display) -> Iterator[Weights]:
     if not result.adapted:
         yield Weights(str(result.folder), None)
         return
-    base = ModelSpec(result.config.base_model, dtype_of(result.config), result.config.trust_remote_code)
+    base = base_of(result.config, dtype_of(result.config))
     hub.resolve(base.name)
     if adapter.is_of_linear_layers(result.folder):
         adapter.load(result.folder, model.expected_shapes(base, lora_spec(result.config)))

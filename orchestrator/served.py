@@ -59,7 +59,9 @@ def models_of(engine: Engine) -> list[ServedModelSpec]:
 def _written_as(name: str, engine: str, result: Result) -> ServedModelSpec:
     tokenizer = tokenizer_of(result)
     stops: Any = endings(result.config, tokenizer).get("stop_token_ids", [])
-    template = tokenizer.chat_template if result.tokenizer else None
+    if result.tokenizer and tokenizer.eos_token_id is not None:
+        stops = [*stops, tokenizer.eos_token_id]  # the job may have named another than the base model's
+    template = tokenizer.chat_template if result.tokenizer or result.config.chat_template else None
     return ServedModelSpec(name, engine, template, result.config.trl.chat_template_kwargs or {}, tuple(stops))
 
 

@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors import hub, snapshot, storage
 from actors.adapter import as_snapshot
 from actors.errors import CheckpointError, EaglerayError
+from actors.formats.templates import CHAT_TEMPLATES
 from actors.model import expected_shapes
 from actors.specs import ModelSpec
+from orchestrator.answering import tokenizer_of
+from orchestrator.cli import main
 from orchestrator.config import load
 from orchestrator.display import Display
 from orchestrator.jobs import folders_of, lora_spec, write_config
@@ -154,6 +157,15 @@ def test_a_whole_model_of_a_checkpoint_comes_without_its_optimizer(
     assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
     assert torch.equal(load_plain(folder).lm_head.weight, load_plain(checkpoint).lm_head.weight)
     assert len(list(folder.parent.iterdir())) == 1
+
+
+def test_a_template_that_the_job_named_goes_with_its_adapter(run: Run, tmp_path: Path) -> None:
+    """An online job's adapter comes without a tokenizer."""
+    out = run(keys="rl: grpo\nmicro_batch_size: 8\nchat_template: chatml\ntrl: {reward_funcs: [m.f]}\n")
+    assert tokenizer_of(found(out)).chat_template == CHAT_TEMPLATES["chatml"]
+    assert main(["merge", str(out)]) == 0
+    assert AutoTokenizer.from_pretrained(out / "merged").chat_template == CHAT_TEMPLATES["chatml"]
+    assert tokenizer_of(found(run())).chat_template is None
 
 
 def test_an_adapter_becomes_what_engines_validate(run: Run, base: str) -> None:
