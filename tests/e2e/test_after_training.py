@@ -82,14 +82,22 @@ def answer(*arguments: object, piped: str = "") -> str:
     return done.stdout
 
 
-def test_chat_answers_as_the_adapter_does(trained: Path, written: Callable[..., Path], llama: Path) -> None:
+def test_chat_answers_as_what_was_trained(trained: Path, llama: Path) -> None:
+    """The result, and a checkpoint."""
     expected = reference(llama, trained, PROMPT)
     assert expected != reference(llama, None, PROMPT), "training changed nothing, so this shows nothing"
     assert answer(trained, PROMPT).startswith(expected)
-    assert answer(trained, "--base", piped=PROMPT + "\n").startswith(reference(llama, None, PROMPT))
     assert answer(trained / "checkpoint-2", PROMPT).startswith(reference(llama, trained / "checkpoint-2", PROMPT))
+
+
+def test_chat_answers_as_the_base_model_and_as_an_adapter_that_no_engine_knows(
+    written: Callable[..., Path], llama: Path
+) -> None:
     dora = written("dora", dora=True)
-    assert answer(dora, PROMPT).startswith(reference(llama, dora, f"{PROMPT} w9 "))
+    asked = f"{PROMPT} w9 "
+    assert reference(llama, dora, asked) != reference(llama, None, asked)
+    assert answer(dora, PROMPT).startswith(reference(llama, dora, asked))
+    assert answer(dora, "--base", piped=PROMPT + "\n").startswith(reference(llama, None, asked))
 
 
 def test_a_conversation_in_a_terminal(written: Callable[..., Path], llama: Path) -> None:
