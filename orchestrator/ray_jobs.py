@@ -6,6 +6,7 @@ is one message each.
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import signal
@@ -52,6 +53,8 @@ def connect(address: str | None, headers: str | None = None) -> Any:
         ) from error
     from ray.job_submission import JobSubmissionClient
 
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.WARNING)  # it would tell of every upload and socket
     try:
         return _ask(JobSubmissionClient, address, headers=sent)
     except ActorError as error:
