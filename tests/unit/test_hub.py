@@ -65,3 +65,25 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     assert hub.cache_dir() == tmp_path / "eagleray"
     monkeypatch.setenv("EAGLERAY_CACHE", str(tmp_path / "elsewhere"))
     assert hub.cache_dir() == tmp_path / "elsewhere"
+
+
+def test_a_plan_needs_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What lies in the hub's cache without weights is enough for it, and never for a job."""
+    asked: list[object] = []
+
+    def download(name: str, local_files_only: bool = False, allow_patterns: object = None) -> str:
+        if not local_files_only:
+            asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
+    (tmp_path / "config.json").write_text("{}")
+    hub.resolve("org/model", weights=False)
+    assert asked == [hub.SMALL_FILES], "its tokenizer is not there yet"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert hub.resolve("org/model", weights=False) == str(tmp_path) and len(asked) == 1
+    hub.resolve("org/model")
+    assert asked[1:] == [None]
+    (tmp_path / "model.safetensors").write_text("")
+    assert hub.resolve("org/model") == str(tmp_path) and len(asked) == 2
