@@ -80,7 +80,7 @@ def whole_logits(task: Task) -> Head:
     """TRL 1.16's ORPO (experimental/orpo): all logits in fp32, once more those of the chosen half, and their gradients."""
     assert isinstance(task.rows, PaddedRows)
     logits = task.rows.tokens * task.shape.vocabulary * FP32
-    return Head(kept=3 * logits // 2, forward=logits // 2, backward=3 * logits, gradient=task.gradient)
+    return Head(kept=3 * logits // 2, forward=logits // 2, backward=2 * logits, gradient=task.gradient)
 
 
 def one_number(task: Task) -> Head:

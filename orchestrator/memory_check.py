@@ -83,7 +83,7 @@ def _ranks(job: Planned, group: Any) -> Iterator[Measured]:
     if isinstance(plan, DatasetPlan):
         cls: type = MeasuredWorker
         spec: DatasetTrainSpec | TrainerSpec
-        environment, spec = worker_environment(plan.threads), _worker_spec(config, plan)
+        environment, spec = worker_environment(plan.threads), worker_spec(config, plan)
         more: tuple[Any, ...] = (cluster.start_free(Reports, "reports"),)
         rows: tuple[int, ...] = (config.micro_batch_size * config.gradient_accumulation_steps, config.sequence_len)
     else:
@@ -102,7 +102,8 @@ def _ranks(job: Planned, group: Any) -> Iterator[Measured]:
         cluster.stop(actor)
 
 
-def _worker_spec(config: JobConfig, plan: DatasetPlan) -> DatasetTrainSpec:
+def worker_spec(config: JobConfig, plan: DatasetPlan) -> DatasetTrainSpec:
+    """Of a worker that is measured: it makes its own rows, and neither saves nor evaluates."""
     rows = plan.rows_per_step
     prepared = Prepared(Split(rows=rows), Split(), rows, 0, ())
     return dataset_job.train_spec(with_changes(config, STEPS_ALONE), plan, prepared, None)

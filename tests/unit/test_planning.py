@@ -34,6 +34,9 @@ GRPO: dict[str, Any] = {
     "rl": "grpo", "sequence_len": 1024, "trl__max_completion_length": 512, "micro_batch_size": 2,
     "gradient_accumulation_steps": 8, "gradient_checkpointing": True,
 }  # fmt: skip
+SHARDED = {**GRPO, "fsdp_version": 2, "ray_num_workers": 4}
+SAVING = {"gradient_checkpointing": True}
+SLOW = pytest.mark.slow
 LONG_ROWS = {"sequence_len": 2048, "micro_batch_size": 4}
 COLOCATED = {"trl__vllm_mode": "colocate", "vllm__gpu_memory_utilization": 0.5}
 
@@ -94,8 +97,8 @@ def test_machines_without_gpus_hold_all_their_actors(models: dict[str, str]) -> 
     ("name", "adapter", "changes", "cluster", "expected"),
     [
         ("Qwen2.5-7B", None, LONG_ROWS, "1x80GB", {"gradient_checkpointing", "micro_batch_size", "adapter"}),
-        ("Llama-3.1-70B", "lora", {"gradient_checkpointing": True}, "4x80GB", {"fsdp_version", "adapter"}),
-        ("Qwen2.5-32B", "lora", {**GRPO, "fsdp_version": 2, "ray_num_workers": 4}, "8x40GB", {"vllm.tensor_parallel_size"}),
+        pytest.param("Llama-3.1-70B", "lora", SAVING, "4x80GB", {"fsdp_version", "adapter"}, marks=SLOW),
+        pytest.param("Qwen2.5-32B", "lora", SHARDED, "8x40GB", {"vllm.tensor_parallel_size"}, marks=SLOW),
         ("Qwen2.5-3B", "lora", GRPO, "1x24GB", {"trl.vllm_mode"}),
     ],
 )  # fmt: skip
@@ -118,6 +121,7 @@ def test_a_step_keeps_its_rows(models: dict[str, str]) -> None:
         assert changed.micro_batch_size * changed.gradient_accumulation_steps == 4
 
 
+@SLOW
 def test_what_would_be_no_job_is_not_suggested(models: dict[str, str]) -> None:
     """KTO compares the rows of a batch, so one of two rows cannot be cut in half."""
     config = model_job(models["Qwen2.5-7B"], "lora", rl="kto", sequence_len=2048, micro_batch_size=2)
@@ -125,6 +129,7 @@ def test_what_would_be_no_job_is_not_suggested(models: dict[str, str]) -> None:
     assert found and all("micro_batch_size" not in suggestion.changes for suggestion in found)
 
 
+@SLOW
 def test_nothing_is_suggested_where_nothing_helps(models: dict[str, str]) -> None:
     config = model_job(models["Llama-3.1-70B"], "qlora", gradient_checkpointing=True)
     assert suggestions(config, said("1x24GB"), read(config)) == []

@@ -1,0 +1,88 @@
+"""The memory model beside what a rank or a worker really needs, each method on a small model in this process."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from actors.measuring import MeasuredTrainer, MeasuredWorker
+from actors.specs import RankSpec
+from orchestrator.dataset_plan import make_dataset_plan
+from orchestrator.memory import longest_rows, trainer_memory
+from orchestrator.memory_check import worker_spec
+from orchestrator.online_job import trainer_spec
+from orchestrator.plan import Node, make_plan
+from orchestrator.schema import DatasetConfig
+from tests.models import model_job
+
+LAPTOP = [Node("laptop", {"CPU": 1.0})]
+ROWS = {"sequence_len": 64, "micro_batch_size": 4, "gradient_accumulation_steps": 2, "bf16": False}
+GRPO = {**ROWS, "rl": "grpo", "trl__max_completion_length": 24, "trl__num_generations": 4}
+SAVING = {"gradient_checkpointing": True}
+SLOW = pytest.mark.slow
+MORE: list[tuple[str | None, dict[str, Any]]] = [
+    ("lora", {}),
+    ("lora", SAVING),
+    ("qlora", {}),
+    (None, {}),
+    (None, {"gradient_accumulation_steps": 1}),
+    (None, {**SAVING, "sample_packing": True}),
+    ("lora", {"rl": "dpo"}),
+    (None, {"rl": "dpo"}),
+    ("lora", {"rl": "kto"}),
+    ("lora", {"rl": "orpo"}),
+    ("lora", {"rl": "reward_trainer"}),
+]
+MORE_ONLINE: list[tuple[str | None, dict[str, Any]]] = [
+    ("lora", SAVING),
+    ("lora", {"trl__beta": 0.1}),
+    (None, {}),
+    (None, {**SAVING, "trl__beta": 0.1}),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, base: str) -> str:
+    """Small, but so that its layers need more than its weights do."""
+    folder = tmp_path_factory.mktemp("model")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=1024, hidden_size=64, intermediate_size=160, num_hidden_layers=6, **heads)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    (folder / "rows.jsonl").write_text('{"text": "w3 w4"}\n')
+    return str(folder)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("adapter", "changes"), [("lora", {"bf16": True}), *(pytest.param(*job, marks=SLOW) for job in MORE)], ids=str
+)
+def test_workers(model: str, tmp_path: Path, adapter: str | None, changes: dict[str, Any]) -> None:
+    config = model_job(model, adapter, **{**ROWS, "output_dir": str(tmp_path), **changes})
+    config.datasets = [DatasetConfig(path=f"{model}/rows.jsonl", type=None if config.rl else "completion")]
+    plan = make_dataset_plan(config, LAPTOP)
+    reports = SimpleNamespace(add=SimpleNamespace(remote=lambda *_: None))
+    worker = MeasuredWorker(worker_spec(config, plan), RankSpec(), reports)
+    measured = worker.peak(config.micro_batch_size * config.gradient_accumulation_steps, config.sequence_len)
+    compare(trainer_memory(config, plan.dtype, 1, gpu=False), measured)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("adapter", "changes"), [("lora", {}), *(pytest.param(*job, marks=SLOW) for job in MORE_ONLINE)], ids=str
+)
+def test_ranks(model: str, adapter: str | None, changes: dict[str, Any]) -> None:
+    config = model_job(model, adapter, **{**GRPO, **changes})
+    plan = make_plan(config, LAPTOP, 8)
+    rows: Any = longest_rows(config)
+    trainer = MeasuredTrainer(trainer_spec(config, plan), RankSpec())
+    measured = trainer.peak(plan.prompts_per_step, rows.prompt, config.trl.num_generations, rows.length)
+    compare(trainer_memory(config, plan.dtype, 1, gpu=False), measured)
+
+
+def compare(planned: Any, measured: int) -> None:
+    off = planned.tensors / measured - 1
+    print(f"{planned.moment}: planned {planned.tensors:,}, measured {measured:,}, {off:+.1%}", dict(planned.terms))
+    assert abs(off) < 0.15
