@@ -86,7 +86,7 @@ class Engines:
                 self._install(weights.adapter)
 
     def ask(self, rows: Sequence[Row], sampling: SamplingSpec, seed: int) -> list[tuple[Any, Any]]:
-        """A ref of the header and one of the group for each row; engines take turns.
+        """A ref of the header and one of the group for each row's prompt; engines take turns.
 
         seed: the same one gives the same completions of the same weights.
         """

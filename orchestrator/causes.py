@@ -121,7 +121,7 @@ CAUSES = (
     Cause(
         "reward",
         r"errors\.RewardError(?!.* ended its process)",
-        "a reward function, reward model or judge gave nothing that can be learned from",
+        "a reward function, reward model or judge, or trl.rollout_func, gave nothing that can be learned from",
         "call the function on one row by hand; its own message is above, and what it printed is in its log",
     ),
     Cause(

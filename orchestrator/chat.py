@@ -6,6 +6,7 @@ Answers alone go to stdout, so that they can be piped; all else goes to stderr.
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def chat(folder: Path, question: str | None, *, base: bool) -> None:
     if question is not None and not question.strip():
         raise EaglerayError("there is no question; write it behind the folder, pipe it, or leave it out for a conversation")
     result = find(folder, display)
+    trl = replace(result.config.trl, rollout_func=None)  # a person is who the model talks with
+    result = replace(result, config=replace(result.config, trl=trl))
     tokenizer = tokenizer_of(result)
     with ExitStack() as stack:
         weights = stack.enter_context(loadable(result, display))

@@ -1,6 +1,6 @@
 """What `trl.rollout_func` says: what it cannot go with, and the function as the engines take it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from actors.conversation import RolloutFunction
@@ -10,7 +10,7 @@ from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
 if TYPE_CHECKING:
-    from orchestrator.data import PromptSet
+    from orchestrator.data import Row
 
 KEY = "trl.rollout_func"
 
@@ -37,12 +37,12 @@ def rollout_function_spec(config: JobConfig) -> RolloutFunctionSpec | None:
     return RolloutFunctionSpec(config.trl.rollout_func, tuple(config.source.folders), config.ray.reward_timeout_s)
 
 
-def ensure_playable(config: JobConfig, prompts: "PromptSet") -> None:
+def ensure_playable(config: JobConfig, rows: "Sequence[Row]") -> None:
     """Raises ConfigError for a function that is not there or is none for this, and for prompts that are plain text."""
     spec = rollout_function_spec(config)
     if spec is None:
         return
     RolloutFunction(spec)
-    if plain := [row.place for row in prompts.train + prompts.held_out if isinstance(row.prompt, str)]:
+    if plain := [row.place for row in rows if isinstance(row.prompt, str)]:
         text = f"plays conversations, but the prompt of {plain[0]} is plain text; give messages with role and content"
         config.source.raise_if_any([Problem(KEY, text)])

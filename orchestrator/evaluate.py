@@ -50,6 +50,7 @@ def evaluate(folder: Path, prompts: Path | None, reward: str | None, samples: in
             "columns, and --reward module.fn; without both, its records of held-out rows are compared"
         )
     questions = questions_for(result, prompts, display)
+    ensure_playable(result.config, questions.rows)
     if reward is not None:
         result = replace(result, config=_rewarded_by(reward, result.config))
     with cluster.interruptible(), ExitStack() as stack:
@@ -121,13 +122,12 @@ class _Comparison:
         headers: list[RolloutHeader] = [cluster.fetch(header, "an engine, answering", timeout_s) for header, _ in asked]
         groups: list[RolloutGroup] = [cluster.fetch(group, "an engine, answering", timeout_s) for _, group in asked]
         calls = [
-            self.scorer.submit(row, ref, header.failure) for row, header, (_, ref) in zip(rows, headers, asked, strict=True)
+            self.scorer.submit(row, group, header.failure)
+            for row, (_, group), header in zip(rows, asked, headers, strict=True)
         ]
         scores = self.scorer.collect(calls)
-        failures = [score for of_group in scores for score in of_group if score.failure]
-        if failures:
-            first = failures[0]
-            self.display.warn(f"reward {first.function} failed on {len(failures)} prompts, which do not count: {first.failure}")
+        for told in self.tally.failed(headers, scores, ", which do not count"):
+            self.display.warn(told)
         combined = self.tally.combined(scores, headers)
         answers = []
         for group, header, rewards, said in zip(groups, headers, combined, scores, strict=True):

@@ -9,6 +9,7 @@ from math import comb, isfinite
 from statistics import fmean
 from typing import Any
 
+from actors.types import Completion
 from orchestrator.display import HELD_OUT, Record, number, percent
 
 Figures = dict[str, float]  # by name; only those that can be known
@@ -18,7 +19,7 @@ Figures = dict[str, float]  # by name; only those that can be known
 class Answered:
     """One prompt's completions, with what was said of them."""
 
-    completions: tuple[Any, ...]  # [G]: text, or the messages of a conversation
+    completions: tuple[Completion, ...]  # [G]: text, or the messages that trl.rollout_func made
     tokens: tuple[int, ...]  # [G]: that the model wrote
     truncated: tuple[bool, ...]  # [G]
     rewards: tuple[float | None, ...]  # [G]: weighted

@@ -36,7 +36,7 @@ PROBE_FILLER = range(100, 100 + PROBE_TOKENS)  # token ids that every vocabulary
 def plan_job(config: JobConfig, nodes: list[Node]) -> tuple[Plan, PromptSet]:
     """The plan of a job on these nodes; reads the datasets, starts nothing."""
     prompts = load_prompts(config, config.source.folders)
-    ensure_playable(config, prompts)
+    ensure_playable(config, prompts.train + prompts.held_out)
     return resolved(config, nodes, prompts), prompts
 
 

@@ -16,6 +16,7 @@ from actors.chat import prompt_token_ids
 from actors.errors import ConfigError
 from actors.specs import ModelSpec
 from orchestrator import dataset_plan, plan, prepare, sharding
+from orchestrator.conversations import ensure_playable
 from orchestrator.data import PromptSet, load_prompts
 from orchestrator.dataset_plan import DatasetPlan, make_dataset_plan
 from orchestrator.fit import Fit, fit
@@ -81,6 +82,7 @@ def read(config: JobConfig) -> Read:
         prepare.check(config, folders)
         return Read(config, 0, (), prepare.tokens_of_a_row(config, folders))
     prompts = load_prompts(config, folders)
+    ensure_playable(config, prompts.train + prompts.held_out)
     return Read(config, len(prompts.train), tuple(reward_models(config)), _tokens_of_a_prompt(config, prompts))
 
 

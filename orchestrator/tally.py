@@ -42,17 +42,23 @@ class Tally:
         self, headers: Sequence[RolloutHeader], scores: list[list[Scores]], rewards: Numbers, step: int
     ) -> str | None:
         """What to tell of groups and calls that failed. Raises RewardError when no completion of all has a reward."""
-        told = []
-        if unplayed := [header.failure for header in headers if header.failure]:
-            name = f"trl.rollout_func {self.config.trl.rollout_func}"
-            told.append(f"{name} failed on {len(unplayed)} prompts of step {step}: {unplayed[0]}")
-        played = [group for header, group in zip(headers, scores, strict=True) if not header.failure]
-        if failed := [score for group in played for score in group if score.failure]:
-            told.append(f"reward {failed[0].function} failed on {len(failed)} calls of step {step}: {failed[0].failure}")
+        told = self.failed(headers, scores, f" of step {step}")
         summary = "; ".join(told) or f"every reward of step {step} is None"
         if all(reward is None for group in rewards for reward in group):
             raise RewardError(f"{summary}. No completion has a reward, so there is nothing to learn from")
         return f"{summary}; their completions were dropped" if told else None
+
+    def failed(self, headers: Sequence[RolloutHeader], scores: list[list[Scores]], where: str) -> list[str]:
+        """Which functions failed, how often, `where`, and why, in the words of the first time. A sentence each."""
+        failures: dict[tuple[str, str], list[str]] = {}
+        for header, group in zip(headers, scores, strict=True):
+            if header.failure:
+                failures.setdefault((f"trl.rollout_func {self.config.trl.rollout_func}", "prompts"), []).append(header.failure)
+                continue  # no reward was asked
+            for score in group:
+                if score.failure:
+                    failures.setdefault((f"reward {score.function}", "calls"), []).append(score.failure)
+        return [f"{who} failed on {len(why)} {of_what}{where}: {why[0]}" for (who, of_what), why in failures.items()]
 
     def advantages(self, scores: list[list[Scores]], rewards: Numbers) -> Numbers:
         """Of each completion. rewards: of `combined`."""

@@ -3,7 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,14 @@ from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHe
 class FakeEngine:
     """Samples random tokens, and answers the probe with what the trainer said of the version it holds."""
 
-    def __init__(self, lie: str = "", takes_s: float = 0.0, held: str = "", until: str = "") -> None:
-        """takes_s: for each group, one after the other. held: a prompt that takes until there is a file `until`."""
+    def __init__(
+        self, lie: str = "", takes_s: float = 0.0, held: str = "", until: str = "", fails: Sequence[str] = ()
+    ) -> None:
+        """takes_s: for each group, one after the other. held: a prompt that takes until there is a file `until`. fails: prompts
+        that are not played to their end.
+        """
         self.lie = lie
+        self.fails = fails
         self.takes_s = takes_s
         self.held, self.until = held, until
         self.headers: list[SnapshotHeader] = []
@@ -56,7 +62,9 @@ class FakeEngine:
         said = -1 if self.lie == "version" else group.policy_version
         seconds = self.takes_s * max(map(len, ids))
         lengths = tuple(map(len, ids))
-        return RolloutHeader(said, len(group.prompt_ids), lengths, lengths, group.truncated, seconds), group
+        failure = "TimeoutError: it took too long" if prompt in self.fails else None
+        header = RolloutHeader(said, len(group.prompt_ids), lengths, lengths, group.truncated, seconds, failure)
+        return header, group if failure is None else replace(group, texts=("",) * len(ids))  # which parity fails on
 
     def done(self) -> list[tuple[Any, int]]:
         """Prompts and versions, in the order in which they were sampled."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from actors.errors import ActorError, SyncError
+from actors.errors import ActorError, RewardError, SyncError
 from actors.ranks import meeting_place
 from actors.specs import RankSpec, RewardSpec, TrainerSpec
 from actors.trainer import Trainer
@@ -120,6 +120,31 @@ def test_what_waits_goes_to_who_is_done_first(cluster: None, llama: str) -> None
     made.rollouts.most = 1
     made.advance()
     assert [len(ray.get(engine.done.remote())) for engine in (held, free)] == [1, 9]
+
+
+def test_a_group_that_its_function_fails_on_is_dropped_and_told(cluster: None, llama: str, tmp_path: Path) -> None:
+    prompts = [group.row.prompt for group in loop(llama)._batch(0)]
+    made = loop(llama, engines=(ray.remote(FakeEngine).remote(fails=prompts[:1]),))
+    made.config.trl.rollout_func = "game.play"
+    made.samples = Samples(tmp_path, print)
+    told: list[str] = []
+    made.warn = told.append
+    record = made.advance()
+    made.samples.finish()
+    reason = "trl.rollout_func game.play failed on 1 prompts of step 1: TimeoutError: it took too long"
+    assert told == [f"{reason}; their completions were dropped"], "and no reward was asked"
+    assert (record["groups"], record["samples_dropped"], record["step"]) == (2, 4, 1)
+    lines = [json.loads(line) for line in (tmp_path / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    assert [line["reward"] is None for line in lines] == [line["prompt"] == prompts[0] for line in lines]
+    assert made.advance()["samples_dropped"] == 0
+
+
+def test_a_step_whose_groups_all_fail_ends_the_job(cluster: None, llama: str) -> None:
+    prompts = [group.row.prompt for group in loop(llama)._batch(0)]
+    made = loop(llama, engines=(ray.remote(FakeEngine).remote(fails=prompts),))
+    made.config.trl.rollout_func = "game.play"
+    with pytest.raises(RewardError, match=r"game\.play failed on 2 prompts of step 1: TimeoutError: .* nothing to learn from$"):
+        made.advance()
 
 
 def test_a_long_completion_does_not_hold_its_batch(cluster: None, llama: str, tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ def test_a_question_is_the_prompt_and_each_completion_asked_all_at_once() -> Non
     assert set(server.keys) == {"Bearer the key"}
 
 
+def test_a_completion_of_several_turns_says_who_speaks() -> None:
+    turns = [{"role": "assistant", "content": "2 + 2"}, {"role": "tool", "content": "4"}]
+    with chat_server(lambda *_: "10") as server:
+        scored(server, [replace(group("2 + 2\ntool\n4"), messages=(turns,))], prompt=[{"role": "user", "content": "p"}])
+    assert server.questions == ["Rate assistant: 2 + 2\n\ntool: 4 for p, as {0} or {}."]
+
+
 def test_no_more_questions_than_concurrency_are_out() -> None:
     with chat_server(lambda *_: "1", takes_s=0.1) as server:
         scored(server, [group("a", "b", "c"), group("d", "e", "f")], concurrency=2)

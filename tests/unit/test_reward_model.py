@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,10 @@ def test_scores_are_those_of_each_text_alone(whole: str, monkeypatch: pytest.Mon
     chat = worker.score(CHAT, {"a_column": 1}, group())
     written = [f"w3 w10 w4 w3 w11 w12 w4 w3 {completion} w4 w6" for completion in COMPLETIONS]
     assert chat.rewards == pytest.approx(alone(model, whole, written), abs=1e-5)
+    turns = tuple([{"role": "assistant", "content": text}, {"role": "user", "content": "w15"}] for text in COMPLETIONS)
+    played = worker.score(CHAT, {}, replace(group(), messages=turns))
+    written = [text.removesuffix("w6") + "w3 w15 w4 w6" for text in written]
+    assert played.rewards == pytest.approx(alone(model, whole, written), abs=1e-5)
 
 
 @pytest.mark.parametrize("pad_token", ["<pad>", None])

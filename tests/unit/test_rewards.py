@@ -1,5 +1,6 @@
 """Reward functions as people write them: what they get, and what becomes of what they return."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,16 @@ def test_a_conversation_is_answered_by_messages(folder: str) -> None:
     found = seen(folder, "everything", prompt=CHAT)
     assert found["prompts"] == [CHAT] * 3
     assert found["completions"] == [[{"role": "assistant", "content": t}] for t in ("four", "5", "six six")]
+
+
+def test_a_played_completion_is_all_its_messages_and_what_its_function_returned(folder: str) -> None:
+    turns = tuple([{"role": "assistant", "content": text}, {"role": "tool", "content": "8"}] for text in GROUP.texts)
+    group = replace(GROUP, messages=turns, columns={"level": [1, None, 3], "calls": [0, 1, 2]})
+    worker = RewardWorker(spec(folder, "my_rewards.everything"))
+    assert worker.score(CHAT, COLUMNS, group).failure is None
+    found = load_function("k", "my_rewards.everything", (folder,)).__globals__["SEEN"][-1]
+    assert found["completions"] == list(turns)
+    assert (found["answer"], found["level"], found["calls"]) == (["4"] * 3, [1, None, 3], [0, 1, 2])
 
 
 def test_a_column_does_not_take_the_place_of_the_completions(folder: str) -> None:
