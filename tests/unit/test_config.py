@@ -231,6 +231,11 @@ def test_loading_needs_no_framework() -> None:
         ("test_datasets:\n  - path: x\n    pth: y\n", [":16: test_datasets[0].pth", "did you mean test_datasets[0].path?"]),
         ("relora: true\n", [":14: relora: eagleray does not support relora", "use adapter: lora"]),
         ("  async_prefetch: true\n", [":14: trl.async_prefetch: eagleray does not support async_prefetch"]),
+        ("  rollout_func: play\n", [":14: trl.rollout_func: play is no function's name; write module.fn"]),
+        (
+            "  rollout_func: game.play\n  generation_kwargs: {ignore_eos: true}\n",
+            [":15: trl.generation_kwargs: ignore_eos lets no turn end before the length limit", "remove one of the two"],
+        ),
         ("tokenizer_use_fast: false\n", [":14: tokenizer_use_fast: eagleray does not support"]),
         ("test_datasets: [{path: x, shards: 3}]\n", [":14: test_datasets[0].shards: eagleray does not support shards"]),
         ("lora_r: 8\n", [":14: lora_r: is written twice, at lines 4 and 14", "keep one"]),
