@@ -25,6 +25,7 @@ from tests.tiny import SMOLLM2
 
 PROMPT = [{"role": "user", "content": "Guess a number."}]
 SEED, VERSION = 7, 3
+README = Path(__file__).parents[2] / "README.md"
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 ENDS = {"llama3": "<|eot_id|>", "qwen2_5": "<|im_end|>", "gemma3": "<end_of_turn>", "phi3_5": "<|end|>"}
 
@@ -290,6 +291,18 @@ def test_columns_go_in_and_out(tokenizer: Any) -> None:
     assert failure is None and columns["words"] == ["a"]
     assert group.columns == {"words": [["a", "Yes"]] * 2, "others": [{"answer": 4}] * 2}
     assert played(some_return, Scripted(tokenizer, "Yes", "maybe").speaker())[0].columns == {}
+
+
+def test_the_readmes_function_plays(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(next(block for block in blocks if "async def play" in block), namespace)
+    monkeypatch.setattr(sys.modules[__name__], "play", namespace["play"], raising=False)
+    for lines, turns, found in ((("12", "17"), 2, True), (("12",), 5, False)):
+        group, failure = played(namespace["play"], Scripted(tokenizer, *lines).speaker(), {"secret": 17, "other": 1})
+        assert failure is None and group.messages is not None
+        assert sum(message["role"] == "assistant" for message in group.messages[0]) == turns
+        assert group.columns == {"found": [found]}
 
 
 async def raises(conversation: Conversation) -> None:
