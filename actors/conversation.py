@@ -86,9 +86,9 @@ class Conversation:
     async def answer(self, stop: str | Sequence[str] | None = None, max_tokens: int | None = None) -> str:
         """The model's next turn, which is added to the messages.
 
-        stop: what also ends it, and is part of it then. max_tokens: of this turn; one that is cut there may go on. Raises
-        ConversationCut when there is no room for a turn; what was said since the last one is taken back then, since the model
-        did not read it.
+        stop: strings that end it too, beside those of trl.generation_kwargs, and are part of it then. max_tokens: of this
+        turn; one that is cut there may go on. Raises ConversationCut when there is no room for a turn; what was said since
+        the last one is taken back then, since the model did not read it.
         """
         if self._over:
             await asyncio.get_running_loop().create_future()  # nothing more comes, also for who catches all that is raised
@@ -102,7 +102,7 @@ class Conversation:
             await asyncio.sleep(0)  # others go on, also when a function asks again and again in vain
             raise ConversationCut(f"{sampling.max_tokens} tokens, trl.max_completion_length, have no room for another turn")
         most = min(self._room(said), max_tokens or sampling.max_tokens)
-        extra = {**sampling.extra, **({"stop": stop} if stop else {})}
+        extra = {**sampling.extra, "stop": [*_listed(sampling.extra.get("stop")), *_listed(stop)]}
         own = replace(sampling, num_generations=1, max_tokens=most, extra=extra)
         params = self._speaker.params(own, next(self._seeds))
         self._waits_since = None
@@ -217,6 +217,10 @@ class RolloutFunction:
                 limit = f"ray.reward_timeout_s = {self.spec.timeout_s:g} s"
                 raise TimeoutError(f"it took longer than {limit} between two turns of the model")
             await asyncio.sleep(wait_s)
+
+
+def _listed(stop: Any) -> list[str]:
+    return [stop] if isinstance(stop, str) else list(stop or ())
 
 
 def _group(conversations: Sequence[Conversation], columns: Mapping[str, Sequence[Any]], version: int) -> RolloutGroup:

@@ -60,7 +60,8 @@ def job(tmp_path: Path, llama: Path) -> Callable[..., Path]:
             "def even(completions, completion_ids, **_):\n"
             "    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]\n\n"
             "def raises(completions):\n    print('about to raise', flush=True)\n    raise RuntimeError('no idea')\n\n"
-            "def hangs(completions):\n    time.sleep(600)\n"
+            "def hangs(completions):\n    time.sleep(600)\n\n"
+            "async def play(conversation):\n    await conversation.answer()\n"
         )
         config: dict[str, Any] = {
             "base_model": str(llama),

@@ -141,6 +141,8 @@ def test_bad_input_ends_before_anything_starts(
         (good, "trl.num_generations=1"): "num_generations",
         (good, "lora_rr=3"): "did you mean lora_r?",
         (good, "trl.max_completion_length=30"): "leaves 2",
+        (good, "trl.rollout_func=tiny_rewards.even"): "tiny_rewards.even is no `async def even(conversation, **columns)`",
+        (good, "trl.rollout_func=tiny_rewards.play"): f"the prompt of {tmp_path}/prompts.jsonl:1 is plain text",
     }
     for arguments, expected in cases.items():
         code, output = command(capsys, "run", *arguments)

@@ -168,7 +168,7 @@ def test_what_a_stop_string_ended_is_ended_by_the_template(tokenizer: Any) -> No
     unwritten = tokenizer.decode(group.completion_ids[0][~group.written[0]])
     assert unwritten == "<|im_end|>\n<|im_start|>tool\n8<|im_end|>\n<|im_start|>assistant\n"
     assert [sampling.extra for _, sampling, _ in scripted.asked] == [
-        {"stop": "</tool>", "bad_words": ["no"]},
+        {"stop": ["END", "</tool>"], "bad_words": ["no"]},
         {"stop": ["END"], "bad_words": ["no"]},
     ]
 
