@@ -17,7 +17,6 @@ from actors.types import RolloutGroup, RolloutHeader
 from orchestrator import cluster
 from orchestrator.answering import Engines, endings, sampling_plan, tokenizer_of
 from orchestrator.conversations import ensure_playable
-from orchestrator.data import PromptSet
 from orchestrator.display import Display
 from orchestrator.figures import Answered, Figures, figures, recorded, table
 from orchestrator.metrics import METRICS_FILE, read
@@ -83,7 +82,7 @@ class _Comparison:
 
     def run(self, stack: ExitStack) -> Path:
         models = reward_models(self.config)
-        ensure_playable(self.config, PromptSet(self.questions.rows, (), ()))
+        ensure_playable(self.config, self.questions.rows)
         weights = stack.enter_context(loadable(self.result, self.display))
         with self.display.phase("starting Ray"):
             stack.enter_context(cluster.connected())
