@@ -230,6 +230,7 @@ def reporter(reports: Any) -> Any:
             self.step_began = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            device.wait()  # what the step started may still run, and would be counted nowhere
             self.last["step_s"] = time.perf_counter() - self.step_began
             if state.global_step >= state.max_steps:
                 control.should_log = True  # the last step is told of, whatever logging_steps says

@@ -94,6 +94,12 @@ def release_cache() -> None:
         torch.cuda.empty_cache()
 
 
+def wait() -> None:
+    """Returns when the GPU has computed all that this process has told it to."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
 def collectives() -> str:
     """The backend of torch.distributed for this process's device."""
     return "nccl" if has_gpu() else "gloo"

@@ -7,6 +7,9 @@
     overhead.py     a step, against bare sampling and bare backpropagation of the same tokens
     computed.py     tokens the trainer computes, against the tokens that there are
     ahead.py        a step that samples ahead, against the longer of sampling and training
+    two_gpus.py     a step with trainer and engines on a GPU each, against colocation and TRL with vLLM's server
+    workers.py      SFT and DPO on two workers that cut the model into shards, against one worker
+    recovery.py     a kill of each kind of process: until the message, until the same command trains again
     sync.py         trainer to engines, against a memory copy and against a file
     decoding.py     sampling after a sync, against the untouched base model
     rollout.py      sampling through the actor, against vLLM alone

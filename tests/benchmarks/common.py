@@ -31,10 +31,12 @@ OBJECT_STORE_BYTES = 4 * 2**30
 # A small model is bound by the engine's Python and not by the GPU, so several engines share one.
 ENGINES = 4 if device.has_gpu() else 1
 CORES = len(os.sched_getaffinity(0))
-# On a CPU every process gets all cores: the phases of a step follow one another, so no two compute at once. Beside a GPU
-# all of them run at once, and share the cores.
-THREADS = max(1, CORES // (ENGINES + 1)) if device.has_gpu() else CORES
+# On a CPU every process gets all cores: the phases of a step follow one another, so no two compute at once. Beside GPUs
+# all of them run at once and share the cores; more threads would only wait for each other, since they have small work.
+THREADS = max(1, min(3, CORES // (ENGINES + 1))) if device.has_gpu() else CORES
+HERE = {"VLLM_HOST_IP": "127.0.0.1"}  # vLLM would look for an address that other machines see
 ENVIRONMENT = {
+    **HERE,
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -127,17 +129,13 @@ def session() -> Iterator[None]:
             ray.shutdown()
 
 
-def start(cls: type, *args: Any, gpu: float = 0.0, threads: int = THREADS) -> Any:
-    """An actor in a process of its own, ready for calls. gpu: its share of the GPU, where there is one.
+def start(cls: type, *args: Any, gpu: int = 0, threads: int = THREADS) -> Any:
+    """An actor in a process of its own, ready for calls. gpu: the number of the one that it sees, where there are any.
 
     It waits, since two engines that start side by side on one GPU take each other's memory for their own.
     """
-    options = {
-        "num_cpus": 0,
-        "num_gpus": gpu if device.has_gpu() else 0,
-        "runtime_env": {"env_vars": {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}},
-    }
-    actor = ray.remote(cls).options(**options).remote(*args)
+    environment = {**ENVIRONMENT, **on_gpu(gpu), "OMP_NUM_THREADS": str(threads)}
+    actor = ray.remote(cls).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(*args)
     ray.get(actor.__ray_ready__.remote())
     return actor
 
@@ -146,6 +144,14 @@ def sampled(engine: Any, prompts: Sequence[Any], sampling: SamplingSpec, seed: i
     """Refs of the groups that an engine's actor is asked for, one a prompt."""
     call = engine.sample.options(num_returns=2)
     return [call.remote(prompt, sampling, 1000 * (seed * len(prompts) + i))[1] for i, prompt in enumerate(prompts)]
+
+
+def on_gpu(number: int) -> dict[str, str]:
+    """The environment of a process that sees one GPU alone, of those that this process sees."""
+    if not device.has_gpu():
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(device.gpu_count()))))
+    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number]}
 
 
 def in_turn(pairs: int, *sides: Callable[[], float]) -> list[tuple[float, ...]]:

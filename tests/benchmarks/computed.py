@@ -22,7 +22,7 @@ def run(pairs: int) -> list[Row]:
     trainer = Trainer(trainer_spec(STEP))
     computed, real, padded = [], [], []
     with common.session():
-        engine = common.start(BareEngine, common.engine_spec(STEP, "fused", 0.3), PROBE, gpu=0.4)
+        engine = common.start(BareEngine, common.engine_spec(STEP, "fused", 0.3), PROBE)
         for seed in range(pairs):
             groups: list[RolloutGroup] = ray.get(common.sampled(engine, STEP.messages(), sampling, seed))
             rewards = [common.reward([[{"content": text}] for text in group.texts]) for group in groups]

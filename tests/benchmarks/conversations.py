@@ -1,4 +1,4 @@
-"""Generated chat rows, the same in every run, and the job that reads them."""
+"""Generated chat rows and pairs of answers, the same in every run, and the job that reads them."""
 
 import json
 import random
@@ -24,15 +24,22 @@ TEXT = (
 WORDS = TEXT.split()
 
 
-def conversations(count: int) -> Iterator[dict[str, Any]]:
-    """Rows of a question and an answer: some 80 tokens each, from 40 to 130."""
+def conversations(count: int, words: tuple[int, int] = (10, 70)) -> Iterator[dict[str, Any]]:
+    """Rows of a question and an answer: some 80 tokens each, from 40 to 130. words: of the shortest and the longest answer."""
     draw = random.Random(0)
 
     def text(shortest: int, longest: int) -> str:
         return " ".join(draw.choices(WORDS, k=draw.randint(shortest, longest))).capitalize() + "."
 
     for _ in range(count):
-        yield {"messages": [{"role": "user", "content": text(5, 20)}, {"role": "assistant", "content": text(10, 70)}]}
+        yield {"messages": [{"role": "user", "content": text(5, 20)}, {"role": "assistant", "content": text(*words)}]}
+
+
+def pairs(count: int, words: tuple[int, int] = (10, 70)) -> Iterator[dict[str, Any]]:
+    """Rows of a question and two answers, the better one first."""
+    for one, other in zip(*[conversations(2 * count, words)] * 2, strict=True):
+        question, chosen = one["messages"]
+        yield {"messages": [question], "chosen": chosen, "rejected": other["messages"][1]}
 
 
 def write(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
@@ -43,7 +50,7 @@ def write(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
 
 
 def job(folder: Path, rows: Path, **changes: Any) -> JobConfig:
-    """A dataset job on a file of these rows."""
+    """A dataset job on a file of these rows; its file is job.yaml in the folder."""
     content = {
         "base_model": MODEL.name,
         "output_dir": str(folder / "out"),

@@ -16,7 +16,7 @@ def run(pairs: int) -> list[Row]:
     prompts, sampling = STEP.messages(), STEP.sampling()
     with common.session():
         base, fused, adapter = (
-            common.start(BareEngine, common.engine_spec(STEP, sync, 0.25), PROBE, gpu=0.3)
+            common.start(BareEngine, common.engine_spec(STEP, sync, 0.25), PROBE)
             for sync in ("fused", "fused", "adapter")
         )
         header, buffer = common.random_policy(version=1)

@@ -81,7 +81,7 @@ def run(pairs: int) -> list[Row]:
     with common.session():
         loop = Loop(STEP, WholeWeightsEngine, MergingTrainer, engines=1)
         (engine,), trainer = loop.engines, loop.trainer
-        slots = common.start(RolloutEngine, common.engine_spec(STEP, "adapter", ENGINES_SHARE / 2), PROBE, gpu=0.1)
+        slots = common.start(RolloutEngine, common.engine_spec(STEP, "adapter", ENGINES_SHARE / 2), PROBE)
         for _ in range(STEPS):
             loop.step()
             merged = trainer.merge_and_unmerge.options(num_returns=2).remote()

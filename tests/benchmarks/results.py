@@ -37,11 +37,11 @@ class Row:
     reach: float | None = None  # the ratio that is aimed at; None = only printed
     tokens: int | None = None  # sampled per timing, on either side
     rows: int | None = None  # of a dataset, per timing, on either side
-    unit: str = "s"  # of the values: s, MiB, tokens or nats
+    unit: str = "s"  # of the values: s, MiB, tokens, nats or %
 
 
 def save(name: str, rows: Sequence[Row], path: Path | None) -> Path:
-    """Writes NAME-cpu.json or NAME-gpu.json, or `path`; returns what was written."""
+    """Writes NAME-cpu.json, NAME-gpu.json or, on several GPUs, NAME-2gpu.json; or `path`. Returns what was written."""
     from actors import device
 
     machine = machine_facts()
@@ -60,11 +60,12 @@ def machine_facts() -> dict[str, object]:
     from actors import device
 
     gpu = device.has_gpu()
+    count = device.gpu_count()
     return {
-        "kind": "gpu" if gpu else "cpu",
+        "kind": f"{count}gpu" if count > 1 else "gpu" if gpu else "cpu",
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name(0) if gpu else None,
+        "gpu": f"{count} x " * (count > 1) + torch.cuda.get_device_name(0) if gpu else None,
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
@@ -89,30 +90,30 @@ def table(title: str, path: Path) -> str:
 
 def saved_tables(titles: Mapping[str, str]) -> str:
     """The tables of all results in RESULTS, in the order of `titles`."""
-    paths = [(title, path) for name, title in titles.items() for path in sorted(RESULTS.glob(f"{name}-?pu.json"))]
+    paths = [(title, path) for name, title in titles.items() for path in sorted(RESULTS.glob(f"{name}-*pu.json"))]
     return "\n".join(table(title, path) for title, path in paths)
 
 
 def _cells(row: Row) -> list[str]:
     if not row.peer_s:
-        low, middle, high = (_seconds(f(row.ours_s)) for f in (min, statistics.median, max))
+        low, middle, high = (_value(row, f(row.ours_s)) for f in (min, statistics.median, max))
         return [row.what, f"{low} / {middle} / {high}", row.peer, "", "", ""]
     ratios = [RATIOS[row.ratio](a, b) for a, b in zip(row.ours_s, row.peer_s, strict=True)]
     spread = " / ".join(f"{f(ratios):.2f}" for f in (min, statistics.median, max))
     sign = "≥" if row.ratio == "speedup" else "≤"
     reach = "" if row.reach is None else f"{sign} {row.reach:g}"
-    return [row.what, _typical(row, row.ours_s), row.peer, _typical(row, row.peer_s), spread, reach]
+    ours, theirs = (_value(row, statistics.median(values)) for values in (row.ours_s, row.peer_s))
+    return [row.what, ours, row.peer, theirs, spread, reach]
 
 
-def _typical(row: Row, values: Sequence[float]) -> str:
-    median = statistics.median(values)
+def _value(row: Row, value: float) -> str:
     if row.unit == "nats":
-        return f"{median:.1e} nats"
+        return f"{value:.1e} nats" if value < 0.01 else f"{value:.3f} nats"
     if row.unit != "s":
-        return f"{median:,.0f} {row.unit}"
+        return f"{value:,.0f} {row.unit}"
     if row.tokens is not None:
-        return f"{row.tokens / median:,.0f} tok/s"
-    return _seconds(median) if row.rows is None else f"{row.rows / median:,.0f} rows/s"
+        return f"{row.tokens / value:,.0f} tok/s"
+    return _seconds(value) if row.rows is None else f"{row.rows / value:,.0f} rows/s"
 
 
 def _seconds(seconds: float) -> str:

@@ -15,7 +15,7 @@ from tests.benchmarks.results import Row
 def run(pairs: int) -> list[Row]:
     prompts, sampling = STEP.messages(), STEP.sampling()
     with common.session():
-        engine = common.start(BareEngine, common.engine_spec(STEP, "fused", 0.8), PROBE, gpu=1)
+        engine = common.start(BareEngine, common.engine_spec(STEP, "fused", 0.8), PROBE)
 
         def through_actor() -> None:
             refs = common.sampled(engine, prompts, sampling, seed=0)

@@ -1,5 +1,6 @@
 """One GRPO step through the actors, in the driver's order: sample, score, credit, train, publish, install."""
 
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,6 +15,8 @@ from tests.benchmarks.common import LORA, MODEL, PROBE, Work
 LEARNING_RATE = 1e-4
 MICRO_BATCH = 128 if device.has_gpu() else 16  # completions per forward pass
 ENGINES_SHARE = 0.4  # of the GPU's memory, of all engines together
+# Where a loop's engines compute: beside the trainer, on the other GPU where there are two, or in turn with the trainer.
+SHARED, SEPARATE, COLOCATE = "shared", "separate", "colocate"
 
 
 def trainer_spec(work: Work) -> TrainerSpec:
@@ -32,15 +35,24 @@ class Loop:
     """Engines, trainer and reward, each in its process, and the step over them."""
 
     def __init__(
-        self, work: Work, engine: type, trainer: type, engines: int = common.ENGINES, threads: int = common.THREADS
+        self,
+        work: Work,
+        engine: type,
+        trainer: type,
+        engines: int = common.ENGINES,
+        threads: int = common.THREADS,
+        placement: str = SHARED,
     ) -> None:
+        self.placement = placement
         self.work = work
         self.shares = [work.messages()[i::engines] for i in range(engines)]  # of the prompts, by engine
         self.sampling = work.sampling()
         share = ENGINES_SHARE / engines
-        spec = common.engine_spec(work, "fused", share, engines)
-        self.engines = [common.start(engine, spec, PROBE, gpu=share, threads=threads) for _ in range(engines)]
-        self.trainer = common.start(trainer, trainer_spec(work), gpu=0.5, threads=threads)
+        in_turn = placement == COLOCATE
+        spec = replace(common.engine_spec(work, "fused", share, engines), sleeps=in_turn)
+        gpu = device.gpu_count() - 1 if placement == SEPARATE else 0
+        self.engines = [common.start(engine, spec, PROBE, gpu=gpu, threads=threads) for _ in range(engines)]
+        self.trainer = common.start(trainer, replace(trainer_spec(work), shares_gpu=in_turn), threads=threads)
         self.reward = common.start(RewardWorker, RewardSpec("tests.benchmarks.common.reward", ()), threads=1)
         self.seed = 0
         self.groups: list[Any] = []  # refs of the last step's groups
@@ -51,7 +63,11 @@ class Loop:
     def step(self) -> None:
         """Ends when every engine has acknowledged the policy that the step made."""
         self.sample()
+        if self.placement == COLOCATE:
+            ray.get([engine.sleep.remote() for engine in self.engines])
         self.train()
+        if self.placement == COLOCATE:
+            ray.get([engine.wake.remote() for engine in self.engines])
         self.sync()
 
     def sample(self) -> None:
@@ -60,6 +76,17 @@ class Loop:
         self.groups = []
         for index, (engine, prompts) in enumerate(zip(self.engines, self.shares, strict=True)):
             self.groups += common.sampled(engine, prompts, self.sampling, self.seed * len(self.engines) + index)
+
+    def finish_sampling(self) -> None:
+        """Waits for what was asked last; it stays where it is."""
+        ray.wait(self.groups, num_returns=len(self.groups), fetch_local=False)
+
+    def ahead(self) -> None:
+        """A step that samples the next batch while it learns from the one before (`max_staleness: 1`)."""
+        groups = self.groups
+        self.sample()
+        self.train_on(groups)
+        self.sync()
 
     def train(self) -> None:
         """Scores and learns from what was sampled last."""

@@ -165,7 +165,7 @@ def _installs(pairs: int) -> list[Row]:
     versions = itertools.count(1)
 
     def install(sync: str) -> Callable[[], float]:
-        engine = common.start(RolloutEngine, common.engine_spec(STEP, sync, 0.4), PROBE, gpu=0.45)
+        engine = common.start(RolloutEngine, common.engine_spec(STEP, sync, 0.4), PROBE)
 
         def next_version() -> None:
             ray.get(engine.install.remote(dataclasses.replace(header, version=next(versions)), buffer_ref))
