@@ -64,6 +64,7 @@ class Loop:
         """Ends when every engine has acknowledged the policy that the step made."""
         self.sample()
         if self.placement == COLOCATE:
+            self.finish_sampling()
             ray.get([engine.sleep.remote() for engine in self.engines])
         self.train()
         if self.placement == COLOCATE:
@@ -106,7 +107,7 @@ class Loop:
         bucket_ref, header_ref = self.trainer.publish.options(num_returns=2).remote()
         header = ray.get(header_ref)
         if self.groups:  # a batch that is sampled ahead is sampled with one policy
-            ray.wait(self.groups, num_returns=len(self.groups), fetch_local=False)
+            self.finish_sampling()
         for receipt in ray.get([engine.install.remote(header, bucket_ref) for engine in self.engines]):
             if (receipt.version, receipt.digest) != (header.version, header.digest):
                 raise RuntimeError(f"an engine serves {receipt.version}, published was {header.version}")
