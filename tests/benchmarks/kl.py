@@ -24,7 +24,7 @@ from tests.benchmarks.common import PROBE, STEP
 from tests.benchmarks.results import Row
 from tests.benchmarks.step import ENGINES_SHARE, Loop
 
-STEPS = 15 if device.has_gpu() else 8
+STEPS = 8
 
 
 class MergingTrainer(Trainer):

@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from actors import device
@@ -66,4 +67,6 @@ def _train(head: conftest.Head, folder: Path, file: Path, **keys: Any) -> tuple[
             raise RuntimeError(f"a job ended with exit code {code}:\n{output}")
         records = [r for r in metrics.read(Path(config.output_dir) / metrics.METRICS_FILE) if r["kind"] == "train"]
     seconds, losses = (tuple(record[name] for record in records) for name in ("step_s", "loss"))
+    rate = int(found[1]) / median(seconds[WARM_UP:])
+    print(f"{keys}: {rate:,.0f} tok/s, loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
     return seconds[WARM_UP:], losses, int(found[1])
