@@ -1,7 +1,7 @@
 """Machines that are namespaces of this one: each has its own address, host name, processes, /tmp and home folder.
 
-A bridge joins them, and they share one folder, as machines do that mount the same storage; /opt is this repository. Only
-root can make them, and all that runs on them ends with the process that made them.
+A bridge joins them, with no way further, and they share one folder, as machines do that mount the same storage; /opt is this
+repository. Only root can make them, and all that runs on them ends with the process that made them.
 """
 
 import os
@@ -25,6 +25,7 @@ for folder in /home /tmp /dev/shm /run /var/spool; do mount -t tmpfs -o mode=177
 chmod 755 /home /run && mkdir -p {SHARED} && mount --bind /mnt {SHARED}
 sed 's#^root:.*#root:x:0:0:root:{HOME}:/bin/bash#' /etc/passwd > /home/passwd && mount --bind /home/passwd /etc/passwd
 echo 127.0.0.1 localhost $0 > /home/hosts && mount --bind /home/hosts /etc/hosts
+touch /home/nameservers && mount --bind /home/nameservers /etc/resolv.conf
 echo up && while :; do sleep 1000 & wait; done
 """
 
