@@ -201,16 +201,21 @@ def start_slurm(machines: list[Machine], shared: Path) -> dict[str, str]:
 @needs("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter")
 def test_the_slurm_script_runs_a_job_on_the_nodes_of_its_allocation(mine: Path, shared: Path) -> None:
     shutil.copytree(mine, shared / "mine")
-    with network(3, shared) as (_, machines):
+    with network(2, shared) as (_, machines):
         slurm = start_slurm(machines, shared)
-        job = {**slurm, "VENV": sys.prefix, "PYTHONPATH": "/opt", "HOME": HOME}
-        submit = "sbatch --wait --nodes=3 /opt/cluster/slurm/eagleray.sbatch job.yaml output_dir=outputs/slurm"
-        code, output = machines[1].run(f"cd {SHARED}/mine && {submit}", job)
-        log = (shared / "mine" / "eagleray-1.log").read_text()
+
+        def sbatch(nodes: int) -> tuple[int, str]:
+            """Exit code and log of a Slurm job."""
+            command = f"sbatch --wait --parsable --nodes={nodes} /opt/cluster/slurm/eagleray.sbatch"
+            environment = {**slurm, "VENV": sys.prefix, "PYTHONPATH": "/opt", "HOME": HOME}
+            code, output = machines[1].run(f"cd {SHARED}/mine && {command} job.yaml output_dir=outputs/slurm", environment)
+            return code, (shared / "mine" / f"eagleray-{output.strip()}.log").read_text()
+
+        code, log = sbatch(nodes=2)
         assert code == 0 and has_result(shared / "outputs" / "slurm", 4), log
         hosts = {line.split(" on ")[1] for line in log.splitlines() if "trainer 0:" in line or "engine 0:" in line}
-        assert len(hosts) == 2, log
-        code, output = machines[1].run(f"cd {SHARED}/mine && {submit}", job)
-        assert code == 1 and "holds an earlier run" in (shared / "mine" / "eagleray-2.log").read_text()
+        assert hosts == {"n1", "n2"}, log
+        code, log = sbatch(nodes=1)
+        assert code == 1 and "holds an earlier run" in log, log
         for machine in machines:  # nothing is left behind
             assert machine.run("ls /tmp | grep '^ray'; pgrep raylet")[1] == ""
