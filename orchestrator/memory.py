@@ -96,30 +96,38 @@ class _Rank:
         self.quantized = quantization(config)
         self.kind = sharding.kind(config)
         self.options: Mapping[str, Any] = sharding.sharding_arguments(config, gpu)
-        lora = trained_lora(config)
-        self.full = lora is None
-        self.shape = read_shape(source_of(config), lora)
+        self.dtype = dtype
         self.size = BYTES[dtype]
+        self.lora = trained_lora(config)
+        self.full = self.lora is None
+        self.shape = read_shape(source_of(config), self.lora)
         self.rows = longest_rows(config)
-        eager = config.attn_implementation == "eager"
-        checkpointing = sharding.checkpoints_activations(config)
-        self.alive = alive(Setting(source_of(config), lora, self.rows, dtype, eager, checkpointing))
-        self.head = HEADS[config.rl](Task(self.rows, self.shape, self.size, self.full, gpu))
 
     def moments(self) -> Iterator[Memory]:
         """The moments at which a rank may need the most."""
-        alive, head, gradients = self.alive, self.head, self._gradients()
+        layers = alive(
+            Setting(
+                source=source_of(self.config),
+                lora=self.lora,
+                rows=self.rows,
+                dtype=self.dtype,
+                eager=self.config.attn_implementation == "eager",
+                checkpointing=sharding.checkpoints_activations(self.config),
+            )
+        )
+        head = HEADS[self.config.rl](Task(self.rows, self.shape, self.size, self.full, self.gpu))
+        gradients = self._gradients()
         # Gradients of an earlier micro-batch are there all the time; those of the only one come as it goes back.
         before = gradients if self.config.gradient_accumulation_steps > 1 else 0
-        yield self._memory("forward pass", before, alive.forward)
-        yield self._memory("head's forward pass", before, alive.kept, head.kept + head.forward)
+        yield self._memory("forward pass", before, layers.forward)
+        yield self._memory("head's forward pass", before, layers.kept, head.kept + head.forward)
         if self.config.rl in WITH_REFERENCE:
-            again = alive.forward - alive.kept + self.rows.tokens * self.shape.hidden * self.size
-            yield self._memory("reference", before, alive.kept + again, head.kept + head.forward)
-        yield self._memory("head's backward pass", before, alive.kept, head.kept + head.backward)
+            again = layers.forward - layers.kept + self.rows.tokens * self.shape.hidden * self.size
+            yield self._memory("reference", before, layers.kept + again, head.kept + head.forward)
+        yield self._memory("head's backward pass", before, layers.kept, head.kept + head.backward)
         after_head = max(before, self._share(head.gradient, "zero2", "zero3", "fsdp"))
-        yield self._memory("backward pass", after_head, alive.backward)
-        yield self._memory("end of the backward pass", gradients, max(alive.last, alive.embedding))
+        yield self._memory("backward pass", after_head, layers.backward)
+        yield self._memory("end of the backward pass", gradients, max(layers.last, layers.embedding))
         yield self._memory("optimizer step", gradients, buffers=self._step())
         if self.online and self.kind:
             whole = self.shape.trained * self._trained_size()

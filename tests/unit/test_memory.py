@@ -177,7 +177,7 @@ def test_nf4_and_int8_by_hand(models: dict[str, str]) -> None:
     linear, rest = 6_979_321_856, 8_030_261_248 - 6_979_321_856
 
     def weights(adapter: str, **changes: Any) -> float:
-        memory = trainer_memory(model_job(models["Llama-3.1-8B"], adapter, **SAVING, **changes), "bfloat16", 1, gpu=True)
+        memory = resting_memory(model_job(models["Llama-3.1-8B"], adapter, **SAVING, **changes), "bfloat16", 1, gpu=True)
         return memory.terms["weights"] - 4 * 41_943_040  # r = 16 on all linear layers
 
     assert weights("qlora") == pytest.approx(linear * (4 + 0.127) / 8 + 2 * rest, rel=1e-4)
@@ -190,19 +190,19 @@ def test_nf4_and_int8_by_hand(models: dict[str, str]) -> None:
 )
 def test_states_of_optimizers(models: dict[str, str], optimizer: str, expected: float) -> None:
     config = model_job(models["Qwen2.5-7B"], None, optimizer=optimizer, **SAVING)
-    memory = trainer_memory(config, "bfloat16", 1, gpu=True)
+    memory = resting_memory(config, "bfloat16", 1, gpu=True)
     assert memory.terms["optimizer"] == pytest.approx(expected * 7.6156e9, rel=1e-3)
 
 
 def test_ranks_with_whole_copies_have_gradients_twice_under_ddp(models: dict[str, str]) -> None:
-    alone, two = (trainer_memory(model_job(models["Qwen2.5-7B"], None, **SAVING), "bfloat16", n, gpu=True) for n in (1, 2))
+    alone, two = (resting_memory(model_job(models["Qwen2.5-7B"], None), "bfloat16", n, gpu=True) for n in (1, 2))
     assert two.terms["buffers"] - alone.terms["buffers"] == pytest.approx(2 * 7.6156e9, rel=1e-3)
 
 
 def test_a_reference_is_a_second_model_unless_there_is_an_adapter(models: dict[str, str]) -> None:
     def weights(adapter: str | None, **changes: Any) -> int:
         config = model_job(models["Qwen2.5-1.5B"], adapter, **{**SAVING, "micro_batch_size": 2, **changes})
-        return trainer_memory(config, "bfloat16", 1, gpu=True).terms["weights"]
+        return resting_memory(config, "bfloat16", 1, gpu=True).terms["weights"]
 
     base = 2 * read_shape(ModelSource(models["Qwen2.5-1.5B"]), None).weights
     assert weights(None, rl="dpo") == weights(None, rl="kto") == 2 * base
@@ -257,8 +257,10 @@ def test_what_a_forward_pass_keeps_is_what_autograd_saves(base: str) -> None:
     assert counted.kept == pytest.approx(sum(saved.values()), rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("adapter", [None, "lora"])
+@pytest.mark.parametrize(
+    ("adapter", "checkpointing"),
+    [(None, True), ("lora", False), pytest.param(None, False, marks=SLOW), pytest.param("lora", True, marks=SLOW)],
+)
 def test_one_and_two_layers_tell_of_four(tmp_path: Path, adapter: str | None, checkpointing: bool) -> None:
     small = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_hidden_layers": 4, "vocab_size": 99}
     (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["Llama-3.1-8B"], **small}))
