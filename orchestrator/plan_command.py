@@ -32,16 +32,16 @@ def run(path: str, overrides: Sequence[str], where: str, *, as_json: bool, measu
     if measure and where != AUTO:
         raise ConfigError("--check measures on the machines that are there; leave --cluster out")
     with ExitStack() as stack:
-        if measure or (where == AUTO and os.environ.get("RAY_ADDRESS")):
+        joins = where == AUTO and bool(os.environ.get("RAY_ADDRESS"))
+        if measure or joins:
             stack.enter_context(cluster.interruptible())
             stack.enter_context(cluster.connected())
-            nodes = cluster.nodes()
-        else:
-            nodes = cluster.local_nodes() if where == AUTO else hardware.said(where)
+        nodes = hardware.said(where) if where != AUTO else cluster.nodes() if joins else cluster.local_nodes()
         hardware.ensure_known(nodes)
         found = read(config)
         job = planned(found.config, nodes, found)
-        changes = suggestions(found.config, nodes, found) if job.problems else []
+        # Where there are too few CPUs, the plan itself says what would fit.
+        changes = suggestions(found.config, nodes, found) if job.fit.problems or (job.problems and job.plan.gpu) else []
         console = Console(width=None if os.isatty(1) else WIDTH, quiet=as_json)
         for line in [*describe(job), *_more(job, found)]:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -101,8 +101,9 @@ def _raise_unless_it_fits(job: Planned, changes: Sequence[Suggestion]) -> None:
     lines = ["the cluster cannot hold this job:", *job.problems]
     if changes:
         lines += ["with one of these it would:", *(f"{told(s.changes)}  (the fullest at {s.fullest:.0%})" for s in changes)]
-    else:
-        lines.append("no change of batch, checkpointing, adapter, shards or placement makes it fit; use more or larger GPUs")
+    elif job.fit.problems:
+        more = "more or larger GPUs" if job.plan.gpu else "machines with more memory"
+        lines.append(f"no change of batch, checkpointing, adapter, shards or placement makes it fit; use {more}")
     raise ConfigError("\n  ".join(lines))
 
 
