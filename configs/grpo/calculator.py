@@ -13,9 +13,8 @@ from actors.conversation import Conversation
 FACTORS = range(12, 100)
 TRAIN, HELD_OUT = 400, 32
 CALLS = 2  # in one completion
-TURN_TOKENS = 16
+TURN_TOKENS = 12
 PRODUCT = re.compile(r"(\d+)\s*[*x×]\s*(\d+)")
-NUMBER = re.compile(r"\d+")
 SYSTEM = "Reply with x * y to use the calculator, or with a number."
 
 
@@ -32,14 +31,26 @@ async def play(conversation: Conversation, **_: Any) -> dict[str, int]:
 
 
 def correct(completions: list[Any], answer: list[int], **_: Any) -> list[float]:
-    """1 where the last number of the model's last turn is the product, else 0."""
-    numbers = [NUMBER.findall(turns[-1]["content"].replace(",", "")) for turns in completions]
-    return [float(bool(found) and int(found[-1]) == right) for found, right in zip(numbers, answer, strict=True)]
+    """1 where the model's last turn is the product and nothing else, else 0."""
+    return [float(last_turn(turns).strip(".") == str(right)) for turns, right in zip(completions, answer, strict=True)]
+
+
+def brief(completions: list[Any], answer: list[int], **_: Any) -> list[float]:
+    """Where the product is in the last turn, 1 for one of at most 4 characters, falling to 0 at 40; else 0."""
+    brevity = [min(1.0, max(0.0, 1.0 - (len(last_turn(turns)) - 4) / 36)) for turns in completions]
+    return [
+        share if str(right) in last_turn(turns) else 0.0
+        for share, turns, right in zip(brevity, completions, answer, strict=True)
+    ]
 
 
 def asked(completions: list[Any], calls: list[int | None], **_: Any) -> list[float]:
-    """1 where the calculator was used and the completion came to its end, else 0."""
+    """1 where the calculator was asked, else 0."""
     return [float(bool(count)) for count in calls]
+
+
+def last_turn(turns: list[Any]) -> str:
+    return str(turns[-1]["content"]).strip()
 
 
 def main() -> None:
