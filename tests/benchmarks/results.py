@@ -96,8 +96,8 @@ def saved_tables(titles: Mapping[str, str]) -> str:
 
 def _cells(row: Row) -> list[str]:
     if not row.peer_s:
-        low, middle, high = (_value(row, f(row.ours_s)) for f in (min, statistics.median, max))
-        return [row.what, f"{low} / {middle} / {high}", row.peer, "", "", ""]
+        several = (min, statistics.median, max) if len(row.ours_s) > 1 else (min,)
+        return [row.what, " / ".join(_value(row, f(row.ours_s)) for f in several), row.peer, "", "", ""]
     ratios = [RATIOS[row.ratio](a, b) for a, b in zip(row.ours_s, row.peer_s, strict=True)]
     spread = " / ".join(f"{f(ratios):.2f}" for f in (min, statistics.median, max))
     sign = "≥" if row.ratio == "speedup" else "≤"

@@ -68,5 +68,6 @@ def _train(head: conftest.Head, folder: Path, file: Path, **keys: Any) -> tuple[
         records = [r for r in metrics.read(Path(config.output_dir) / metrics.METRICS_FILE) if r["kind"] == "train"]
     seconds, losses = (tuple(record[name] for record in records) for name in ("step_s", "loss"))
     rate = int(found[1]) / median(seconds[WARM_UP:])
-    print(f"{keys}: {rate:,.0f} tok/s, loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
+    said = {key: value for key, value in keys.items() if key != "datasets"}
+    print(f"{said}: {rate:,.0f} tok/s, loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
     return seconds[WARM_UP:], losses, int(found[1])

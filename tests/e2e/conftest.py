@@ -154,7 +154,10 @@ def head_node(cpus: int) -> Iterator[Head]:
             yield Head(address, f"127.0.0.1:{ports[0]}", environment)
         finally:
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:  # after six jobs on GPUs it took longer
+                process.kill()
 
 
 def run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
