@@ -195,6 +195,13 @@ CHAT_TEMPLATE_ROWS: list[tuple[str, dict[str, Any], tuple[str, str, str], Messag
         [TURNS[0], ASKED, assistant("6")],
     ),
     (
+        "orpo.chat_template",
+        {"prompt": "Add 2 and 3.", "chosen": [ASKED, assistant("5")], "rejected": [ASKED, assistant("6")]},
+        OWN,
+        [ASKED, assistant("5")],
+        [ASKED, assistant("6")],
+    ),
+    (
         "chat_template.argilla",
         {"prompt": "Add 2 and 3.", "chosen": [user("?"), assistant("5")], "rejected": [user("?"), assistant("6")]},
         OWN,
