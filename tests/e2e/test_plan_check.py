@@ -1,7 +1,7 @@
 """The memory model beside what jobs really need. `-rP` shows the figures:
 
-python -m pytest -m slow tests/e2e/test_memory_check.py -rP     on CPUs
-python -m pytest -m gpu tests/e2e/test_memory_check.py -rP      on a GPU
+python -m pytest -m slow tests/e2e/test_plan_check.py -rP     on CPUs
+python -m pytest -m gpu tests/e2e/test_plan_check.py -rP      on a GPU
 """
 
 import json
