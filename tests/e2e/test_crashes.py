@@ -1,9 +1,11 @@
 """Real deaths of real processes: the report names the one that died, and the right cause."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,14 @@ def wait_for_steps(process: Any, output_dir: Path, count: int) -> None:
 
 def kill(process: Any, title: str) -> list[int]:
     """Kills the job's processes of a title with SIGKILL; returns their ids."""
-    found = [one for one in children(process.pid) if one.cmdline() and one.cmdline()[0].startswith(f"ray::{title}")]
-    for one in found:
-        one.kill()
-    return [one.pid for one in found]
+    killed = []
+    with suppress(psutil.Error):  # the job itself may be ending
+        for one in children(process.pid):
+            with suppress(psutil.Error):
+                if "".join(one.cmdline()[:1]).startswith(f"ray::{title}"):
+                    one.kill()
+                    killed.append(one.pid)
+    return killed
 
 
 def report(output_dir: Path) -> tuple[dict[str, Any], Path]:
@@ -45,7 +51,7 @@ def test_engines_that_are_killed_again_and_again(job: Callable[..., Path], tmp_p
     """Watched by `top` before."""
     process = start("run", job(max_steps=10_000, save_steps=10_000))
     wait_for_steps(process, tmp_path / "out", 2)
-    code, shown = run([sys.executable, "-m", "orchestrator", "top", str(tmp_path / "out"), "--once"], dict(psutil.os.environ))
+    code, shown = run([sys.executable, "-m", "orchestrator", "top", str(tmp_path / "out"), "--once"], dict(os.environ))
     assert code == 0, shown
     (engine,) = [line for line in shown.splitlines() if "engine 0" in line]
     pids = []
