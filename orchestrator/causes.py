@@ -49,6 +49,12 @@ CAUSES = (
         "make room at output_dir (save_total_limit keeps fewer checkpoints) and in Ray's temporary folder, /tmp/ray",
     ),
     Cause(
+        "permission",
+        r"PermissionError|Permission denied|Read-only file system",
+        "a process may not write, or read, where it wants to",
+        "the message names the file: look at its owner and at how the disk is mounted on the actor's node",
+    ),
+    Cause(
         "host-memory",
         r"running low on memory|\bOutOfMemoryError|[Mm]emory monitor|exceeds the memory usage threshold"
         r"|DefaultCPUAllocator|[Cc]an(?:no|')t allocate memory|\bMemoryError\b|std::bad_alloc",

@@ -45,6 +45,7 @@ PLACE = Place("sums", "grpo", "m", step=5, steps=16, doing="step 5 of 16", warni
         ("OSError: [Errno 28] No space left on device: '/data/out/metrics.jsonl'", "disk-full"),
         ("RuntimeError: unable to write to file </torch_1>: No space left on device (28) in /dev/shm", "shared-memory"),
         ("ERROR: Unexpected bus error encountered in worker. This might be caused by Bus error", "shared-memory"),
+        ("PermissionError: [Errno 13] Permission denied: '/data/out/checkpoint-2'", "permission"),
         ("OSError: [Errno 98] Address already in use", "port"),
         ("RuntimeError: The server socket has failed to listen. code: -98, name: EADDRINUSE, message: address already", "port"),
         ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error", "nccl"),
