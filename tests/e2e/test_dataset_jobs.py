@@ -284,3 +284,13 @@ def test_sft_then_dpo_from_its_adapter_then_one_model(dataset_job: Job, tmp_path
         merged = AutoModelForCausalLM.from_pretrained(out / "merged")(input_ids=ids).logits
         expected = PeftModel.from_pretrained(base, out)(input_ids=ids).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_loss_that_stays_too_high_ends_the_job(dataset_job: Job, tmp_path: Path) -> None:
+    config = dataset_job(loss_watchdog_threshold=0.1, loss_watchdog_patience=2)
+    code, output = finish(start("run", config))
+    assert code == 1 and "Traceback" not in output, output
+    assert "loss_watchdog_threshold: the loss was above 0.1 at 2 records in a row, " in output
+    assert "at step 2; lower learning_rate, or look at the rows" in output
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -178,6 +178,19 @@ def test_plan_starts_nothing(job: Callable[..., Path], tmp_path: Path, capsys: p
 
 
 @pytest.mark.slow
+def test_prompts_are_written_in_the_template_that_the_job_names(job: Callable[..., Path], tmp_path: Path) -> None:
+    """The tiny model has none of its own, so that no chat could be written without it."""
+    rows = [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}]} for i in range(3, 19)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = [{"path": str(tmp_path / "chats.jsonl")}]
+    code, output = finish(start("run", job(datasets=chats, sequence_len=64)))
+    assert code == 1 and "the chat template cannot take the prompt" in output, output
+    code, output = finish(start("run", job(datasets=chats, sequence_len=64, chat_template="chatml", max_steps=1)))
+    assert code == 0, output
+    assert [record["step"] for record in records(tmp_path / "out", "train")] == [1]
+
+
+@pytest.mark.slow
 def test_an_adapter_is_trained_on_and_merged(job: Callable[..., Path], tmp_path: Path, llama: Path) -> None:
     """The second job's engines serve the first one's adapter before it has taken a step, and its KL counts from there."""
     first, second = tmp_path / "first", tmp_path / "second"
