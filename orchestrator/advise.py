@@ -20,12 +20,13 @@ from actors.specs import ModelSpec
 from orchestrator import sizing
 from orchestrator.advised_job import LEARNING_RATES, Found, config_of, keys_of, rows_of, text_of
 from orchestrator.jobs import local_folder
+from orchestrator.plan import Node
 from orchestrator.prompt_rows import Verifier, prompt_fit, verifier_of
 from orchestrator.row_kinds import LAYOUTS, Fit, fits_of, template_for
 from orchestrator.row_sample import Sample, take_sample
 from orchestrator.runnable import ensure_runnable
 from orchestrator.schema import DatasetConfig, JobConfig
-from orchestrator.sizing import Cluster, Keys
+from orchestrator.sizing import Keys
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # comes with Eagleray, and runs without a GPU
 NAMES = {"dpo": "DPO", "orpo": "ORPO", "reward_trainer": "a reward model", "kto": "KTO", "sft": "SFT", "grpo": "GRPO"}
@@ -83,7 +84,7 @@ class Advice:
         return text_of(self.keys, lines)
 
 
-def advise(data: str, model: str | None, reward: str | None, cluster: Cluster, folder: Path) -> Advice:
+def advise(data: str, model: str | None, reward: str | None, nodes: Sequence[Node], folder: Path) -> Advice:
     """Looks at the rows of `data`. folder: where the job file will lie.
 
     Raises DataError for data that cannot be read or that no method can use, ConfigError for a model that cannot be had or
@@ -104,7 +105,7 @@ def advise(data: str, model: str | None, reward: str | None, cluster: Cluster, f
     method, why = chosen
     fit = good["dpo" if method == "orpo" else method]
     rewarded = reward or (verifier.reward if verifier else None)
-    found = Found(data, sample, name, sizing.size_of(name), template_for(tokenizer), cluster, rewarded)
+    found = Found(data, sample, name, sizing.size_of(name), template_for(tokenizer), tuple(nodes), rewarded)
     keys = keys_of(found, method, fit)
     config = config_of(keys)
     ensure_runnable(config)

@@ -12,7 +12,7 @@ from orchestrator.advise import NAMES, WHY_ELSE, Advice, advise
 from orchestrator.advised_job import percentile
 from orchestrator.plan import described_adapter, trainer_dtype
 from orchestrator.schema import JobConfig
-from orchestrator.sizing import cluster_of
+from orchestrator.sizing import described, nodes_of
 
 PRINTED = "job.yaml"  # what a file that is printed may be called
 
@@ -27,7 +27,7 @@ def run(data: str, model: str | None, reward: str | None, cluster: str | None, f
     stream = sys.stderr if file is None else sys.stdout
     console = Console(file=stream, force_terminal=stream.isatty())
     with console.status(f"looking at {data}"):
-        advice = advise(data, model, reward, cluster_of(cluster), file.parent if file else Path.cwd())
+        advice = advise(data, model, reward, nodes_of(cluster), file.parent if file else Path.cwd())
     if file is not None:
         _write(file, advice.text(str(file)))
     show(advice, console, file)
@@ -64,7 +64,7 @@ def show(advice: Advice, console: Console, file: Path | None) -> None:
 
 def _rows(advice: Advice) -> dict[str, Text]:
     config, fit, found = advice.config, advice.fit, advice.found
-    sample, gpu = found.sample, found.cluster.gpus > 0
+    sample, gpu = found.sample, found.gpu
     looked = "" if sample.total <= len(sample.rows) else f", of which {len(sample.rows):,} were looked at"
     entry = (config.datasets or [])[0]
     read = ", ".join(f"{key}: {value}" for key, value in fit.layout.entry(entry.path).items() if key != "path")
@@ -74,7 +74,7 @@ def _rows(advice: Advice) -> dict[str, Text]:
         "tokens": Text(_lengths(advice)),
         "model": Text(f"{found.model}, {_count(found.size.weights)} weights"),
         "adapter": Text(described_adapter(config, trainer_dtype(config, gpu, "float32"))),
-        "machine": Text(f"{found.cluster}: {_placed(config, gpu)}"),
+        "machine": Text(f"{described(found.nodes)}: {_placed(config, gpu)}"),
     }
     if config.trl.reward_funcs and config.rl == "grpo":
         rows["reward"] = Text(", ".join(config.trl.reward_funcs))

@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from orchestrator.config import load
+from orchestrator.plan import Node
 from orchestrator.row_kinds import Fit
 from orchestrator.row_sample import Sample
 from orchestrator.schema import JobConfig
-from orchestrator.sizing import Cluster, Keys, ModelSize, Way, way_for
+from orchestrator.sizing import Keys, ModelSize, Way, gpus_of, way_for
 
 # Where to start from with LoRA.
 LEARNING_RATES = {"sft": 2e-4, "dpo": 5e-5, "orpo": 1e-4, "kto": 5e-5, "reward_trainer": 1e-4, "grpo": 1e-4}
@@ -32,7 +33,7 @@ MULTIPLE = 64  # sequence_len is one of it
 FAR_OUT = 2  # times the 99th percentile: rows that long are left out rather than paid for by all
 UNSEEN = 1.1  # rows that nobody has looked at may be longer
 LONGEST_DOCUMENT = 2048  # tokens: longer plain text is cut
-TOKENS_AT_ONCE = 4096  # of a forward pass, as the ranges of sizing.py have them
+TOKENS_AT_ONCE = 4096  # of a forward pass
 GENERATIONS = 8
 COMPLETIONS = 64  # of a step of GRPO: 8 prompts
 COMPLETION_TOKENS = {"gpu": 512, "cpu": 64}
@@ -53,13 +54,18 @@ class Found:
     model: str
     size: ModelSize
     chat_template: str | None  # that a job must name; None = the model has its own
-    cluster: Cluster
+    nodes: tuple[Node, ...]
     reward: str | None  # of trl.reward_funcs
 
     @property
     def completion_tokens(self) -> int:
         """Of a completion of GRPO, at most."""
-        return COMPLETION_TOKENS["gpu" if self.cluster.gpus else "cpu"]
+        return COMPLETION_TOKENS["gpu" if self.gpu else "cpu"]
+
+    @property
+    def gpu(self) -> bool:
+        """Whether there is one."""
+        return gpus_of(self.nodes) > 0
 
 
 def keys_of(found: Found, method: str, fit: Fit) -> Keys:
@@ -79,7 +85,7 @@ def keys_of(found: Found, method: str, fit: Fit) -> Keys:
         "learning_rate": LEARNING_RATES[method],
         "lr_scheduler": "constant_with_warmup" if method == "grpo" else "cosine",
         "warmup_ratio": 0.05,
-        **({"gradient_checkpointing": True} if found.cluster.gpus else {}),
+        **({"gradient_checkpointing": True} if found.gpu else {}),
     }
     own: Keys = {}
     if rl == "grpo":
@@ -89,7 +95,7 @@ def keys_of(found: Found, method: str, fit: Fit) -> Keys:
             "reward_funcs": [found.reward],
             "log_completions": True,
         }
-        own = {} if found.cluster.gpus else {"kv_cache_gib": 1}
+        own = {} if found.gpu else {"kv_cache_gib": 1}
     if (share := _left_out(fit, found.sample, job["sequence_len"] - _added(found, method))) is not None:
         own["max_bad_rows"] = share
     job |= {"ray": own} if own else {}
@@ -97,7 +103,7 @@ def keys_of(found: Found, method: str, fit: Fit) -> Keys:
     def placed(way: Way) -> Keys:
         return _merged(job, {**way, **_batches(method, job["sequence_len"], rows, way)})
 
-    way = way_for(rl, found.model, found.size, found.cluster, lambda way: config_of(placed(way)))
+    way = way_for(rl, found.model, found.size, found.nodes, rows, lambda way: config_of(placed(way)))
     return _in_order(placed(way))
 
 

@@ -20,16 +20,17 @@ from actors.reading import SourceSpec
 from orchestrator import advise as module
 from orchestrator import sizing
 from orchestrator.advise import DEFAULT_MODEL, Advice, advise
-from orchestrator.advised_job import percentile
+from orchestrator.advised_job import config_of, percentile
 from orchestrator.cli import main
 from orchestrator.config import load
 from orchestrator.plan import Node, make_plan
 from orchestrator.runnable import ensure_runnable
-from orchestrator.sizing import Cluster, ModelSize, cluster_of
+from orchestrator.sizing import nodes_of, size_of, way_for
 from tests.job_files import messages
+from tests.models import save_configs
 
 ROOT = Path(__file__).parents[2]
-CPUS = Cluster(0)
+CPUS = (Node("laptop", {"CPU": 2.0}, memory=16 * 2**30),)
 CHAT = [{"role": "user", "content": "How many?"}]
 ANSWER = {"role": "assistant", "content": "Three apples."}
 WORSE = {"role": "assistant", "content": "No idea at all."}
@@ -37,14 +38,13 @@ WORSE = {"role": "assistant", "content": "No idea at all."}
 Rows = Sequence[dict[str, Any]]
 
 
-loaded_once = functools.cache(module.load_tokenizer), functools.cache(sizing.size_of)
+loaded_once = functools.cache(module.load_tokenizer)
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder of its own, and with models that are loaded once for all tests."""
-    monkeypatch.setattr(module, "load_tokenizer", loaded_once[0])
-    monkeypatch.setattr(sizing, "size_of", loaded_once[1])
+    monkeypatch.setattr(module, "load_tokenizer", loaded_once)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -70,7 +70,7 @@ def jsonl(path: Path, rows: Rows) -> str:
     return str(path)
 
 
-def advised(data: str, reward: str | None = None, model: str | None = None, cluster: Cluster = CPUS) -> Advice:
+def advised(data: str, reward: str | None = None, model: str | None = None, cluster: Sequence[Node] = CPUS) -> Advice:
     return advise(data, model, reward, cluster, Path.cwd())
 
 
@@ -378,72 +378,72 @@ def test_the_file_is_printed_by_itself_or_written_once(capsys: pytest.CaptureFix
 # Adapters and GPUs
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_configs(tmp_path_factory.mktemp("models"))
+
+
+QLORA = {"adapter": "qlora", "load_in_4bit": True}
+COLOCATE = {"vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
+
+
 @pytest.mark.parametrize(
-    ("billions", "rl", "cluster", "expected"),
+    ("name", "rl", "cluster", "expected"),
     [
-        (0.135, "dpo", "1x24GB", {"adapter": "lora"}),
-        (8, None, "1x80GB", {"adapter": "lora"}),
-        (8, None, "8x80GB", {"adapter": "lora"}),
-        (8, None, "1x16GB", {"adapter": "qlora", "load_in_4bit": True}),
-        (8, None, "2x12GB", {"adapter": "lora", "ray_num_workers": 2, "fsdp_version": 2}),
-        (70, "dpo", "1x80GB", {"adapter": "qlora", "load_in_4bit": True}),
-        (70, "dpo", "8x80GB", {"adapter": "qlora", "load_in_4bit": True}),
-        (70, "dpo", "8x24GB", {"adapter": "qlora", "load_in_4bit": True, "ray_num_workers": 2, "fsdp_version": 2}),
-        (3, "grpo", "2x24GB", {"adapter": "lora", "vllm": {"tensor_parallel_size": 1}}),
-        (8, "grpo", "2x80GB", {"adapter": "lora", "vllm": {"tensor_parallel_size": 1}}),
-        (70, "grpo", "8x80GB", {"adapter": "qlora", "load_in_4bit": True, "vllm": {"tensor_parallel_size": 4}}),
-        (
-            3,
-            "grpo",
-            "1x24GB",
-            {
-                "adapter": "lora",
-                "trl": {"vllm_mode": "colocate", "vllm_enable_sleep_mode": True},
-                "vllm": {"gpu_memory_utilization": 0.4},
-            },
-        ),
+        ("Qwen2.5-1.5B", "dpo", "1x24GB", {"adapter": "lora"}),
+        ("Llama-3.1-8B", None, "1x80GB", {"adapter": "lora"}),
+        ("Llama-3.1-8B", None, "8x80GB", {"adapter": "lora"}),
+        ("Llama-3.1-8B", None, "1x16GB", QLORA),
+        ("Llama-3.1-70B", "dpo", "1x80GB", QLORA),
+        ("Llama-3.1-70B", "dpo", "2x8x80GB", QLORA),
+        ("Qwen2.5-3B", "grpo", "2x24GB", {"adapter": "lora", "vllm": {"tensor_parallel_size": 1}}),
+        ("Llama-3.1-8B", "grpo", "2x80GB", {"adapter": "lora", "vllm": {"tensor_parallel_size": 1}}),
+        ("Qwen2.5-1.5B", "grpo", "1x24GB", {"adapter": "lora", "trl": COLOCATE, "vllm": {"gpu_memory_utilization": 0.4}}),
     ],
 )
-def test_the_plainest_way_that_fits(billions: float, rl: str | None, cluster: str, expected: dict[str, Any]) -> None:
-    model = ModelSize(round(billions * 1e9), 32, 8192)
-    assert sizing.way_for(rl, "a model", model, cluster_of(cluster), loaded(rl)) == expected
+def test_the_plainest_way_that_fits(
+    models: dict[str, str], name: str, rl: str | None, cluster: str, expected: dict[str, Any]
+) -> None:
+    folder = models[name]
+    assert way_for(rl, name, size_of(folder), nodes_of(cluster), 300, loaded(folder, rl)) == expected
 
 
-def loaded(rl: str | None) -> Callable[[sizing.Way], Any]:
-    from orchestrator.advised_job import config_of
+def test_a_model_that_no_gpu_holds_is_cut_into_shards(models: dict[str, str]) -> None:
+    folder = models["Llama-3.1-70B"]
+    way = way_for("dpo", "big", size_of(folder), nodes_of("8x24GB"), 300, loaded(folder, "dpo"))
+    assert way["fsdp_version"] == 2 and way["ray_num_workers"] in (2, 4, 8)
+    online = way_for("grpo", "big", size_of(folder), nodes_of("8x80GB"), 300, loaded(folder, "grpo"))
+    assert online["vllm"]["tensor_parallel_size"] in (2, 4)  # 141 GB of weights, and the KV cache
 
-    job: dict[str, Any] = {"base_model": "m", "learning_rate": 1.0, "datasets": [{"path": "d"}], "micro_batch_size": 8}
-    job |= {"lora_r": 8, "lora_alpha": 8, "lora_target_linear": True} | ({"rl": rl} if rl else {})
+
+def loaded(folder: str, rl: str | None) -> Callable[[sizing.Way], Any]:
+    job: dict[str, Any] = {"base_model": folder, "learning_rate": 1.0, "datasets": [{"path": "d", "type": "chat_template"}]}
+    job |= {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True, "sequence_len": 512} | ({"rl": rl} if rl else {})
+    job |= {"micro_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True}
 
     def config_with(way: sizing.Way) -> Any:
         keys = {**job, **way}
         if rl == "grpo":
-            keys["trl"] = {"reward_funcs": ["a.b"], **way.get("trl", {})}
+            keys |= {"datasets": [{"path": "d"}], "trl": {"reward_funcs": ["a.b"], **way.get("trl", {})}}
         return config_of(keys)
 
     return config_with
 
 
-def test_what_does_not_fit_is_told_with_what_it_takes() -> None:
-    with pytest.raises(ConfigError, match=r"--cluster: big does not fit 1 x 24 GB: training it with QLoRA takes about 48 GB;"):
-        sizing.way_for("dpo", "big", ModelSize(70 * 10**9, 64, None), Cluster(1, 24.0), loaded("dpo"))
-    with pytest.raises(ConfigError, match="about 157 GB for an engine; name a smaller --model, or a cluster with more"):
-        sizing.way_for("grpo", "big", ModelSize(70 * 10**9, 64, None), Cluster(2, 80.0), loaded("grpo"))
-
-
-@pytest.mark.parametrize("text", ["80GB", "8x", "x80", "8x80TB", "eight"])
-def test_what_is_no_cluster(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"--cluster: {text} is no cluster; write auto, or GPUs and memory"):
-        cluster_of(text)
+def test_what_does_not_fit_is_told_with_what_it_takes(models: dict[str, str]) -> None:
+    folder = models["Llama-3.1-70B"]
+    expected = r"big does not fit 1 x 24 GB, with QLoRA neither: .* needs \d+\.\d GB of GPU 0 .*; name a smaller --model"
+    with pytest.raises(ConfigError, match=expected):
+        way_for("dpo", "big", size_of(folder), nodes_of("1x24GB"), 300, loaded(folder, "dpo"))
 
 
 def test_a_job_for_gpus_loads_and_can_be_placed(tmp_path: Path) -> None:
-    found = advised(str(ROOT / "configs/grpo/sums-train.jsonl"), cluster=cluster_of("2x24GB"))
+    found = advised(str(ROOT / "configs/grpo/sums-train.jsonl"), cluster=nodes_of("2x24GB"))
     (tmp_path / "job.yaml").write_text(found.text("job.yaml"))
     config = load("job.yaml")
     assert make_plan(config, [Node("a", {"CPU": 8.0, "GPU": 2.0})], 300).problems == []
     assert config.gradient_checkpointing is True and config.ray.kv_cache_gib is None
-    one = advised(str(ROOT / "configs/grpo/sums-train.jsonl"), cluster=cluster_of("1x24GB"))
+    one = advised(str(ROOT / "configs/grpo/sums-train.jsonl"), cluster=nodes_of("1x24GB"))
     (tmp_path / "job.yaml").write_text(one.text("job.yaml"))
     config = load("job.yaml")
     assert make_plan(config, [Node("a", {"CPU": 8.0, "GPU": 1.0})], 300).problems == []
