@@ -81,8 +81,6 @@ class RolloutEngine:
         )
         self.decoder = Decoder(self.llm.llm_engine)
         self.tokenizer = self.llm.get_tokenizer()
-        if spec.model.chat_template is not None:
-            self.tokenizer.chat_template = spec.model.chat_template
         self.sampling = 0  # groups, now
         self.asleep = False
 

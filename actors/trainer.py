@@ -254,11 +254,12 @@ class Trainer:
             return
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
+        if self.spec.lora is None or self.spec.model.chat_template is not None:  # else the tokenizer is the base model's own
+            model.load_tokenizer(self.spec.model).save_pretrained(folder)
         if self.spec.lora is None:
             self.policy.config.use_cache = True  # whoever loads it samples from it
             self.policy.save_pretrained(folder, state_dict=tensors)
             self.policy.config.use_cache = False
-            model.load_tokenizer(self.spec.model).save_pretrained(folder)
             return
         config = copy(self.policy.peft_config["default"])  # as PEFT resolved it: the modules by name
         config.base_model_name_or_path = self.spec.model.name

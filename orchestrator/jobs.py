@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import storage
+from actors.formats.templates import CHAT_TEMPLATES, OWN
 from actors.specs import LoraSpec
 from orchestrator import wandb_run
 from orchestrator.config import dump
@@ -102,6 +103,12 @@ def quantization(config: JobConfig) -> str | None:
 def special_tokens(config: JobConfig) -> tuple[tuple[str, str], ...]:
     """The tokens that a dataset job names instead of its tokenizer's own, as ModelSpec has them."""
     return tuple(sorted((name, str(token)) for name, token in (config.special_tokens or {}).items() if token))
+
+
+def template_arguments(config: JobConfig) -> dict[str, Any]:
+    """Keyword arguments of apply_chat_template for an online job's prompts."""
+    named = CHAT_TEMPLATES.get(config.chat_template or OWN)
+    return ({"chat_template": named} if named else {}) | (config.trl.chat_template_kwargs or {})
 
 
 def metrics_log(config: JobConfig, resumed_from: int, display: Display) -> MetricsLog:

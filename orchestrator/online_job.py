@@ -10,7 +10,7 @@ from typing import Any
 from actors import device, hub, model, storage
 from actors.chat import prompt_token_ids
 from actors.errors import ActorError
-from actors.formats.templates import CHAT_TEMPLATES, OWN, ensure_own
+from actors.formats.templates import ensure_own
 from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from orchestrator import checkpoints, cluster, sharding, starting_adapter
 from orchestrator.cluster import Actors
@@ -18,7 +18,7 @@ from orchestrator.conversations import ensure_playable, rollout_function_spec
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
 from orchestrator.display import Display
 from orchestrator.grpo import Evaluation, Loop
-from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, trained_lora, write_config
+from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, template_arguments, trained_lora, write_config
 from orchestrator.metrics import MetricsLog
 from orchestrator.plan import Node, Plan, completions_per_step, describe, ensure_placeable, make_plan
 from orchestrator.policies import Policies
@@ -66,7 +66,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
         model.ensure_checkpoint_names(spec)
     tokenizer = model.load_tokenizer(spec)
     ensure_own(config.chat_template, tokenizer)
-    template = config.trl.chat_template_kwargs or {}
+    template = template_arguments(config)
     prompts = without_long_prompts(config, prompts, lambda p: len(prompt_token_ids(tokenizer, p, template)))
     probe = [t for row in prompts.train[:PROBE_TOKENS] for t in prompt_token_ids(tokenizer, row.prompt, template)]
     probe = [*probe, *PROBE_FILLER][: min(PROBE_TOKENS, config.sequence_len - 1)]
@@ -264,7 +264,7 @@ def model_spec(config: JobConfig, plan: Plan) -> ModelSpec:
         config.trust_remote_code,
         quantization=quantization(config),
         sharded=sharding.kind(config) == "fsdp",
-        chat_template=CHAT_TEMPLATES.get(config.chat_template or OWN),
+        chat_template=template_arguments(config).get("chat_template"),
     )
 
 
@@ -320,7 +320,7 @@ def engine_spec(config: JobConfig, plan: Plan) -> EngineSpec:
         gpu_memory_utilization=plan.gpu_memory_utilization,
         enforce_eager=bool(vllm.enforce_eager),
         enable_prefix_caching=vllm.enable_prefix_caching is not False,
-        chat_template_kwargs=config.trl.chat_template_kwargs or {},
+        chat_template_kwargs=template_arguments(config),
         rollout_function=rollout_function_spec(config),
         seed=config.seed,
     )

@@ -20,7 +20,7 @@ from orchestrator.conversations import ensure_playable
 from orchestrator.data import PromptSet, load_prompts
 from orchestrator.dataset_plan import DatasetPlan, make_dataset_plan
 from orchestrator.fit import Fit, fit
-from orchestrator.jobs import with_absolute_paths
+from orchestrator.jobs import template_arguments, with_absolute_paths
 from orchestrator.plan import Node, Plan, colocated, make_plan
 from orchestrator.rewards import reward_models
 from orchestrator.runnable import not_runnable
@@ -90,7 +90,7 @@ def _tokens_of_a_prompt(config: JobConfig, prompts: PromptSet) -> float | None:
     rows = prompts.train[: prepare.SAMPLED]
     try:
         tokenizer = model.load_tokenizer(ModelSpec(config.base_model, "float32", config.trust_remote_code))
-        return mean(len(prompt_token_ids(tokenizer, row.prompt, config.trl.chat_template_kwargs or {})) for row in rows)
+        return mean(len(prompt_token_ids(tokenizer, row.prompt, template_arguments(config))) for row in rows)
     except Exception:  # a template is a program, and there may be no tokenizer: the plan does without, and the job says why
         return None
 

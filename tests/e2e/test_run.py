@@ -188,6 +188,7 @@ def test_prompts_are_written_in_the_template_that_the_job_names(job: Callable[..
     code, output = finish(start("run", job(datasets=chats, sequence_len=64, chat_template="chatml", max_steps=1)))
     assert code == 0, output
     assert [record["step"] for record in records(tmp_path / "out", "train")] == [1]
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template, "it goes with the result"
 
 
 @pytest.mark.slow
