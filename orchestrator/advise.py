@@ -88,7 +88,7 @@ def advise(data: str, model: str | None, reward: str | None, nodes: Sequence[Nod
     """Looks at the rows of `data`. folder: where the job file will lie.
 
     Raises DataError for data that cannot be read or that no method can use, ConfigError for a model that cannot be had or
-    does not fit, RewardError for a reward function that cannot be imported.
+    does not fit, and for a reward function that cannot be imported.
     """
     name = model or DEFAULT_MODEL
     tokenizer = load_tokenizer(ModelSpec(name, "float32"))

@@ -119,7 +119,7 @@ def test_a_reward_makes_it_grpo() -> None:
     for reward in ("mine.kind", "outputs/reward-lora"):
         found = advised(replies, reward)
         assert (found.method, found.keys["trl"]["reward_funcs"], entry(found)) == ("grpo", [reward], {})
-    with pytest.raises(ConfigError, match="mine.kid cannot be imported"):
+    with pytest.raises(ConfigError, match="--reward: mine.kid cannot be imported"):
         advised(replies, "mine.kid")
     with pytest.raises(DataError, match="no method can train on these rows: their columns are prompt"):
         advised(replies)
