@@ -18,7 +18,7 @@ from actors.formats.base import FormatSpec
 from actors.preparing import PrepareSpec, RowEncoder, sequences
 from actors.reading import SourceSpec
 from orchestrator import advise as module
-from orchestrator import sizing
+from orchestrator import row_sample, sizing
 from orchestrator.advise import DEFAULT_MODEL, Advice, advise
 from orchestrator.advised_job import config_of, percentile
 from orchestrator.cli import main
@@ -43,8 +43,9 @@ loaded_once = functools.cache(module.load_tokenizer)
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder of its own, and with models that are loaded once for all tests."""
+    """In a folder of its own, with models that are loaded once for all tests, and with fewer rows to look at."""
     monkeypatch.setattr(module, "load_tokenizer", loaded_once)
+    monkeypatch.setattr(row_sample, "LOOKED_AT", 60)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -282,7 +283,8 @@ def test_sequence_len_holds_the_rows_as_the_job_encodes_them() -> None:
     assert "ray" not in found.keys, "no row is left out"
 
 
-def test_a_row_far_out_is_left_out_rather_than_paid_for_by_all() -> None:
+def test_a_row_far_out_is_left_out_rather_than_paid_for_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_sample, "LOOKED_AT", 200)
     rows = [{"text": "word " * 20, "question": "word " * 20, "answer": f"{'word ' * 20}\n."} for _ in range(200)]
     rows[77]["answer"] = "word " * 3000
     found = of_rows(rows)
@@ -300,7 +302,7 @@ def test_rows_that_cannot_be_used_are_allowed_for() -> None:
 def test_of_many_rows_some_from_everywhere_are_looked_at() -> None:
     rows = [{"instruction": f"Count to {i}.", "output": "Done."} for i in range(12_000)]
     found = of_rows(rows)
-    assert found.found.sample.total == 12_000 and 400 <= len(found.found.sample.rows) <= 600
+    assert found.found.sample.total == 12_000 and 55 <= len(found.found.sample.rows) <= 65
     numbers = [int(row["instruction"].split()[-1].strip(".")) for row in found.found.sample.rows]
     assert min(numbers) == 0 and max(numbers) > 10_000
     assert found.config.ray.max_bad_rows == 0.01, "nobody knows the rows that were not looked at"
