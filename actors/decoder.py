@@ -44,7 +44,9 @@ class Decoder:
             while self.waiting:
                 await asyncio.sleep(0)  # those who were answered go on, and new requests come in
                 for output in self.engine.step():
-                    if output.finished and not (future := self.waiting.pop(output.request_id)).done():
+                    # After a step that failed nobody waits for the engine's older requests.
+                    future = self.waiting.pop(output.request_id, None) if output.finished else None
+                    if future is not None and not future.done():
                         future.set_result(output)
         except Exception as error:  # whatever it is, nobody may wait for ever
             waiting, self.waiting = self.waiting, {}

@@ -10,8 +10,18 @@ from typing import Any
 import numpy as np
 
 from actors import snapshot
-from actors.specs import SamplingSpec
+from actors.specs import RankSpec, SamplingSpec, TrainerSpec
+from actors.trainer import Trainer
 from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader
+
+
+class ReusedTrainer(Trainer):
+    """A real one, whose process serves a test after the other: to import torch takes most of a test's time."""
+
+    def again(self, spec: TrainerSpec, rank: RankSpec) -> None:
+        """As if made anew."""
+        vars(self).clear()
+        Trainer.__init__(self, spec, rank)
 
 
 class FakeEngine:
@@ -29,6 +39,10 @@ class FakeEngine:
         self.held, self.until = held, until
         self.headers: list[SnapshotHeader] = []
         self.sampled: list[tuple[Any, int]] = []
+
+    def again(self, *args: Any, **kwargs: Any) -> None:
+        """As if made anew."""
+        FakeEngine.__init__(self, *args, **kwargs)
 
     def install(self, header: SnapshotHeader, *buckets: Any) -> InstallReceipt:
         """Takes what carries the digest of the bytes that came, as a real one."""

@@ -20,7 +20,7 @@ from orchestrator.policies import Policies
 from orchestrator.samples import Samples
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
-from tests.cluster.fakes import FakeEngine
+from tests.cluster.fakes import FakeEngine, ReusedTrainer
 from tests.tiny import save_llama, trainer_spec
 
 STEPS = 6
@@ -29,6 +29,32 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+class Reused:
+    """Actors of one class, to be taken by a test after the other."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self.actors: list[Any] = []
+        self.taken = 0
+
+    def take(self, *args: Any, **kwargs: Any) -> Any:
+        """One that nobody has taken in this test, as if made anew."""
+        self.taken += 1
+        if self.taken > len(self.actors):
+            self.actors.append(ray.remote(self.cls).options(num_cpus=0).remote(*args, **kwargs))
+        else:
+            self.actors[self.taken - 1].again.remote(*args, **kwargs)  # before all that is asked of it later
+        return self.actors[self.taken - 1]
+
+
+TRAINERS, ENGINES = Reused(ReusedTrainer), Reused(FakeEngine)
+
+
+@pytest.fixture(autouse=True)
+def nothing_taken() -> None:
+    TRAINERS.taken = ENGINES.taken = 0
 
 
 def loop(
@@ -51,14 +77,15 @@ def loop(
     config.trl.reward_funcs = ["tests.cluster.fakes.parity"]
     config.ray.max_staleness = staleness
     config.ray.late_steps = late
-    engines = engines or tuple(ray.remote(FakeEngine).remote(lie) for lie in lies)
+    engines = engines or tuple(ENGINES.take(lie) for lie in lies)
     config.ray.engines = len(engines)
     rows = tuple(Row(f"w{i} w{i + 1}", {}, "") for i in range(3, 13))
     plan = make_plan(config, [Node("a", {"CPU": 8.0})], len(rows))
     address = meeting_place()
+    rank_specs = [(spec or trainer_spec(folder), RankSpec(rank, ranks, address)) for rank in range(ranks)]
+    alone = ranks == 1  # ranks that met cannot meet anew
     trainers = tuple(
-        ray.remote(Trainer).options(num_cpus=0).remote(spec or trainer_spec(folder), RankSpec(rank, ranks, address))
-        for rank in range(ranks)
+        TRAINERS.take(*args) if alone else ray.remote(Trainer).options(num_cpus=0).remote(*args) for args in rank_specs
     )
     ray.get([trainer.set_probe.remote([5, 9, 12, 30, 7]) for trainer in trainers])
     actors = Actors(trainers, engines)
@@ -101,7 +128,7 @@ def test_prompts_are_dealt_to_all_engines(cluster: None, llama: str) -> None:
 
 
 def test_an_engine_gets_prompts_by_its_pace(cluster: None, llama: str) -> None:
-    fast, slow = (ray.remote(FakeEngine).remote(takes_s=takes_s) for takes_s in (0.01, 0.1))
+    fast, slow = (ENGINES.take(takes_s=takes_s) for takes_s in (0.01, 0.1))
     made = loop(llama, engines=(fast, slow))
     made.plan = replace(made.plan, prompts_per_step=10)
     for _ in range(4):
@@ -113,8 +140,8 @@ def test_an_engine_gets_prompts_by_its_pace(cluster: None, llama: str) -> None:
 
 def test_what_waits_goes_to_who_is_done_first(cluster: None, llama: str) -> None:
     """Also within the first batch: the engine that is held by one long completion gets nothing more."""
-    held = ray.remote(FakeEngine).remote(takes_s=2.0)
-    free = ray.remote(FakeEngine).remote()
+    held = ENGINES.take(takes_s=2.0)
+    free = ENGINES.take()
     made = loop(llama, engines=(held, free))
     made.plan = replace(made.plan, prompts_per_step=10)
     made.rollouts.most = 1
@@ -124,7 +151,7 @@ def test_what_waits_goes_to_who_is_done_first(cluster: None, llama: str) -> None
 
 def test_a_group_that_its_function_fails_on_is_dropped_and_told(cluster: None, llama: str, tmp_path: Path) -> None:
     prompts = [group.row.prompt for group in loop(llama)._batch(0)]
-    made = loop(llama, engines=(ray.remote(FakeEngine).remote(fails=prompts[:1]),))
+    made = loop(llama, engines=(ENGINES.take(fails=prompts[:1]),))
     made.config.trl.rollout_func = "game.play"
     made.samples = Samples(tmp_path, print)
     told: list[str] = []
@@ -141,7 +168,7 @@ def test_a_group_that_its_function_fails_on_is_dropped_and_told(cluster: None, l
 
 def test_a_step_whose_groups_all_fail_ends_the_job(cluster: None, llama: str) -> None:
     prompts = [group.row.prompt for group in loop(llama)._batch(0)]
-    made = loop(llama, engines=(ray.remote(FakeEngine).remote(fails=prompts),))
+    made = loop(llama, engines=(ENGINES.take(fails=prompts),))
     made.config.trl.rollout_func = "game.play"
     with pytest.raises(RewardError, match=r"game\.play failed on 2 prompts of step 1: TimeoutError: .* nothing to learn from$"):
         made.advance()
@@ -152,7 +179,7 @@ def test_a_long_completion_does_not_hold_its_batch(cluster: None, llama: str, tm
     made = loop(llama, staleness=2, late=1, lies=("", ""))
     long = made._batch(1)[0].row.prompt
     until = tmp_path / "ends"
-    engines = tuple(ray.remote(FakeEngine).remote(held=long, until=str(until)) for _ in range(2))
+    engines = tuple(ENGINES.take(held=long, until=str(until)) for _ in range(2))
     made = loop(llama, staleness=2, late=1, engines=engines)
     made.samples = Samples(tmp_path, print)
     records, states = [], []
@@ -251,6 +278,7 @@ def test_a_reward_that_fails_on_a_replacement_costs_that_group(
     assert record["samples_dropped"] >= 4 and record["grad_norm"] > 0.0
 
 
+@pytest.mark.slow
 def test_all_weights_go_to_the_engines_in_buckets(cluster: None, llama: str, tmp_path: Path) -> None:
     """By two ranks, one of which has them; each bucket written over the last one. A checkpoint brings older policies back."""
     spec = replace(trainer_spec(llama), lora=None, bucket_bytes=4096)
