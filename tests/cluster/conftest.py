@@ -1,4 +1,7 @@
-"""A Ray cluster of this test session's own, with more CPUs than the machine has: its actors mostly wait."""
+"""A Ray cluster of each module's own, with more CPUs than the machine has: its actors mostly wait.
+
+It ends with its module: a second cluster on a machine, such as a whole job's, has no agent that reads logs for its dashboard.
+"""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +12,7 @@ import pytest
 import ray
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     with TemporaryDirectory(prefix="er", dir="/tmp") as folder:  # Ray's sockets need a short path
         ray.init(

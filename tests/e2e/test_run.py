@@ -142,7 +142,7 @@ def test_bad_input_ends_before_anything_starts(
         (good, "lora_rr=3"): "did you mean lora_r?",
         (good, "trl.max_completion_length=30"): "leaves 2",
         (good, "trl.rollout_func=tiny_rewards.even"): "tiny_rewards.even is no `async def even(conversation, **columns)`",
-        (good, "trl.rollout_func=tiny_rewards.play"): f"the prompt of {tmp_path}/prompts.jsonl:1 is plain text",
+        (good, "trl.rollout_func=tiny_rewards.play"): "is plain text; give messages with role and content",
     }
     for arguments, expected in cases.items():
         code, output = command(capsys, "run", *arguments)
