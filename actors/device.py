@@ -71,13 +71,16 @@ def measured() -> Iterator[Callable[[], int]]:
 
 
 def tensor_bytes() -> int:
-    """Of all tensors in this process."""
+    """Of all tensors in this process that have data."""
     if has_gpu():
         return torch.cuda.memory_allocated()
+    from torch._subclasses.fake_tensor import FakeTensor
+
     gc.unfreeze()  # vLLM hides what it has made from the collector
     gc.collect()  # what nobody can reach does not live
     tensors = (found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    real = (tensor for tensor in tensors if not isinstance(tensor, FakeTensor))  # those others say that they are on a CPU
+    storages = [tensor.untyped_storage() for tensor in real if tensor.device.type == "cpu"]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
