@@ -25,6 +25,7 @@
     arguments.py    configuration to the arguments of TRL's trainers
     environment.py  the environment each actor starts with
     cluster.py      the only module that starts Ray, placement groups and actors
+    waits.py        how the driver waits for them, and what it tells when they fail
     policies.py     published versions, their installs and proofs
     rollouts.py     batches in flight
     rewards.py      reward functions, reward models and judges: what trl.reward_funcs names

@@ -11,7 +11,7 @@ from typing import Any
 from actors import adapter, device, merge
 from actors.model import expected_shapes, rank_and_scaling
 from actors.specs import EngineSpec, SamplingSpec
-from orchestrator import cluster
+from orchestrator import cluster, waits
 from orchestrator.data import Row
 from orchestrator.display import Display
 from orchestrator.jobs import lora_spec
@@ -79,7 +79,7 @@ class Engines:
                 kv_cache_gib = config.ray.kv_cache_gib or KV_CACHE_GIB
                 self.actors = cluster.start_engines(self.plan, self.group, self._spec(weights.model), PROBE, kv_cache_gib)
                 for index, engine in enumerate(self.actors):
-                    cluster.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
+                    waits.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
             self.model = weights.model
         if weights.adapter:
             with self.display.phase("loading the adapter"):
@@ -130,7 +130,7 @@ class Engines:
         )
         ref = cluster.keep(bucket)
         for index, receipt in enumerate([engine.install.remote(header, ref) for engine in self.actors]):
-            cluster.fetch(receipt, f"engine {index}, loading the adapter", config.ray.rollout_timeout_s)
+            waits.fetch(receipt, f"engine {index}, loading the adapter", config.ray.rollout_timeout_s)
 
 
 def tokenizer_of(result: Result) -> Any:

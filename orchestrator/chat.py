@@ -15,7 +15,7 @@ from rich.console import Console
 from actors.errors import EaglerayError
 from actors.specs import SamplingSpec
 from actors.types import RolloutGroup
-from orchestrator import cluster
+from orchestrator import cluster, waits
 from orchestrator.answering import Engines, endings, sampling_plan, tokenizer_of
 from orchestrator.data import Prompt, Row
 from orchestrator.display import Display
@@ -106,7 +106,7 @@ def _asker(engines: Engines, tokenizer: Any, display: Display) -> Callable[[Prom
     def ask(prompt: Prompt) -> str:
         ((_, ref),) = engines.ask([Row(prompt, {}, "what was asked")], sampling, config.seed)
         with display.phase("answering"):
-            group: RolloutGroup = cluster.fetch(ref, "engine 0, answering", config.ray.rollout_timeout_s)
+            group: RolloutGroup = waits.fetch(ref, "engine 0, answering", config.ray.rollout_timeout_s)
         if group.truncated[0]:
             display.note(f"the answer was cut after {len(group.completion_ids[0])} tokens")
         return group.texts[0]

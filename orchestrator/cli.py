@@ -1,4 +1,4 @@
-"""The command line. A new command is a function here and a line in `make_parser`.
+"""The command line. A new command is a function here and its arguments in one of `_add_...`.
 
 Exit codes: 0 done, 1 something that the message explains, 2 a wrong command line, 128 + n ended by signal n.
 """
@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from actors.errors import EaglerayError
 
@@ -43,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _ended(command: Callable[[], object]) -> int:
     """0, or what Ctrl-C and SIGTERM make of it."""
-    from orchestrator.cluster import Interrupted
+    from orchestrator.waits import Interrupted
 
     try:
         command()
@@ -54,7 +55,7 @@ def _ended(command: Callable[[], object]) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from orchestrator import plan_command
-    from orchestrator.cluster import Interrupted
+    from orchestrator.waits import Interrupted
 
     try:
         return plan_command.run(args.config, args.overrides, args.cluster, as_json=args.json, measure=args.check)
@@ -153,9 +154,17 @@ def make_parser() -> argparse.ArgumentParser:
         prog="eagleray", description="Post-training of language models on Ray from one YAML."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_jobs(commands)
+    _add_watching(commands)
+    _add_results(commands)
+    return parser
+
+
+def _add_jobs(commands: Any) -> None:
+    """Commands on a job file, or that write one."""
 
     def job_command(name: str, function: object, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+        command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", help="a YAML file in Axolotl's dialect")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as trl.beta=0.1")
         command.set_defaults(command=function)
@@ -167,8 +176,20 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print it for programs")
     plan.add_argument("--check", action="store_true", help="start each kind of actor for two steps, and measure its memory")
     submit = job_command("submit", _submit, "Run a job through Ray's job API and follow its log.")
-    job_command("import", _import, "Tell what Eagleray makes of each key of an Axolotl file, and whether it would run.")
     submit.add_argument("--no-wait", action="store_true", help="return once the cluster has it")
+    _add_address(submit)
+    job_command("import", _import, "Tell what Eagleray makes of each key of an Axolotl file, and whether it would run.")
+    advise = commands.add_parser("advise", help="Tell which method rows of data allow, and write a job file for it.")
+    advise.add_argument("data", metavar="DATA", help="a file or folder of JSON, CSV, Parquet or Arrow, or a name on the hub")
+    advise.add_argument("--model", help="a folder or a name on the hub; by default the small one that comes with Eagleray")
+    advise.add_argument("--reward", metavar="FN", help="rewards completions: module.fn, or a reward model")
+    advise.add_argument("--cluster", metavar="8x80GB", help="GPUs to advise for; auto, the default, is what is here")
+    advise.add_argument("--write", metavar="FILE", help="the job file, which must not be there yet; else it is printed")
+    advise.set_defaults(command=_advise)
+
+
+def _add_watching(commands: Any) -> None:
+    """Commands on jobs that run."""
     status = commands.add_parser("status", help="List the jobs of a cluster, or say what is known of one.")
     status.add_argument("job", nargs="?", metavar="JOB")
     status.set_defaults(command=_status)
@@ -179,44 +200,47 @@ def make_parser() -> argparse.ArgumentParser:
     stop = commands.add_parser("stop", help="End a job on a cluster.")
     stop.add_argument("job", metavar="JOB")
     stop.set_defaults(command=_stop)
-    for command in (submit, status, logs, stop):
-        command.add_argument("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS, or this machine")
-        command.add_argument("--headers", metavar="JSON", help="sent along, such as for a proxy; else RAY_JOB_HEADERS")
-    advise = commands.add_parser("advise", help="Tell which method rows of data allow, and write a job file for it.")
-    advise.add_argument("data", metavar="DATA", help="a file or folder of JSON, CSV, Parquet or Arrow, or a name on the hub")
-    advise.add_argument("--model", help="a folder or a name on the hub; by default the small one that comes with Eagleray")
-    advise.add_argument("--reward", metavar="FN", help="rewards completions: module.fn, or a reward model")
-    advise.add_argument("--cluster", metavar="8x80GB", help="GPUs to advise for; auto, the default, is what is here")
-    advise.add_argument("--write", metavar="FILE", help="the job file, which must not be there yet; else it is printed")
-    advise.set_defaults(command=_advise)
-    report = commands.add_parser("report", help="Draw the curves of a run to OUTPUT_DIR/report.png.")
-    report.add_argument("output_dir", metavar="OUTPUT_DIR")
-    report.set_defaults(command=_report)
+    for command in (status, logs, stop):
+        _add_address(command)
     top = commands.add_parser("top", help="Watch a run while it goes: its curves, its actors and its warnings.")
     top.add_argument("output_dir", metavar="OUTPUT_DIR", nargs="?", help="of a run; none = the newest run of a cluster")
     top.add_argument("--address", help="of the cluster's dashboard, such as http://127.0.0.1:8265")
     top.add_argument("--once", action="store_true", help="print one frame, also into a pipe")
     top.set_defaults(command=_top)
-    merge = commands.add_parser("merge", help="Write the adapter of a run and its base model as one model.")
-    merge.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or one of its checkpoints")
+
+
+def _add_address(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS, or this machine")
+    command.add_argument("--headers", metavar="JSON", help="sent along, such as for a proxy; else RAY_JOB_HEADERS")
+
+
+def _add_results(commands: Any) -> None:
+    """Commands on what a run left."""
+
+    def result_command(name: str, function: object, text: str, more: str | None = None) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=more)
+        command.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or one of its checkpoints")
+        command.set_defaults(command=function)
+        return command
+
+    report = commands.add_parser("report", help="Draw the curves of a run to OUTPUT_DIR/report.png.")
+    report.add_argument("output_dir", metavar="OUTPUT_DIR")
+    report.set_defaults(command=_report)
+    merge = result_command("merge", _merge, "Write the adapter of a run and its base model as one model.")
     merge.add_argument("--into", metavar="FOLDER", help="where to; by default OUTPUT_DIR/merged")
-    merge.set_defaults(command=_merge)
-    chat = commands.add_parser("chat", help="Ask what a run left: one question, or a conversation.")
-    chat.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or one of its checkpoints")
+    chat = result_command("chat", _chat, "Ask what a run left: one question, or a conversation.")
     chat.add_argument("question", metavar="PROMPT", nargs="?", help="one question; without it, a conversation until Ctrl-D")
     chat.add_argument("--base", action="store_true", help="ask the base model, as it was before training")
-    chat.set_defaults(command=_chat)
-    compare = commands.add_parser(
+    compare = result_command(
         "eval",
-        help="Compare what a run left with its base model, on held-out prompts.",
-        description="Both answer the prompts that the job held out, greedily and sampled, and its reward functions judge. A "
-        "dataset job's own records are compared, unless prompts and a reward are named.",
+        _eval,
+        "Compare what a run left with its base model, on held-out prompts.",
+        "Both answer the prompts that the job held out, greedily and sampled, and its reward functions judge. A dataset job's "
+        "own records are compared, unless prompts and a reward are named.",
     )
-    compare.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or one of its checkpoints")
     compare.add_argument("--prompts", metavar="FILE", help="other prompts: rows like those of the job's datasets")
     compare.add_argument("--reward", metavar="FN", help="in place of trl.reward_funcs: module.fn, or a reward model")
     compare.add_argument("--samples", type=int, metavar="N", help="a prompt; by default trl.num_generations")
-    compare.set_defaults(command=_eval)
     serve = commands.add_parser(
         "serve",
         help="Serve what runs left behind an OpenAI-compatible endpoint.",
@@ -230,7 +254,6 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--base", action="store_true", help="serve the base model too, also beside one adapter alone")
     serve.add_argument("--api-key-env", metavar="NAME", help="the variable with the key that requests must carry")
     serve.set_defaults(command=_serve)
-    return parser
 
 
 def _quieten() -> None:

@@ -20,7 +20,7 @@ from actors.errors import ActorError, EaglerayError
 from actors.reading import BadRow
 from actors.specs import DatasetTrainSpec, ModelSpec
 from actors.streaming import Quarantine
-from orchestrator import checkpoints, cluster, starting_adapter
+from orchestrator import checkpoints, cluster, starting_adapter, waits
 from orchestrator.arguments import training_arguments
 from orchestrator.data import ensure_usable
 from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
@@ -56,7 +56,7 @@ def plan_job(config: JobConfig, nodes: list[Node]) -> DatasetPlan:
 def run(config: JobConfig, display: Display) -> RunResult:
     """Runs a job, its paths absolute, to its end.
 
-    Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
+    Raises EaglerayError for anything a person can act on, waits.Interrupted on Ctrl-C or SIGTERM.
     """
     output_dir = Path(config.output_dir)
     hub.resolve(config.base_model)
@@ -73,7 +73,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
             for aside in checkpoints.set_newer_aside(resume, step, output_dir):
                 display.note(f"a checkpoint of a later step than the one resumed from lies in {aside} now")
         write_config(config, output_dir)
-        with cluster.interruptible(), watched(config, display) as watch, ExitStack() as stack:
+        with waits.interruptible(), watched(config, display) as watch, ExitStack() as stack:
             with display.phase("starting Ray"):
                 here = stack.enter_context(cluster.connected())
             watch.begin(here)
@@ -146,7 +146,7 @@ class _Training:
         with log, self._trained(reports, quarantine, resume, marker) as training, self.display.phase("training"):
             try:
                 self._follow(training, reports, quarantine, log)
-            except cluster.Interrupted:
+            except waits.Interrupted:
                 tell_stop(self.display, self.output_dir, self.step)
                 raise
             training.raise_if_failed()
@@ -176,7 +176,7 @@ class _Training:
         running = True
         while running:
             running = training.thread.is_alive()
-            records = cluster.fetch(reports.since.remote(seen), "the records of the workers", 60)
+            records = waits.fetch(reports.since.remote(seen), "the records of the workers", 60)
             seen += len(records)
             for name, record in records:
                 if name == "start":
@@ -192,7 +192,7 @@ class _Training:
             if quarantine is not None:
                 self._watch(quarantine)
             if running:
-                cluster.pause(POLL_S)
+                waits.pause(POLL_S)
 
     def _started(self, step: int, log: MetricsLog) -> None:
         """At the first start there is nothing to take back."""
@@ -205,7 +205,7 @@ class _Training:
 
     def _watch(self, quarantine: Any) -> None:
         """Keeps quarantine.json, and stops the job at too many bad rows or a file that cannot be read."""
-        raw_rows, bad, error = cluster.fetch(quarantine.so_far.remote(), "the quarantine", 60)
+        raw_rows, bad, error = waits.fetch(quarantine.so_far.remote(), "the quarantine", 60)
         if len(bad) > self.bad_rows:
             self.bad_rows = len(bad)
             _write_quarantine(self.output_dir, bad)
@@ -280,8 +280,8 @@ class _Fit:
             cause = getattr(failure, "_base_exc", failure)
             if isinstance(cause, EaglerayError):
                 raise cause
-            raise ActorError(f"worker {rank} failed: {cluster.told(failure)}") from self.error
-        raise ActorError(f"training failed: {cluster.told(self.error)}") from self.error
+            raise ActorError(f"worker {rank} failed: {waits.told(failure)}") from self.error
+        raise ActorError(f"training failed: {waits.told(self.error)}") from self.error
 
 
 def train_spec(config: JobConfig, plan: DatasetPlan, rows: Prepared, resume: Path | None) -> DatasetTrainSpec:

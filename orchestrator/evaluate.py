@@ -14,7 +14,7 @@ from actors import storage
 from actors.errors import EaglerayError
 from actors.specs import SamplingSpec
 from actors.types import RolloutGroup, RolloutHeader
-from orchestrator import cluster
+from orchestrator import cluster, waits
 from orchestrator.answering import Engines, endings, sampling_plan, tokenizer_of
 from orchestrator.conversations import ensure_playable
 from orchestrator.display import Display
@@ -35,7 +35,7 @@ def evaluate(folder: Path, prompts: Path | None, reward: str | None, samples: in
     """Compares before with after, shows a table, and returns the file in OUTPUT_DIR/eval with all that was found.
 
     prompts: a file in place of the held-out prompts. reward: in place of the job's reward functions. samples: a prompt; None =
-    num_generations. Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
+    num_generations. Raises EaglerayError for anything a person can act on, waits.Interrupted on Ctrl-C or SIGTERM.
     """
     if samples is not None and samples < 1:
         raise EaglerayError(f"--samples is {samples}; it must be 1 or more")
@@ -52,7 +52,7 @@ def evaluate(folder: Path, prompts: Path | None, reward: str | None, samples: in
     ensure_playable(result.config, questions.rows)
     if reward is not None:
         result = replace(result, config=_rewarded_by(reward, result.config))
-    with cluster.interruptible(), ExitStack() as stack:
+    with waits.interruptible(), ExitStack() as stack:
         return _Comparison(result, questions, samples or result.config.trl.num_generations, display).run(stack)
 
 
@@ -118,8 +118,8 @@ class _Comparison:
         rows = self.questions.rows
         asked = self.engines.ask(rows, sampling, self.config.seed)
         timeout_s = self.config.ray.rollout_timeout_s
-        headers: list[RolloutHeader] = [cluster.fetch(header, "an engine, answering", timeout_s) for header, _ in asked]
-        groups: list[RolloutGroup] = [cluster.fetch(group, "an engine, answering", timeout_s) for _, group in asked]
+        headers: list[RolloutHeader] = [waits.fetch(header, "an engine, answering", timeout_s) for header, _ in asked]
+        groups: list[RolloutGroup] = [waits.fetch(group, "an engine, answering", timeout_s) for _, group in asked]
         calls = [
             self.scorer.submit(row, group, header.failure)
             for row, (_, group), header in zip(rows, asked, headers, strict=True)

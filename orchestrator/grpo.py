@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from actors.specs import SamplingSpec
 from actors.types import RolloutHeader, Scores, TrainStats
-from orchestrator import cluster
+from orchestrator import waits
 from orchestrator.cluster import Actors
 from orchestrator.credit import has_signal
 from orchestrator.data import PromptSet, Row, other_rows, rows_of_step
@@ -129,7 +129,7 @@ class Loop:
 
         training = time.perf_counter()
         refs = [group.group_ref for group in sampled.groups]
-        stats: TrainStats = cluster.fetch_ranks(
+        stats: TrainStats = waits.fetch_ranks(
             [
                 trainer.train.remote(share.advantages, *(refs[g] for g in share.groups))
                 for trainer, share in zip(
@@ -306,7 +306,7 @@ class Loop:
 
     def _answers(self, refs: Sequence[object], doing: str) -> list[float]:
         timeout_s = self.config.ray.rollout_timeout_s
-        return [cluster.fetch(ref, f"engine {index}, {doing}", timeout_s) for index, ref in enumerate(refs)]
+        return [waits.fetch(ref, f"engine {index}, {doing}", timeout_s) for index, ref in enumerate(refs)]
 
     def _sampling(self) -> SamplingSpec:
         trl = self.config.trl

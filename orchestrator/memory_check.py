@@ -11,7 +11,7 @@ from typing import Any
 from actors.dataset_loop import Reports
 from actors.measuring import MeasuredEngine, MeasuredTrainer, MeasuredWorker
 from actors.specs import DatasetTrainSpec, RankSpec, TrainerSpec
-from orchestrator import cluster, dataset_job, online_job
+from orchestrator import cluster, dataset_job, online_job, waits
 from orchestrator.activations import PackedRows
 from orchestrator.dataset_plan import DatasetPlan
 from orchestrator.environment import actor_environment, worker_environment
@@ -71,7 +71,7 @@ def check(job: Planned, note: Callable[[str], Any]) -> Iterator[Measured]:
         actor = cluster.start_measuring(
             plan, group, index, environment, MeasuredEngine, online_job.engine_spec(job.config, plan)
         )
-        yield Measured("engine 0", job.fit.engine.awake, cluster.fetch(actor.peak.remote(), "engine 0, measuring", MEASURING_S))
+        yield Measured("engine 0", job.fit.engine.awake, waits.fetch(actor.peak.remote(), "engine 0, measuring", MEASURING_S))
 
 
 def _ranks(job: Planned, group: Any) -> Iterator[Measured]:
@@ -97,7 +97,7 @@ def _ranks(job: Planned, group: Any) -> Iterator[Measured]:
     ]
     refs = [actor.peak.remote(*rows) for actor in actors]
     for rank, ref in enumerate(refs):
-        yield Measured(f"{role} {rank}", memory, cluster.fetch(ref, f"{role} {rank}, measuring", MEASURING_S))
+        yield Measured(f"{role} {rank}", memory, waits.fetch(ref, f"{role} {rank}, measuring", MEASURING_S))
     for actor in actors:
         cluster.stop(actor)
 

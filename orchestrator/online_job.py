@@ -12,7 +12,7 @@ from actors.chat import prompt_token_ids
 from actors.errors import ActorError
 from actors.formats.templates import ensure_own
 from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
-from orchestrator import checkpoints, cluster, sharding, starting_adapter
+from orchestrator import checkpoints, cluster, sharding, starting_adapter, waits
 from orchestrator.cluster import Actors
 from orchestrator.conversations import ensure_playable, rollout_function_spec
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
@@ -48,7 +48,7 @@ def resolved(config: JobConfig, nodes: list[Node], prompts: PromptSet) -> Plan:
 def run(config: JobConfig, display: Display) -> RunResult:
     """Runs a job, its paths absolute, to its end.
 
-    Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
+    Raises EaglerayError for anything a person can act on, waits.Interrupted on Ctrl-C or SIGTERM.
     """
     output_dir = Path(config.output_dir)
     plan, prompts = plan_job(config, cluster.local_nodes())
@@ -78,7 +78,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
             for aside in checkpoints.set_newer_aside(resume, state["step"], output_dir):
                 display.note(f"a checkpoint of a later step than the one resumed from lies in {aside} now")
         _write_inputs(config, prompts, output_dir)
-        with cluster.interruptible(), watched(config, display) as watch, ExitStack() as stack:
+        with waits.interruptible(), watched(config, display) as watch, ExitStack() as stack:
             with display.phase("starting Ray"):
                 here = stack.enter_context(cluster.connected())
             watch.begin(here)
@@ -129,13 +129,13 @@ class _Job:
             with self.display.phase("loading rewards, trainer and engines"):
                 for note in scorer.wait_ready():
                     self.display.warn(note)
-                cluster.ask_ranks(
+                waits.ask_ranks(
                     actors.trainers, "set_probe", probe, doing="loading its model", timeout_s=cluster.START_TIMEOUT_S
                 )
                 place = str(self.output_dir / checkpoints.LOCK)
                 self._ask(actors, "ensure_shared", place, marker, doing="looking at output_dir")
                 for index, engine in enumerate(actors.engines):
-                    cluster.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
+                    waits.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
             policies = Policies(
                 actors,
                 self.plan.dtype,
@@ -165,7 +165,7 @@ class _Job:
 
     def _ask(self, actors: Actors, method: str, *args: Any, doing: str) -> Any:
         timeout_s = self.config.ray.rollout_timeout_s
-        return cluster.ask_ranks(actors.trainers, method, *args, doing=doing, timeout_s=timeout_s)
+        return waits.ask_ranks(actors.trainers, method, *args, doing=doing, timeout_s=timeout_s)
 
     def _loop(self, loop: Loop, log: MetricsLog) -> None:
         total = self.plan.total_steps
@@ -182,7 +182,7 @@ class _Job:
                     self._evaluate(loop, log, f"after step {loop.step}")
                 if self.config.save_strategy != "no" and (loop.step % self.plan.save_steps == 0 or loop.step == total):
                     self._save(loop)
-        except cluster.Interrupted:
+        except waits.Interrupted:
             tell_stop(self.display, self.output_dir, loop.step)
             raise
 
@@ -206,7 +206,7 @@ class _Job:
             with storage.new_folder(path) as folder:
                 ranks = enumerate(loop.actors.trainers)  # the first one writes the older policies
                 saves = [trainer.save.remote(str(folder), *(older if rank == 0 else ())) for rank, trainer in ranks]
-                cluster.fetch_ranks(saves, "saving a checkpoint", self.config.ray.rollout_timeout_s, loop.rollouts)
+                waits.fetch_ranks(saves, "saving a checkpoint", self.config.ray.rollout_timeout_s, loop.rollouts)
                 job = identity(self.config, self.prompts)
                 state = {"step": loop.step, "evaluations": self.evaluations, "in_flight": loop.state(), "job": job}
                 storage.write_json(folder / storage.STATE, state)
@@ -218,7 +218,7 @@ class _Job:
 
     def _restore(self, loop: Loop, path: Path) -> None:
         state = storage.read_state(path)
-        older = cluster.ask_ranks(
+        older = waits.ask_ranks(
             loop.actors.trainers, "restore", str(path), doing=f"restoring {path}", timeout_s=cluster.START_TIMEOUT_S
         )
         for header, *buckets in older:

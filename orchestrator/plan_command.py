@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from actors.errors import ConfigError
-from orchestrator import cluster, hardware
+from orchestrator import cluster, hardware, waits
 from orchestrator.config import load
 from orchestrator.dataset_plan import packs
 from orchestrator.drawing import drawing
@@ -34,7 +34,7 @@ def run(path: str, overrides: Sequence[str], where: str, *, as_json: bool, measu
     with ExitStack() as stack:
         joins = where == AUTO and bool(os.environ.get("RAY_ADDRESS"))
         if measure or joins:
-            stack.enter_context(cluster.interruptible())
+            stack.enter_context(waits.interruptible())
             stack.enter_context(cluster.connected())
         nodes = hardware.said(where) if where != AUTO else cluster.nodes() if joins else cluster.local_nodes()
         hardware.ensure_known(nodes)

@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.errors import SyncError
 from actors.types import InstallReceipt, SnapshotHeader
-from orchestrator import cluster
+from orchestrator import waits
 from orchestrator.cluster import Actors
 
 # Mean difference between the trainer's and an engine's log-probability of the probe, nats a token, above which the engine
@@ -35,23 +35,23 @@ class Policies:
 
     def learn_base(self) -> None:
         """Asks what the base model says of the probe, and how a policy comes; before the first install."""
-        self.buckets = cluster.ask_ranks(
+        self.buckets = waits.ask_ranks(
             self.actors.trainers, "bucket_count", doing="loading its model", timeout_s=self.timeout_s
         )
-        self.bases["the base model"] = cluster.ask_ranks(
+        self.bases["the base model"] = waits.ask_ranks(
             self.actors.trainers, "base_logprobs", doing="computing the probe", timeout_s=self.timeout_s
         )
         if self.quantized:
             ref = self.actors.engines[0].probe_logprobs.remote()
             who = "engine 0, computing the probe"
-            self.bases["the base model before it was quantized"] = cluster.fetch(ref, who, self.timeout_s)
+            self.bases["the base model before it was quantized"] = waits.fetch(ref, who, self.timeout_s)
 
-    def publish(self, meanwhile: cluster.Meanwhile | None = None) -> tuple[SnapshotHeader, float]:
+    def publish(self, meanwhile: waits.Meanwhile | None = None) -> tuple[SnapshotHeader, float]:
         """The trainer's current policy becomes a version; returns its header and the seconds it took."""
         started = time.perf_counter()
         refs = [trainer.publish.options(num_returns=self.buckets + 1).remote() for trainer in self.actors.trainers]
         headers = [of_rank[-1] for of_rank in refs]
-        header: SnapshotHeader = cluster.fetch_ranks(headers, "publishing the policy", self.timeout_s, meanwhile)
+        header: SnapshotHeader = waits.fetch_ranks(headers, "publishing the policy", self.timeout_s, meanwhile)
         self.add(header, *refs[0][:-1])
         return header, time.perf_counter() - started
 
@@ -68,7 +68,7 @@ class Policies:
         """Checks the receipt of an engine's last install; returns its version. Raises SyncError when the proof fails."""
         version = self.asked[index]
         who = f"engine {index}, installing policy version {version}"
-        receipt: InstallReceipt = cluster.fetch(ref, who, self.timeout_s)
+        receipt: InstallReceipt = waits.fetch(ref, who, self.timeout_s)
         header = self.published[version][0]
         others: dict[str, Sequence[float]] = {
             f"version {v}": other[0].probe_logprobs

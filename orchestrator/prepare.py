@@ -39,7 +39,7 @@ from actors.preparing import (
 )
 from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut, read
 from actors.specs import ModelSpec
-from orchestrator import cluster
+from orchestrator import waits
 from orchestrator.data import ensure_usable, held_out_count, hub_spec, local_files
 from orchestrator.jobs import special_tokens
 from orchestrator.schema import DatasetConfig, JobConfig
@@ -359,7 +359,7 @@ def _on_workers(function: Callable[[Any], list[Any]], items: Sequence[Any], task
     if not items:
         return
     conducted = ray.remote(num_cpus=0, num_returns="streaming")(conduct).remote(function, items, min(tasks, len(items)))
-    for one in cluster.fetch_each(conducted, "the datasets", TIMEOUT_S):
+    for one in waits.fetch_each(conducted, "the datasets", TIMEOUT_S):
         if isinstance(one, EaglerayError):
             raise one
         yield one

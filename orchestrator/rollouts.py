@@ -19,7 +19,7 @@ from typing import Any
 from actors.errors import ActorError, SyncError
 from actors.specs import SamplingSpec
 from actors.types import RolloutHeader
-from orchestrator import cluster
+from orchestrator import waits
 from orchestrator.data import Row
 from orchestrator.policies import Policies
 from orchestrator.scoring import Call, Scorer
@@ -85,7 +85,7 @@ class Rollouts:
 
         Raises ActorError for an engine that died or failed, SyncError when a proof fails.
         """
-        ready = set(cluster.ended(self.refs()))
+        ready = set(waits.ended(self.refs()))
         for index, engine in enumerate(self.engines):
             if engine.installing in ready:
                 engine.version = self.policies.confirm(index, engine.installing)
@@ -102,14 +102,14 @@ class Rollouts:
             if self.look():
                 news = time.monotonic()
             elif time.monotonic() > news + self.timeout_s:
-                raise ActorError(cluster.NO_ANSWER.format(who=self._late(), timeout_s=self.timeout_s))
+                raise ActorError(waits.NO_ANSWER.format(who=self._late(), timeout_s=self.timeout_s))
             else:
-                cluster.wait_any(self.refs())
+                waits.wait_any(self.refs())
 
     def _take_in(self, index: int, ref: Any) -> None:
         engine = self.engines[index]
         group = engine.out.pop(ref)
-        header: RolloutHeader = cluster.fetch(ref, f"engine {index}, sampling batch {group.number}", self.timeout_s)
+        header: RolloutHeader = waits.fetch(ref, f"engine {index}, sampling batch {group.number}", self.timeout_s)
         if header.policy_version != group.policy_version:
             raise SyncError(
                 f"engine {index} sampled batch {group.number} with policy version {header.policy_version}, "

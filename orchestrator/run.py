@@ -11,7 +11,7 @@ from orchestrator.starting_adapter import adopted
 def run(config: JobConfig, display: Display) -> RunResult:
     """Runs a job to its end.
 
-    Raises EaglerayError for anything a person can act on, cluster.Interrupted on Ctrl-C or SIGTERM.
+    Raises EaglerayError for anything a person can act on, waits.Interrupted on Ctrl-C or SIGTERM.
     """
     ensure_runnable(config)
     wandb_run.ensure_login(config)

@@ -7,7 +7,7 @@ from typing import Any
 from actors.errors import ActorError
 from actors.samples import SampleWriter
 from actors.types import Scores
-from orchestrator import cluster
+from orchestrator import cluster, waits
 from orchestrator.rollouts import Group
 
 WRITE_TIMEOUT_S = 60
@@ -45,10 +45,10 @@ class Samples:
     def _look(self, timeout_s: float) -> None:
         waiting, self.pending = self.pending, []
         for ref in waiting:
-            if timeout_s == 0.0 and not cluster.wait(ref, 0.0):
+            if timeout_s == 0.0 and not waits.wait(ref, 0.0):
                 self.pending.append(ref)
                 continue
             try:
-                cluster.fetch(ref, f"the writer of {self.folder}", timeout_s)
+                waits.fetch(ref, f"the writer of {self.folder}", timeout_s)
             except ActorError as error:
                 self.warn(str(error))

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.specs import JudgeSpec, RewardModelSpec, RewardSpec
 from actors.types import Scores
-from orchestrator import cluster
+from orchestrator import cluster, waits
 from orchestrator.data import Row
 from orchestrator.plan import Plan
 
@@ -56,7 +56,7 @@ class Scorer:
         self.plan = plan
         self.group = group
         self.timeout_s = timeout_s
-        self.meanwhile: cluster.Meanwhile | None = None  # what goes on while scores are waited for
+        self.meanwhile: waits.Meanwhile | None = None  # what goes on while scores are waited for
         self.functions = [_Function(spec, cluster.start_reward(plan, group, spec)) for spec in specs]
 
     def wait_ready(self) -> list[str]:
@@ -76,7 +76,7 @@ class Scorer:
         return [self._queue(function, Call(row, group_ref)) for function in self.functions]
 
     def collect(
-        self, calls: Sequence[Sequence[Call]], meanwhile: cluster.Meanwhile | None = None
+        self, calls: Sequence[Sequence[Call]], meanwhile: waits.Meanwhile | None = None
     ) -> list[list[Scores]]:
         """The scores of groups, [groups][functions], from their calls; a function's clock runs from now, call by call."""
         self.meanwhile = meanwhile
@@ -116,7 +116,7 @@ class Scorer:
 
     def _outcome(self, call: Call) -> Scores | str:
         """What a call gave, or why it gave nothing."""
-        if not cluster.wait(call.ref, self.timeout_s, self.meanwhile):
+        if not waits.wait(call.ref, self.timeout_s, self.meanwhile):
             return f"did not return within ray.reward_timeout_s = {self.timeout_s:g} s"
         try:
             scores: Scores = ray.get(call.ref)
@@ -139,7 +139,7 @@ class Scorer:
     def _wait_ready(self, function: _Function) -> str | None:
         imported = isinstance(function.spec, RewardSpec)
         limit_s = cluster.PLACEMENT_TIMEOUT_S if imported else cluster.START_TIMEOUT_S
-        note: str | None = cluster.fetch(function.actor.ready.remote(), f"reward {function.spec.path}", limit_s)
+        note: str | None = waits.fetch(function.actor.ready.remote(), f"reward {function.spec.path}", limit_s)
         return note
 
     def _queue(self, function: _Function, call: Call) -> Call:

@@ -13,7 +13,7 @@ from typing import Any
 from actors import hub
 from actors.errors import ActorError, ConfigError, EaglerayError
 from actors.specs import ServedModelSpec
-from orchestrator import cluster
+from orchestrator import cluster, waits
 from orchestrator.answering import KV_CACHE_GIB, sampling_plan
 from orchestrator.display import Display
 from orchestrator.environment import served_environment
@@ -28,14 +28,14 @@ def serve(folders: Sequence[Path], *, host: str, port: int, replicas: int, base:
     """Serves until it is stopped. replicas: of each engine. base: serves the base models too.
 
     api_key_env: the variable with the key that requests must carry. Raises EaglerayError for anything a person can act on,
-    cluster.Interrupted on Ctrl-C or SIGTERM.
+    waits.Interrupted on Ctrl-C or SIGTERM.
     """
     display = Display()
     key = _key(api_key_env, host)
     if replicas < 1:
         raise ConfigError(f"--replicas is {replicas}; it must be 1 or more")
     results = [find(folder, display) for folder in folders]
-    with cluster.interruptible(), ExitStack() as stack:
+    with waits.interruptible(), ExitStack() as stack:
         weights = [stack.enter_context(loadable(result, display)) for result in results]
         engines = engines_of(results, weights, base=base)
         models = [served for engine in engines for served in models_of(engine)]
@@ -51,7 +51,7 @@ def serve(folders: Sequence[Path], *, host: str, port: int, replicas: int, base:
         display.header(f"serving at http://{host}:{port}/v1", [f"model    {described(served, engines)}" for served in models])
         display.note("Ctrl-C ends it")
         while True:
-            cluster.pause(cluster.POLL_S)
+            waits.pause(waits.POLL_S)
 
 
 class _Serving:
@@ -87,9 +87,9 @@ class _Serving:
         thread.start()
         try:
             while thread.is_alive():
-                cluster.pause(cluster.POLL_S)
+                waits.pause(waits.POLL_S)
             if self.error is not None:
-                raise ActorError(f"the engines did not start: {cluster.told(self.error)}") from self.error
+                raise ActorError(f"the engines did not start: {waits.told(self.error)}") from self.error
         except BaseException:
             self.__exit__()
             raise
