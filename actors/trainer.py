@@ -7,7 +7,6 @@ was not interrupted.
 
 import json
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
@@ -92,7 +91,6 @@ class Trainer:
         advantages: [groups][G], of this rank's share; None = the sample was dropped or is another rank's, and counts
         nowhere here. Ends in the next policy version. The answer is the same on every rank.
         """
-        started = time.perf_counter()
         samples, lengths = self._samples(advantages, groups)
         rows = [pack_row(groups, r) for r in plan_rows(groups, samples, self.spec.micro_batch_size)]
         counts = self.shared.total({
@@ -130,7 +128,6 @@ class Trainer:
             trained_completions=int(counts["trained_completions"]),
             trained_tokens=trained_tokens,
             computed_tokens=int(counts["computed_tokens"]),
-            seconds=time.perf_counter() - started,
             left_out=left_out,
         )
 

@@ -105,7 +105,6 @@ class TrainStats:
     trained_completions: int
     trained_tokens: int  # completion tokens in the loss
     computed_tokens: int  # positions that went through the model
-    seconds: float
     left_out: int  # optimizer steps left out because loss or gradient was not finite
 
 

@@ -3,8 +3,8 @@
 On-policy, one step off and asynchronous are the same loop: prompts of some batches are in flight beyond the one that is
 trained on. Which policy version samples a prompt is a function of its batch's number alone, also for prompts that replace
 others, and its draws of the prompt's own place, so a resumed run samples again just what was in flight. Without
-`late_steps` a step trains on its own batch; with it, on the groups that came first, and none is staler for that than
-`max_staleness`.
+`late_steps` a step trains on its own batch; with it, on the groups that came first, and none is staler for that than a
+batch in its turn may be.
 
 Consumes prompts; produces policy versions and records; waits for rollouts, rewards and the trainer; is unblocked by
 their answers or by a time limit, which ends the job.
@@ -12,8 +12,9 @@ their answers or by a time limit, which ends the job.
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from actors.specs import SamplingSpec
 from actors.types import RolloutHeader, Scores, TrainStats
@@ -49,22 +50,19 @@ class Sampled:
     groups: list[Group]
     scores: list[list[Scores]]  # [groups][functions]
     rewards: Numbers
+    sample_s: float  # from the first prompt at an engine to the last completion
     score_s: float
 
     @property
     def headers(self) -> list[RolloutHeader]:
         return [group.sampled() for group in self.groups]
 
-    @property
-    def sample_s(self) -> float:
-        """From the first prompt at an engine to the last completion."""
-        return max(g.ended_at for g in self.groups) - min(g.dealt_at for g in self.groups)
-
     def and_more(self, other: "Sampled") -> "Sampled":
         return Sampled(
             self.groups + other.groups,
             self.scores + other.scores,
             self.rewards + other.rewards,
+            self.sample_s + other.sample_s,
             self.score_s + other.score_s,
         )
 
@@ -104,16 +102,15 @@ class Loop:
         self.policies.publish()
         self.rollouts.send(self.in_flight)
 
-    def state(self) -> list[list[int]]:
-        """What `resume` needs: number and place of each group in flight."""
-        return [[group.number, group.place] for group in self.in_flight]
+    def state(self) -> dict[str, Any]:
+        """What `resume` needs: batches asked for, and number and place of each group in flight."""
+        return {"sent": self.sent, "in_flight": [[group.number, group.place] for group in self.in_flight]}
 
-    def resume(self, step: int, state: Sequence[Sequence[int]]) -> None:
-        """Goes on after `step` steps with these groups in flight."""
-        self.step = step
-        self.sent = min(step + self.ahead, self.plan.total_steps)
-        batches = {number: self._batch(number) for number, _ in state}
-        self.in_flight = [batches[number][place] for number, place in state]
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+        """Goes on after `step` steps from a `state`; with more steps in all, too, than the job that left it had."""
+        self.step, self.sent = step, state["sent"]
+        batches = {number: self._batch(number) for number in {number for number, _ in state["in_flight"]}}
+        self.in_flight = [batches[number][place] for number, place in state["in_flight"]]
 
     def advance(self) -> Record:
         """One step; returns its record."""
@@ -121,7 +118,7 @@ class Loop:
         self._fill()
         sampled = self._filled_up(self._collected(self._next()))
         headers, scores, rewards = sampled.headers, sampled.scores, sampled.rewards
-        if told := self.tally.failures(headers, scores, rewards, self.step + 1):
+        if told := self.tally.failures(headers, scores, rewards, f"of step {self.step + 1}"):
             self.warn(told)
         advantages = self.tally.credit(scores, rewards)
         if self.samples:
@@ -192,12 +189,12 @@ class Loop:
     def evaluate(self) -> Evaluation:
         """Greedy answers of the newest policy to every held-out prompt."""
         if self.step not in self.policies.published:  # with vllm_sync_interval above 1
-            self.policies.publish()
+            self.policies.publish(self.rollouts)
         trl = self.config.trl
         greedy = SamplingSpec(1, trl.max_completion_length, temperature=0.0, extra=trl.generation_kwargs or {})
         answers = self._sampled_now(self.prompts.held_out, greedy, self.step, "held-out")
         scores, rewards = answers.scores, answers.rewards
-        if told := self.tally.failures(answers.headers, scores, rewards, self.step + 1):
+        if told := self.tally.failures(answers.headers, scores, rewards, f"of the held-out prompts after step {self.step}"):
             self.warn(told)
         record = self.tally.record(answers.headers, scores, rewards, rewards)
         if self.samples:
@@ -234,14 +231,13 @@ class Loop:
 
     def _batch(self, number: int) -> list[Group]:
         rows = rows_of_step(self.prompts.train, number, self.plan.prompts_per_step, self.config.seed)
-        return self._groups(rows, self._sampling(), self.version_for(number), f"{number}", number)
+        return self._groups(number, rows, self._sampling(), self.version_for(number), f"{number}")
 
     def _groups(
-        self, rows: Sequence[Row], sampling: SamplingSpec, version: int, draws: str, number: int | None = None
+        self, number: int, rows: Sequence[Row], sampling: SamplingSpec, version: int, draws: str
     ) -> list[Group]:
-        """draws: what seeds them, with the job's seed and their places. number: None = of this step."""
+        """draws: what seeds them, with the job's seed and their places."""
         seeds = [random.Random(f"{self.config.seed}/{draws}/{place}").randrange(MAX_SEED) for place in range(len(rows))]
-        number = self.step if number is None else number
         return [
             Group(row, number, place, version, sampling, seed)
             for place, (row, seed) in enumerate(zip(rows, seeds, strict=True))
@@ -272,17 +268,18 @@ class Loop:
         scoring = time.perf_counter()
         scores = self.scorer.collect([group.calls for group in groups], self.rollouts)
         rewards = self.tally.combined(scores, [group.sampled() for group in groups])
-        return Sampled(groups, scores, rewards, time.perf_counter() - scoring)
+        sample_s = max(group.ended_at for group in groups) - min(group.dealt_at for group in groups)
+        return Sampled(groups, scores, rewards, sample_s, time.perf_counter() - scoring)
 
     def _sampled_now(self, rows: Sequence[Row], sampling: SamplingSpec, version: int, draws: str) -> Sampled:
         self._wake()
-        groups = self._groups(rows, sampling, version, draws)
+        groups = self._groups(self.step, rows, sampling, version, draws)
         self.rollouts.send(groups)
         return self._collected(groups)
 
     def _filled_up(self, sampled: Sampled) -> Sampled:
         """With max_resamples: other prompts in place of groups without signal, so often at most, by the newest policy sent."""
-        version = self.version_for(self.sent - 1)
+        version = self.version_for(self.step + self.ahead)
         for attempt in range(1, self.config.ray.max_resamples + 1):
             advantages = self.tally.advantages(sampled.scores, sampled.rewards)
             missing = self.plan.prompts_per_step - sum(map(has_signal, advantages))

@@ -31,6 +31,7 @@ class Policies:
         self.buckets = 1
         self.bases: dict[str, Sequence[float]] = {}  # the probe under the base models: what a dead sync serves
         self.asked: dict[int, int] = {}  # by engine, the version that it was asked to install last
+        self.served: dict[int, int] = {}  # by engine, the version that it proved last
         self.costs: dict[int, tuple[float, float]] = {}  # by version, of all engines: probe gap and seconds, the largest
 
     def learn_base(self) -> None:
@@ -79,6 +80,7 @@ class Policies:
         gap = check_proof(header, receipt, others, self.tolerance, who)
         worst, slowest = self.costs.get(version, (0.0, 0.0))
         self.costs[version] = max(gap, worst), max(receipt.seconds, slowest)
+        self.served[index] = version
         return version
 
     def cost(self, version: int) -> tuple[float, float]:
@@ -88,9 +90,9 @@ class Policies:
     def forget(self, needed: Sequence[int]) -> None:
         """Drops versions that nothing will install again; their buckets leave the object store.
 
-        What engines were asked for last stays: its proof may still be under way, and the next one must differ from it.
+        What engines were asked for last stays, and what they served before: a proof that is under way compares with both.
         """
-        kept = {*needed, *self.asked.values()}
+        kept = {*needed, *self.asked.values(), *self.served.values()}
         self.published = {v: p for v, p in self.published.items() if v in kept}
 
 

@@ -37,7 +37,6 @@ class Group:
     policy_version: int
     sampling: SamplingSpec
     seed: int
-    engine: int = -1  # -1 = not dealt yet
     group_ref: Any = None
     header: RolloutHeader | None = None  # None = not sampled yet
     calls: list[Call] = field(default_factory=list)  # one a reward function, once it is sampled
@@ -104,21 +103,24 @@ class Rollouts:
             elif time.monotonic() > news + self.timeout_s:
                 raise ActorError(waits.NO_ANSWER.format(who=self._late(), timeout_s=self.timeout_s))
             else:
+                assert self.refs(), "what is waited for was asked for"
                 waits.wait_any(self.refs())
 
     def _take_in(self, index: int, ref: Any) -> None:
         engine = self.engines[index]
-        group = engine.out.pop(ref)
+        group = engine.out[ref]  # until it is known to be good, so that a failure is told again to whoever looks next
         header: RolloutHeader = waits.fetch(ref, f"engine {index}, sampling batch {group.number}", self.timeout_s)
         if header.policy_version != group.policy_version:
             raise SyncError(
                 f"engine {index} sampled batch {group.number} with policy version {header.policy_version}, "
                 f"not with {group.policy_version}"
             )
+        del engine.out[ref]
         group.header, group.ended_at = header, time.monotonic()
         group.calls = self.scorer.submit(group.row, group.group_ref, header.failure)
-        pace = header.seconds / max(1, *header.completion_tokens)
-        engine.pace = pace if engine.pace is None else PACE_MEMORY * engine.pace + (1 - PACE_MEMORY) * pace
+        if not header.failure:  # else its time was the rollout function's
+            pace = header.seconds / max(1, *header.completion_tokens)
+            engine.pace = pace if engine.pace is None else PACE_MEMORY * engine.pace + (1 - PACE_MEMORY) * pace
 
     def _deal(self) -> None:
         """To the engine that has the least of its share, one group after the other, until all have theirs."""
@@ -148,7 +150,7 @@ class Rollouts:
 
     def _give(self, index: int, group: Group) -> None:
         engine = self.engines[index]
-        group.engine, group.dealt_at = index, time.monotonic()
+        group.dealt_at = time.monotonic()
         call = engine.actor.sample.options(num_returns=2)
         row = group.row
         ref, group.group_ref = call.remote(row.prompt, group.sampling, group.seed, group.policy_version, row.columns)
@@ -160,7 +162,7 @@ class Rollouts:
                 return f"engine {index}, installing a policy"
             if engine.out:
                 return f"engine {index}, sampling batch {next(iter(engine.out.values())).number}"
-        return "nobody"
+        return "an engine"
 
 
 def shares(count: int, paces: Sequence[float | None]) -> list[int]:

@@ -56,7 +56,6 @@ class Scorer:
         self.plan = plan
         self.group = group
         self.timeout_s = timeout_s
-        self.meanwhile: waits.Meanwhile | None = None  # what goes on while scores are waited for
         self.functions = [_Function(spec, cluster.start_reward(plan, group, spec)) for spec in specs]
 
     def wait_ready(self) -> list[str]:
@@ -79,12 +78,11 @@ class Scorer:
         self, calls: Sequence[Sequence[Call]], meanwhile: waits.Meanwhile | None = None
     ) -> list[list[Scores]]:
         """The scores of groups, [groups][functions], from their calls; a function's clock runs from now, call by call."""
-        self.meanwhile = meanwhile
         for number, function in enumerate(self.functions):
-            self._settle(function, [of_group[number] for of_group in calls])
+            self._settle(function, [of_group[number] for of_group in calls], meanwhile)
         return [[call.settled() for call in of_group] for of_group in calls]
 
-    def _settle(self, function: _Function, calls: Sequence[Call]) -> None:
+    def _settle(self, function: _Function, calls: Sequence[Call], meanwhile: waits.Meanwhile | None) -> None:
         """Gives scores to these calls, and to all that were queued before the last of them."""
         lost = 0
         while any(call.scores is None for call in calls):
@@ -92,20 +90,20 @@ class Scorer:
             if lost == MAX_LOST_IN_A_ROW:
                 call.scores = self._failure(function, f"not called, after {lost} calls in a row were lost")
             else:
-                call.scores, is_lost = self._result(function, call)
+                call.scores, is_lost = self._result(function, call, meanwhile)
                 lost = lost + 1 if is_lost else 0
             function.pending.popleft()
         if lost == MAX_LOST_IN_A_ROW:
             # The calls that were given up are still queued in the process.
             self._restart(function)
 
-    def _result(self, function: _Function, call: Call) -> tuple[Scores, bool]:
+    def _result(self, function: _Function, call: Call, meanwhile: waits.Meanwhile | None) -> tuple[Scores, bool]:
         """A call's scores, and whether it took its process with it."""
-        outcome = self._outcome(call)
+        outcome = self._outcome(call, meanwhile)
         if outcome == ENDED:
             # A call behind it may have ended the process before this answer was out: it is made again, alone.
             self._restart(function, alone=call)
-            outcome = self._outcome(call)
+            outcome = self._outcome(call, None)  # nothing is queued until it is known
             if not isinstance(outcome, str):
                 for waiting in itertools.islice(function.pending, 1, None):
                     self._call(function, waiting)
@@ -114,9 +112,9 @@ class Scorer:
             return self._failure(function, outcome), True
         return outcome, False
 
-    def _outcome(self, call: Call) -> Scores | str:
+    def _outcome(self, call: Call, meanwhile: waits.Meanwhile | None) -> Scores | str:
         """What a call gave, or why it gave nothing."""
-        if not waits.wait(call.ref, self.timeout_s, self.meanwhile):
+        if not waits.wait(call.ref, self.timeout_s, meanwhile):
             return f"did not return within ray.reward_timeout_s = {self.timeout_s:g} s"
         try:
             scores: Scores = ray.get(call.ref)

@@ -39,11 +39,14 @@ class Tally:
         ]
 
     def failures(
-        self, headers: Sequence[RolloutHeader], scores: list[list[Scores]], rewards: Numbers, step: int
+        self, headers: Sequence[RolloutHeader], scores: list[list[Scores]], rewards: Numbers, where: str
     ) -> str | None:
-        """What to tell of groups and calls that failed. Raises RewardError when no completion of all has a reward."""
-        told = self.failed(headers, scores, f" of step {step}")
-        summary = "; ".join(told) or f"every reward of step {step} is None"
+        """What to tell of groups and calls that failed. Raises RewardError when no completion of all has a reward.
+
+        where: such as "of step 3".
+        """
+        told = self.failed(headers, scores, f" {where}")
+        summary = "; ".join(told) or f"every reward {where} is None"
         if all(reward is None for group in rewards for reward in group):
             raise RewardError(f"{summary}. No completion has a reward, so there is nothing to learn from")
         return f"{summary}; their completions were dropped" if told else None

@@ -253,6 +253,10 @@ def _late(config: JobConfig) -> Iterator[Problem]:
     if late and late >= staleness:
         text = f"is {late}, but ray.max_staleness is {staleness}: no batch is sampled ahead then; use at most {staleness - 1}"
         yield Problem("ray.late_steps", text if staleness > 1 else f"needs ray.max_staleness {late + 1} or more")
+    engines = config.ray_num_workers if config.trl.vllm_mode == "colocate" else config.ray.engines
+    if late and engines == 1:
+        text = "needs two engines or more: one that still samples takes no new policy, so its next batch waits; see ray.engines"
+        yield Problem("ray.late_steps", text)
 
 
 def _whole_groups(config: JobConfig) -> Iterator[Problem]:

@@ -122,9 +122,11 @@ def test_prompts_are_dealt_to_all_engines(cluster: None, llama: str) -> None:
     record = made.advance()
     assert record["groups"] == 2
     assert [ray.get(engine.versions.remote()) for engine in made.actors.engines] == [[0], [0]]
+    assert [len(ray.get(engine.done.remote())) for engine in made.actors.engines] == [1, 1]
     result = made.evaluate()
     assert result.total == 2
     assert [ray.get(engine.versions.remote()) for engine in made.actors.engines] == [[0, 1], [0, 1]]
+    assert [len(ray.get(engine.done.remote())) for engine in made.actors.engines] == [2, 2]
 
 
 def test_an_engine_gets_prompts_by_its_pace(cluster: None, llama: str) -> None:
@@ -197,15 +199,15 @@ def test_a_long_completion_does_not_hold_its_batch(cluster: None, llama: str, tm
     assert sorted(pair for step in taken for pair in step) == sorted(expected)
     assert (long, 0) in taken[2], "it was not late, so nothing is shown"
     assert max(record["staleness"] for record in records) == 2
-    assert states[1][0] == [1, 0], "a resumed job asks for it again"
+    assert states[1]["in_flight"][0] == [1, 0], "a resumed job asks for it again"
     made.resume(2, states[1])
-    assert [(group.number, group.place) for group in made.in_flight] == [tuple(pair) for pair in states[1]]
+    assert [(group.number, group.place) for group in made.in_flight] == [tuple(pair) for pair in states[1]["in_flight"]]
     assert made.in_flight[0].row.prompt == long and made.in_flight[0].policy_version == 0
 
 
-@pytest.mark.parametrize("lies", [("before",), ("", "nothing")])
-def test_a_sync_that_lies_stops_the_job(cluster: None, llama: str, lies: tuple[str, ...]) -> None:
-    made = loop(llama, lies=lies)
+@pytest.mark.parametrize(("lies", "staleness"), [(("before",), 0), (("before",), 1), (("", "nothing"), 0)])
+def test_a_sync_that_lies_stops_the_job(cluster: None, llama: str, lies: tuple[str, ...], staleness: int) -> None:
+    made = loop(llama, lies=lies, staleness=staleness)
     with pytest.raises(SyncError) as error:
         for _ in range(STEPS):
             made.advance()
@@ -342,20 +344,25 @@ def run_to(made: Loop, step: int) -> list[dict[str, Any]]:
 
 
 def test_a_resumed_loop_repeats_the_uninterrupted_one(cluster: None, llama: str, tmp_path: Path) -> None:
+    """Also where the one that stopped was to have fewer steps, and had asked for no more batches."""
     staleness = 2  # with batches in flight, sampled by two older policies
     straight = run_to(loop(llama, staleness=staleness), STEPS)
-    stopped = loop(llama, staleness=staleness)
-    run_to(stopped, 3)
-    older = [part for v in stopped.versions_needed() if v != 3 for part in stopped.policies.published[v]]
-    ray.get(stopped.actors.trainers[0].save.remote(str(tmp_path), *older))
-    state = stopped.state()
+    for total in (STEPS, 3):
+        stopped = loop(llama, staleness=staleness)
+        stopped.plan = replace(stopped.plan, total_steps=total)
+        run_to(stopped, 3)
+        folder = tmp_path / str(total)
+        older = [part for v in stopped.versions_needed() if v != 3 for part in stopped.policies.published[v]]
+        ray.get(stopped.actors.trainers[0].save.remote(str(folder), *older))
+        state = stopped.state()
+        assert len(state["in_flight"]) == (4 if total == STEPS else 0)
 
-    resumed = loop(llama, staleness=staleness)
-    resumed.policies.published.clear()
-    for header, buffer in ray.get(resumed.actors.trainers[0].restore.remote(str(tmp_path))):
-        resumed.policies.add(header, ray.put(buffer))
-    resumed.resume(3, state)
-    resumed.start()
-    keys = ("step", "loss", "reward", "grad_norm", "staleness", "completion_tokens")
-    repeated = [{key: record[key] for key in keys} for record in run_to(resumed, STEPS)]
-    assert repeated == [{key: record[key] for key in keys} for record in straight[3:]]
+        resumed = loop(llama, staleness=staleness)
+        resumed.policies.published.clear()
+        for header, buffer in ray.get(resumed.actors.trainers[0].restore.remote(str(folder))):
+            resumed.policies.add(header, ray.put(buffer))
+        resumed.resume(3, state)
+        resumed.start()
+        keys = ("step", "loss", "reward", "grad_norm", "staleness", "completion_tokens")
+        repeated = [{key: record[key] for key in keys} for record in run_to(resumed, STEPS)]
+        assert repeated == [{key: record[key] for key in keys} for record in straight[3:]]
