@@ -47,8 +47,7 @@ class Connection:
     """The cluster that this driver is connected to."""
 
     job_id: str  # Ray's, of this driver
-    node_id: str  # where the driver runs
-    logs: Path  # Ray's folder of logs there, which the dashboard shows
+    logs: Path  # Ray's folder of logs where the driver runs, which the dashboard shows
     dashboard: str | None  # its address, with http://
 
     def __str__(self) -> str:
@@ -110,11 +109,10 @@ def connected() -> Iterator[Connection]:
         # Ray puts two of its own in its place: one in Python, which exits, and one in front of it, which prints a stack.
         signal.signal(signal.SIGTERM, on_sigterm)
     _starts.clear()
-    here = ray.get_runtime_context()
     logs = Path(context.address_info["session_dir"], "logs")
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
     try:
-        yield Connection(here.get_job_id(), here.get_node_id(), logs, dashboard)
+        yield Connection(ray.get_runtime_context().get_job_id(), logs, dashboard)
     finally:
         ray.shutdown()
 

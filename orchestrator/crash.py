@@ -61,7 +61,7 @@ def look(here: Connection, error: BaseException) -> Evidence:
     try:
         dashboard = Dashboard(here.dashboard)
         actors, machines = dashboard.actors(here.job_id), dashboard.machines()
-    except ActorError as failure:
+    except (ActorError, OSError, ValueError) as failure:  # the run has failed already
         return Evidence(missing=str(failure))
     blamed = to_blame(str(error), actors)
     logs = {}
@@ -98,8 +98,9 @@ def write(output_dir: Path, error: BaseException, evidence: Evidence, place: Pla
         folder = _new_folder(output_dir / "crash", place)
         (folder / "logs").mkdir()
         for name, text in evidence.logs.items():
-            (folder / "logs" / name).write_text(text, encoding="utf-8")
-        (folder / "report.md").write_text(_report(error, evidence, place, cause), encoding="utf-8")
+            (folder / "logs" / name).write_text(text, encoding="utf-8", errors="replace")
+        report = _report(error, evidence, place, cause)
+        (folder / "report.md").write_text(report, encoding="utf-8", errors="replace")
         facts = _facts(error, evidence, place, cause)
         (folder / "report.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     except OSError as failure:

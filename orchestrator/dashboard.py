@@ -1,11 +1,12 @@
 """What Ray's dashboard says of a job: its actors, its nodes, their logs.
 
 Over HTTP, with Ray's token: looking joins no cluster and asks nothing of an actor, so it disturbs no job, and it works from
-another machine and when an actor is gone. `top.py` and `crash.py` look through here.
+another machine and when an actor is gone. `sightings.py` and `crash.py` look through here.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import requests
 
 from actors.errors import ActorError
 
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # where Ray's dashboard listens on a machine of its own
 # The first word of every actor's name, in the order in which people look for them. Ray Train's workers are `worker RANK`.
 ROLES = ("trainer", "worker", "engine", "reward", "samples", "reports", "quarantine")
 STARTED_AGAIN = ", start "  # and a number: in the name of an actor that takes another one's place
@@ -58,27 +60,34 @@ class Actor:
 
 
 class Dashboard:
-    """The dashboard at an address such as http://127.0.0.1:8265. Every method raises ActorError when it does not answer."""
+    """The dashboard at an address as `address_of` has it. Every method raises ActorError when it does not answer, or otherwise
+    than Ray's does.
+    """
 
-    def __init__(self, address: str) -> None:
-        self.address = (address if "://" in address else f"http://{address}").rstrip("/")
+    def __init__(self, address: str | None, *, with_token: bool = True) -> None:
+        """Raises ActorError when there is a token that cannot be read."""
+        self.address = address_of(address)
         self._session = requests.Session()
-        self._session.headers.update(_token())
+        if with_token and (found := token()):
+            self._session.headers["Authorization"] = f"Bearer {found}"
 
     def actors(self, job_id: str) -> list[Actor]:
         """The job's actors that have a role, the newest of each name, in order of name."""
-        listed = self._listed("actors", job_id)
-        processes = self._json("/logical/actors")["data"]["actors"]
-        rows = [row for row in listed if row["class_name"] == TRAIN_WORKER]
-        ranks = self._train_ranks(job_id) if rows else {}
-        for row in rows:
-            rank = ranks.get(row["actor_id"])
-            row["name"] = f"worker {rank}" if rank is not None else f"worker of pid {row['pid']}"
-        return named([row for row in listed if (row["name"] or "").split(" ")[0] in ROLES], processes)
+        with self._understood():
+            listed = self._listed("actors", job_id)
+            processes = self._json("/logical/actors")["data"]["actors"]
+            rows = [row for row in listed if row["class_name"] == TRAIN_WORKER]
+            ranks = self._train_ranks(job_id) if rows else {}
+            for row in rows:
+                rank = ranks.get(row["actor_id"])
+                row["name"] = f"worker {rank}" if rank is not None else f"worker of pid {row['pid']}"
+            return named([row for row in listed if (row["name"] or "").split(" ")[0] in ROLES], processes)
 
     def machines(self) -> dict[str, Machine]:
         """The cluster's nodes, by id."""
-        return {machine.node_id: machine for machine in map(_machine, self._json("/nodes", view="summary")["data"]["summary"])}
+        with self._understood():
+            rows = self._json("/nodes", view="summary")["data"]["summary"]
+            return {machine.node_id: machine for machine in map(_machine, rows)}
 
     def log(self, actor_id: str, suffix: str, lines: int) -> str:
         """The last lines of what an actor's process wrote, also of a dead one. suffix: out | err."""
@@ -86,8 +95,9 @@ class Dashboard:
 
     def files(self, node_id: str, pattern: str) -> list[str]:
         """Names in a node's folder of logs."""
-        groups = self._json("/api/v0/logs", node_id=node_id, glob=pattern)["data"]["result"]
-        return sorted({name for names in groups.values() for name in names})
+        with self._understood():
+            groups = self._json("/api/v0/logs", node_id=node_id, glob=pattern)["data"]["result"]
+            return sorted({name for names in groups.values() for name in names})
 
     def file(self, node_id: str, name: str, lines: int = -1) -> str:
         """The last lines of a file in a node's folder of logs; -1: all."""
@@ -95,8 +105,19 @@ class Dashboard:
 
     def running_jobs(self) -> list[str]:
         """Ids of the drivers that are connected, oldest first."""
-        found = self._json("/api/v0/jobs", detail="true", limit=MAX_ACTORS)["data"]["result"]["result"]
-        return sorted(row["job_id"] for row in found if row["job_id"] and row["status"] == "RUNNING")
+        with self._understood():
+            found = self._json("/api/v0/jobs", detail="true", limit=MAX_ACTORS)["data"]["result"]["result"]
+            return sorted(row["job_id"] for row in found if row["job_id"] and row["status"] == "RUNNING")
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Around what takes an answer apart."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ActorError(
+                f"what answers at {self.address} is no dashboard of this version of Ray ({type(error).__name__}: {error})"
+            ) from error
 
     def _listed(self, resource: str, job_id: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self._json(
@@ -209,8 +230,18 @@ def _machine(row: Mapping[str, Any]) -> Machine:
     return Machine(raylet["nodeId"], name, int(total - available), int(total), gpus, raylet.get("state") == "ALIVE")
 
 
-def _token() -> dict[str, str]:
-    """The header with the cluster's token, from where Ray itself looks for it; nothing where there is none."""
+def address_of(named: str | None) -> str:
+    """A dashboard's address, whole; of the one at RAY_API_SERVER_ADDRESS, or on this machine, where none is named."""
+    address = named or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    return (address if "://" in address else f"http://{address}").rstrip("/")
+
+
+def token() -> str:
+    """The cluster's token, from where Ray itself looks for it; "" where there is none. Raises ActorError for a damaged file."""
+    if named := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return named
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text(encoding="utf-8") if file.is_file() else "")
-    return {"Authorization": f"Bearer {token.strip()}"} if token.strip() else {}
+    try:
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    except (OSError, ValueError) as error:
+        raise ActorError(f"Ray's token in {file} cannot be read ({error}); set RAY_AUTH_TOKEN, or mend the file") from error

@@ -1,7 +1,7 @@
 """What a run measures: the table of every metric, and the log that keeps them.
 
 `METRICS` is the one place that names a metric: the driver may only write names that stand there, and `report.py`,
-`display.py` and `top.py` read records by those names. A new metric is a line in the table, and one in that of
+`display.py` and `frame.py` read records by those names. A new metric is a line in the table, and one in that of
 `ray_metrics.py`. `MetricsLog` writes each record up to four times: a line of `metrics.jsonl` (the record that lasts
 and that a resumed run continues), TensorBoard, Weights & Biases, and Ray's metrics, which Prometheus collects.
 """

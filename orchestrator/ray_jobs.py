@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import ActorError, ConfigError
+from orchestrator.dashboard import address_of, token
 from orchestrator.display import duration
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # where Ray's dashboard listens on a machine of its own
 EXCLUDES = [".venv", ".git", "outputs", "model-out", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
 COMMAND = "eagleray"  # in a job's metadata: its configuration and overrides, as a person wrote them
 ANSWER_TIMEOUT_S = 10  # for the first answer; behind a firewall there is none at all
@@ -35,11 +35,9 @@ def connect(address: str | None, headers: str | None = None) -> Any:
     """
     import requests
 
-    address = (address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS).rstrip("/")
-    if "://" not in address:
-        address = f"http://{address}"
+    address = address_of(address)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray's client lets it, and RAY_ADDRESS, win over its own argument
-    if _has_token():
+    if token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` does; read when Ray is imported
     sent = _headers(headers or os.environ.get("RAY_JOB_HEADERS") or "{}")
     try:
@@ -85,7 +83,7 @@ def submit(client: Any, config_path: str, overrides: Sequence[str], *, wait: boo
 
 def _packed(config: Path) -> Path:
     """The folder that travels along."""
-    too_much = (Path("/"), Path.home())
+    too_much = (Path("/"), Path.home().resolve())
     folder = Path.cwd() if config.is_relative_to(Path.cwd()) and Path.cwd() not in too_much else config.parent
     if folder in too_much:
         raise ConfigError(f"{config} lies in {folder}, all of which would travel along; put it into a folder of its own")
@@ -186,12 +184,6 @@ def _ask(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if "does not exist" in text and "status code 404" in str(error):
             text = f"there is no job {args[0]}; `eagleray status` lists them"
         raise ActorError(text) from error
-
-
-def _has_token() -> bool:
-    """Whether Ray would find one."""
-    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _headers(text: str) -> dict[str, str]:

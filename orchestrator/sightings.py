@@ -4,6 +4,7 @@ A folder has the run's events and records, and they say where its dashboard is. 
 Ray's folders of logs. A new place to look from is a class with `look() -> Sighting`.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -69,12 +70,16 @@ class OfFolder:
         unseen = "" if start.get("dashboard") else "the run has not connected to Ray, or to a cluster without a dashboard"
         if not unseen and not ended:
             try:
-                self.dashboard = self.dashboard or Dashboard(start["dashboard"])
+                self.dashboard = self.dashboard or Dashboard(start["dashboard"], with_token=self._is_own())
                 actors, machines = self.dashboard.actors(start["job_id"]), self.dashboard.machines()
             except ActorError as error:
                 self.dashboard = None
                 unseen = str(error)
         return Sighting(start, since, records, actors, machines, unseen, time.time())
+
+    def _is_own(self) -> bool:
+        """Whether this user wrote the events: the address in another one's may be anybody's."""
+        return (self.folder / EVENTS_FILE).stat().st_uid == os.getuid()
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name
@@ -84,10 +89,11 @@ class OfFolder:
 class OfCluster:
     """The newest run of a cluster, by the address of its dashboard; running ones first.
 
-    wanted: the end of an output_dir, "" = any. Raises EaglerayError when there is none, ActorError when nothing answers.
+    address: as `address_of` takes it. wanted: the end of an output_dir, "" = any. Raises EaglerayError when there is none,
+    ActorError when nothing answers.
     """
 
-    def __init__(self, address: str, wanted: str = "") -> None:
+    def __init__(self, address: str | None, wanted: str = "") -> None:
         self.dashboard = Dashboard(address)
         self.node_id, self.job_id, self.events = self._find(wanted)
 
@@ -99,7 +105,10 @@ class OfCluster:
                 continue
             for name in self.dashboard.files(node_id, linked("*", "events")):
                 job_id = name.split("-")[1]
-                events = parse(self.dashboard.file(node_id, name).splitlines())
+                try:
+                    events = parse(self.dashboard.file(node_id, name).splitlines())
+                except ActorError:  # the link is all that is left of a run that was deleted
+                    continue
                 start, _ = last_run(events)
                 if start.get("job_id") == job_id and str(start["output_dir"]).endswith(wanted.rstrip("/")):
                     found.append((job_id in running, start["time"], node_id, job_id, events))
@@ -113,9 +122,8 @@ class OfCluster:
     def look(self) -> Sighting:
         """Asks the dashboard for everything. Raises ActorError when it does not answer."""
         tail = parse(self.dashboard.file(self.node_id, linked(self.job_id, "events"), RECENT_LINES).splitlines())
-        known = self.events[-1]["time"] if self.events else 0.0
         last = self.events[-RECENT_LINES:]
-        self.events += [event for event in tail if event["time"] >= known and event not in last]
+        self.events += [event for event in tail if event not in last]
         records: list[dict[str, Any]] = []
         with suppress(ActorError):  # before the first record there is no file behind the link
             records = parse(self.dashboard.file(self.node_id, linked(self.job_id, "metrics"), RECENT_LINES).splitlines())

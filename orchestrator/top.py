@@ -1,6 +1,5 @@
 """`eagleray top`: a run in the terminal while it goes, from its folder or from a cluster's dashboard."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -10,7 +9,6 @@ from rich.live import Live
 
 from actors.errors import ActorError
 from orchestrator.frame import frame
-from orchestrator.ray_jobs import DEFAULT_ADDRESS
 from orchestrator.sightings import OfCluster, OfFolder, Sighting
 
 EVERY_S = 2.0  # the dashboard itself hears from its nodes no oftener
@@ -23,11 +21,8 @@ def top(output_dir: str | None, address: str | None, once: bool) -> int:
 
     Raises EaglerayError when there is no such run. Ctrl-C ends it.
     """
-    if output_dir and not address:
-        source: OfFolder | OfCluster = OfFolder(Path(output_dir))
-    else:
-        address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-        source = OfCluster(address, output_dir or "")
+    source: OfFolder | OfCluster
+    source = OfFolder(Path(output_dir)) if output_dir and not address else OfCluster(address, output_dir or "")
     console = Console(force_terminal=sys.stdout.isatty())
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH, height=PIPE_HEIGHT, force_terminal=False)

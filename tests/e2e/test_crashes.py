@@ -90,8 +90,9 @@ def test_a_worker_that_raises_is_told_with_its_log(dataset_job: Job, tmp_path: P
     (tmp_path / "out" / "checkpoint-20").write_text("in the way")
     code, output = finish(process)
     assert code == 1 and "Traceback" not in output, output
-    facts, _ = report(tmp_path / "out")
+    facts, folder = report(tmp_path / "out")
     assert facts["actor"]["name"] == "worker 0" and facts["error"]["message"].startswith("worker 0 failed: ")
+    assert {"worker-0.err", "worker-0.out"} & {file.name for file in (folder / "logs").iterdir()}
 
 
 def test_memory_that_runs_out(job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

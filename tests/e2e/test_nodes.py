@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.ray_jobs import DEFAULT_ADDRESS
+from orchestrator.dashboard import DEFAULT_ADDRESS
 from tests.e2e.machines import HOME, SHARED, Machine, network, wait_for
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ import ray
 from ray.util.state import list_actors
 ray.init(address="auto", logging_level="ERROR")
 hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-print(json.dumps([(actor.class_name, hosts[actor.node_id]) for actor in list_actors(limit=1000) if actor.node_id]))'
+print(json.dumps([(a.job_id, a.class_name, hosts[a.node_id]) for a in list_actors(limit=1000) if a.node_id]))'
 """
 
 
@@ -66,12 +66,15 @@ def mine(tmp_path: Path, job: Callable[..., Path]) -> Path:
 
 
 def placed(head: Machine) -> dict[str, set[str]]:
-    """On which machines actors of each class have been."""
+    """On which machines actors of each class have been, of the newest job."""
     code, output = head.run(ACTORS)
     assert code == 0, output
     found: dict[str, set[str]] = {}
-    for name, host in json.loads(output.splitlines()[-1]):
-        found.setdefault(name, set()).add(host)
+    rows = json.loads(output.splitlines()[-1])
+    newest = max((job for job, _, _ in rows), key=lambda job: bytes.fromhex(job)[::-1])  # Ray counts with the low byte first
+    for job, name, host in rows:
+        if job == newest:
+            found.setdefault(name, set()).add(host)
     return found
 
 

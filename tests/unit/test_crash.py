@@ -165,13 +165,32 @@ def test_a_disk_that_takes_no_report_still_lets_the_terminal_tell(tmp_path: Path
     assert "a disk is full" in shown and "could not be written" in shown
 
 
+def test_text_that_no_file_takes_is_written_without_it(tmp_path: Path) -> None:
+    """Such as a file's name that is no UTF-8, as Python has it."""
+    logs = {"engine-0.err": "loading \udcff"}
+    shown = write(tmp_path, ActorError("no such file: \udcff"), Evidence(logs=logs), PLACE)
+    (folder,) = (tmp_path / "crash").iterdir()
+    assert f"{folder}/report.md" in shown and (folder / "logs" / "engine-0.err").read_text() == "loading ?"
+    assert "no such file: ?" in (folder / "report.md").read_text() and (folder / "report.json").is_file()
+
+
+@pytest.mark.parametrize("failure", [ActorError("no answer"), OSError("no file"), ValueError("no number")])
+def test_a_dashboard_that_cannot_be_asked_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    def raises(address: str) -> None:
+        raise failure
+
+    monkeypatch.setattr(crash, "Dashboard", raises)
+    found = crash.look(Connection("02000000", tmp_path, "http://127.0.0.1:9"), ActorError("gone"))
+    assert found == Evidence(missing=str(failure))
+
+
 def config(output_dir: Path) -> JobConfig:
     return JobConfig(rl="grpo", base_model="m", output_dir=str(output_dir))
 
 
 def connection(tmp_path: Path) -> Connection:
     (tmp_path / "logs").mkdir()
-    return Connection("02000000", "n1", tmp_path / "logs", None)
+    return Connection("02000000", tmp_path / "logs", None)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from actors.errors import ActorError
-from orchestrator.dashboard import Dashboard, named
+from orchestrator.dashboard import Dashboard, address_of, named
 
 ANSWERS: dict[str, tuple[int, bytes]] = {}  # by path
 ASKED: list[tuple[str, dict[str, list[str]], str | None]] = []  # path, query, token
@@ -63,12 +63,46 @@ def test_the_token_is_found_where_ray_keeps_it(address: str, tmp_path: Path, mon
         (401, b"Unauthorized", "refuses this token, or none; put what `ray get-auth-token` prints"),
         (500, b"Traceback ...\nValueError: no such actor", r"has no answer to /nodes \(ValueError: no such actor\)"),
         (200, b"<html>hello</html>", "what answers at http://127.0.0.1:[0-9]+ is no dashboard of Ray"),
+        (200, b"{}", r"is no dashboard of this version of Ray \(KeyError: 'data'\)"),
+        (200, b"[]", r"is no dashboard of this version of Ray \(TypeError: "),
+        (200, b'{"data": {"summary": [null]}}', r"is no dashboard of this version of Ray \(TypeError: "),
     ],
 )
 def test_what_is_no_answer_is_one_message(address: str, code: int, body: bytes, expected: str) -> None:
     ANSWERS["/nodes"] = (code, body)
     with pytest.raises(ActorError, match=expected):
         Dashboard(address).machines()
+
+
+def test_no_method_takes_another_answer_for_rays(address: str) -> None:
+    for path in ("/api/v0/actors", "/api/v0/jobs", "/api/v0/logs"):
+        ANSWERS[path] = (200, b"{}")
+    dashboard = Dashboard(address)
+    for ask in (lambda: dashboard.actors("02"), dashboard.running_jobs, lambda: dashboard.files("n1", "*")):
+        with pytest.raises(ActorError, match="is no dashboard of this version of Ray"):
+            ask()
+
+
+def test_a_damaged_token_is_one_message(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_bytes(b"\xff")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(ActorError, match=f"^Ray's token in {tmp_path}/token cannot be read"):
+        Dashboard(address)
+
+
+def test_another_ones_address_gets_no_token(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ANSWERS["/api/v0/logs/file"] = (200, b"")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a secret")
+    Dashboard(address, with_token=False).log("a", "err", 5)
+    assert [token for _, _, token in ASKED] == [None]
+
+
+def test_where_a_dashboard_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert address_of(None) == address_of("") == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "head:8265/")
+    assert address_of(None) == "http://head:8265"
+    assert address_of("https://other") == "https://other"
 
 
 def test_nobody_there_is_one_message() -> None:

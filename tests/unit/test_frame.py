@@ -146,11 +146,11 @@ class Answers:
     """A dashboard whose answers are given."""
 
     asked: list[str] = []
-    files_of_job: dict[str, str] = {}
+    files_of_job: dict[str, str | None] = {}  # None: a link to a file that is gone
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, with_token: bool = True) -> None:
         self.address = address
-        self.asked.append(address)
+        self.asked.append(address if with_token else f"{address} without a token")
 
     def actors(self, job_id: str) -> list[Actor]:
         return [engine(0)] if job_id == "02000000" else []
@@ -169,9 +169,10 @@ class Answers:
         return [name for name in self.files_of_job if name.endswith("events.jsonl")]
 
     def file(self, node_id: str, name: str, lines: int = -1) -> str:
-        if name not in self.files_of_job:
+        content = self.files_of_job.get(name)
+        if content is None:
             raise ActorError("no such file")
-        kept = self.files_of_job[name].splitlines()
+        kept = content.splitlines()
         return "\n".join(kept if lines < 0 else kept[-lines:])
 
 
@@ -204,10 +205,23 @@ def test_a_folder_shows_its_last_run(tmp_path: Path, answers: type[Answers]) -> 
     assert over.end and not over.actors and not answers.asked, "a cluster that may be gone is not asked"
 
 
+def test_the_address_in_the_events_of_another_user_gets_no_token(
+    tmp_path: Path, answers: type[Answers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "events.jsonl", START)
+    OfFolder(tmp_path).look()
+    owner = (tmp_path / "events.jsonl").stat().st_uid
+    monkeypatch.setattr("os.getuid", lambda: owner + 1)
+    OfFolder(tmp_path).look()
+    assert answers.asked == ["http://127.0.0.1:8265", "http://127.0.0.1:8265 without a token"]
+
+
 def test_a_cluster_shows_the_newest_run_that_goes_on(answers: type[Answers]) -> None:
     newer = {**START, "job_id": "03000000", "time": 2000.0, "output_dir": "/data/other"}
+    events = "eagleray-02000000-events.jsonl"
     answers.files_of_job = {
-        "eagleray-02000000-events.jsonl": json.dumps(START),
+        "eagleray-01000000-events.jsonl": None,  # of a run whose folder was deleted
+        events: json.dumps(START),
         "eagleray-03000000-events.jsonl": json.dumps(newer),
         "eagleray-02000000-metrics.jsonl": json.dumps(record(7)),
     }
@@ -215,7 +229,7 @@ def test_a_cluster_shows_the_newest_run_that_goes_on(answers: type[Answers]) -> 
     assert source.look().start["run"] == "grpo-sums" and source.look().train[0]["step"] == 7
     # What is told later arrives once.
     told = {"time": 1005.0, "kind": "warning", "text": "a"}
-    answers.files_of_job["eagleray-02000000-events.jsonl"] += "\n" + json.dumps(told)
+    answers.files_of_job[events] = f"{json.dumps(START)}\n{json.dumps(told)}"
     assert source.look().told("warning") == source.look().told("warning") == [told]
 
     other = OfCluster("http://head:8265", "other/").look()

@@ -148,6 +148,17 @@ def test_a_home_folder_is_not_packed(
     assert "put it into a folder of its own" in capsys.readouterr().err
 
 
+def test_a_home_folder_behind_a_link_is_not_packed(
+    dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "home").symlink_to(tmp_path / "disk")
+    write(tmp_path / "disk", SFT)
+    monkeypatch.chdir(tmp_path / "home")
+    assert main(["submit", "job.yaml", "--no-wait"]) == 1
+    assert "put it into a folder of its own" in capsys.readouterr().err and not dashboard.submitted
+
+
 def test_the_address_on_the_command_line_wins(
     dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
