@@ -3,7 +3,7 @@
 A header, one table row per step, a line per evaluation, a summary: lines are only ever appended, so a terminal,
 a pipe, a file and `ray job logs` show the same text. A terminal has colour and, below the last line, a spinner
 with what the run is waiting for. A column of the table is a line in ONLINE_COLUMNS or DATASET_COLUMNS; its number
-comes from the step's record (`metrics.py`).
+comes from the step's record (`metrics.py`), and WRITTEN says how it is written.
 
 Showing is never a reason to stop: when the other end of stdout is gone, the run goes on in silence.
 """
@@ -67,48 +67,54 @@ def _seconds(value: float) -> str:
     return f"{value:.2f}s" if value < 10 else f"{value:.1f}s"
 
 
-# heading -> (width, the record's metric, how to write it)
-Columns = Mapping[str, tuple[int, str, Callable[[float], str]]]
+# How a metric is written, wherever a person reads it; a metric that is not here has three decimals.
+WRITTEN: dict[str, Callable[[float], str]] = {
+    **dict.fromkeys(("accuracy", "token_accuracy", "pair_accuracy", "truncated"), percent),
+    **dict.fromkeys(("sample_s", "score_s", "train_s", "sync_s", "step_s"), _seconds),
+    "loss": lambda value: number(value, 4, 7),
+    "kl": lambda value: number(value, 4),
+    "grad_norm": lambda value: number(value, 2),
+    "learning_rate": lambda value: number(value, 6),
+    "completion_length": lambda value: number(value, 1),
+    "staleness": lambda value: number(value, 1, 5),
+    "tokens_per_s": lambda value: number(value, 0),
+}
+
+
+def written(metric: str, value: float) -> str:
+    """A metric's value for people, also of one of held-out rows, such as eval/loss."""
+    write = WRITTEN.get(metric.removeprefix("eval/"))
+    return write(value) if write else number(value, 3)
+
+
+Columns = Mapping[str, tuple[int, str]]  # heading -> (width, the record's metric)
 
 # With 4-digit steps and the ETA, 80 columns in all.
 ONLINE_COLUMNS: Columns = {
-    "reward": (6, "reward", lambda value: number(value, 3)),
-    "accuracy": (8, "accuracy", percent),
-    "length": (6, "completion_length", lambda value: number(value, 1)),
-    "KL": (6, "kl", lambda value: number(value, 4)),
-    "stale": (5, "staleness", lambda value: number(value, 1, 5)),
-    "sample": (6, "sample_s", _seconds),
-    "train": (6, "train_s", _seconds),
-    "sync": (6, "sync_s", _seconds),
-    "tok/s": (6, "tokens_per_s", lambda value: number(value, 0)),
+    "reward": (6, "reward"),
+    "accuracy": (8, "accuracy"),
+    "length": (6, "completion_length"),
+    "KL": (6, "kl"),
+    "stale": (5, "staleness"),
+    "sample": (6, "sample_s"),
+    "train": (6, "train_s"),
+    "sync": (6, "sync_s"),
+    "tok/s": (6, "tokens_per_s"),
 }
-_LOSS: Columns = {
-    "loss": (7, "loss", lambda value: number(value, 4)),
-    "grad": (6, "grad_norm", lambda value: number(value, 2)),
-    "rate": (7, "learning_rate", lambda value: number(value, 6)),
-}
-_PAIRS: Columns = {
-    "margin": (7, "reward_margin", lambda value: number(value, 3)),
-    "accuracy": (8, "pair_accuracy", percent),
-}
-_TIME: Columns = {"step time": (9, "step_s", _seconds)}
+_LOSS: Columns = {"loss": (7, "loss"), "grad": (6, "grad_norm"), "rate": (7, "learning_rate")}
+_PAIRS: Columns = {"margin": (7, "reward_margin"), "accuracy": (8, "pair_accuracy")}
+_TIME: Columns = {"step time": (9, "step_s")}
 DATASET_COLUMNS: dict[str | None, Columns] = {
-    None: {**_LOSS, "tokens right": (12, "token_accuracy", percent), **_TIME},
-    "kto": {
-        **_LOSS,
-        "liked": (7, "reward_chosen", lambda value: number(value, 3)),
-        "disliked": (8, "reward_rejected", lambda value: number(value, 3)),
-        "KL": (6, "kl", lambda value: number(value, 3)),
-        **_TIME,
-    },
+    None: {**_LOSS, "tokens right": (12, "token_accuracy"), **_TIME},
+    "kto": {**_LOSS, "liked": (7, "reward_chosen"), "disliked": (8, "reward_rejected"), "KL": (6, "kl"), **_TIME},
     **dict.fromkeys(("dpo", "ipo", "orpo", "reward_trainer"), {**_LOSS, **_PAIRS, **_TIME}),
 }
-# What is said of held-out rows: words -> (metric, how to write it)
-HELD_OUT: dict[str, tuple[str, Callable[[float], str]]] = {
-    "loss": ("eval/loss", lambda value: number(value, 4)),
-    "tokens right": ("eval/token_accuracy", percent),
-    "margin": ("eval/reward_margin", lambda value: number(value, 3)),
-    "pair accuracy": ("eval/pair_accuracy", percent),
+# What is said of held-out rows: words -> metric
+HELD_OUT = {
+    "loss": "eval/loss",
+    "tokens right": "eval/token_accuracy",
+    "margin": "eval/reward_margin",
+    "pair accuracy": "eval/pair_accuracy",
 }
 
 
@@ -188,9 +194,9 @@ class Display:
             self._step_s.append(record["step_s"])
         left_s = (max_steps - step) * sum(self._step_s) / len(self._step_s) if self._step_s else math.nan
         cells = [(max(5, 2 * len(str(max_steps)) + 1), "step", f"{step}/{max_steps}")]
-        for heading, (width, name, write) in self.columns.items():
+        for heading, (width, name) in self.columns.items():
             known = not math.isnan(record.get(name, math.nan))
-            cells.append((width, heading, write(record[name]) if known else "-"))
+            cells.append((width, heading, written(name, record[name]) if known else "-"))
         cells.append((6, "ETA", duration(left_s) if math.isfinite(left_s) else "-"))
         gap = "  " if self._console.width >= WIDE else " "
         if self._rows % HEADER_EVERY == 0:
@@ -211,7 +217,7 @@ class Display:
     def held_out(self, record: Record) -> None:
         """One line for an evaluation on held-out rows, with whatever of HELD_OUT the record has."""
         self._held_out.append(record)
-        shown = [f"{words} {write(record[name])}" for words, (name, write) in HELD_OUT.items() if name in record]
+        shown = [f"{words} {written(name, record[name])}" for words, name in HELD_OUT.items() if name in record]
         self._print(f"held-out {', '.join(shown)}  [after step {int(record['step'])}]", "bold green")
 
     def note(self, text: str) -> None:
@@ -229,9 +235,9 @@ class Display:
         gain = [f"held-out {self._evaluations[0][0]} {' -> '.join(shown[:1] + shown[1:][-1:])}"] if shown else []
         if self._held_out:
             first, last = self._held_out[0], self._held_out[-1]
-            for words, (name, write) in HELD_OUT.items():
+            for words, name in HELD_OUT.items():
                 if name in first and name in last:
-                    gain.append(f"held-out {words} {write(first[name])} -> {write(last[name])}")
+                    gain.append(f"held-out {words} {written(name, first[name])} -> {written(name, last[name])}")
         self._block(title, [*gain, *lines, f"wall time {duration(time.monotonic() - self._began)}"])
 
     def _block(self, title: str, lines: Sequence[str]) -> None:

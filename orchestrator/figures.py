@@ -1,6 +1,6 @@
 """Before against after, in numbers: what a set of answers came to, and two of them side by side as a table.
 
-Plain floats. A new figure is an entry of `figures`, and `_written` says how it is written.
+Plain floats. A new figure is an entry of `figures`; where its name is no metric's, `_written` says how it is written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from actors.types import Completion
-from orchestrator.display import HELD_OUT, Record, number, percent
+from orchestrator.display import HELD_OUT, Record, percent, written
 
 Figures = dict[str, float]  # by name; only those that can be known
 
@@ -74,7 +74,7 @@ def pass_at(k: int, samples: int, right: int) -> float:
 
 def recorded(record: Record) -> Figures:
     """What a dataset job found on its held-out rows, under the names that it was shown by."""
-    return {words: record[name] for words, (name, _) in HELD_OUT.items() if isfinite(record.get(name, float("nan")))}
+    return {words: record[name] for words, name in HELD_OUT.items() if isfinite(record.get(name, float("nan")))}
 
 
 def table(before: Figures, after: Figures) -> list[str]:
@@ -91,6 +91,5 @@ def table(before: Figures, after: Figures) -> list[str]:
 
 
 def _written(name: str, value: float) -> str:
-    if name.startswith(("accuracy", "pass@", "truncated", "pair accuracy", "tokens right")):
-        return percent(value)
-    return number(value, 1 if name == "tokens" else 3)
+    metrics = {**HELD_OUT, "tokens": "completion_length"}
+    return percent(value) if name.startswith("pass@") else written(metrics.get(name, name), value)

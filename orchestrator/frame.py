@@ -4,7 +4,7 @@ A curve is a line in CURVES, a part of a step's time one in PARTS; each shows wh
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.dashboard import Actor, Machine
-from orchestrator.display import RECENT_STEPS, duration, gib, number, percent
+from orchestrator.display import RECENT_STEPS, duration, gib, written
 from orchestrator.sightings import Sighting
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -24,26 +24,20 @@ MAX_CURVES = 7
 BESIDE_SPARKS, BESIDE_BARS = 30, 26  # columns of a panel that words, numbers and its frame take
 STATE_STYLES = {"ALIVE": "green", "DEAD": "bold red", "RESTARTING": "bold yellow"}  # others wait to be started
 
-# words -> (metric, how to write it)
-CURVES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "reward": ("reward", lambda value: number(value, 3)),
-    "accuracy": ("accuracy", percent),
-    "loss": ("loss", lambda value: number(value, 4)),
-    "tokens right": ("token_accuracy", percent),
-    "margin": ("reward_margin", lambda value: number(value, 3)),
-    "pairs right": ("pair_accuracy", percent),
-    "length": ("completion_length", lambda value: number(value, 1)),
-    "KL": ("kl", lambda value: number(value, 4)),
-    "staleness": ("staleness", lambda value: number(value, 1)),
-    "gradient": ("grad_norm", lambda value: number(value, 2)),
-    "rate": ("learning_rate", lambda value: number(value, 6)),
+CURVES = {  # words -> metric
+    "reward": "reward",
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "tokens right": "token_accuracy",
+    "margin": "reward_margin",
+    "pairs right": "pair_accuracy",
+    "length": "completion_length",
+    "KL": "kl",
+    "staleness": "staleness",
+    "gradient": "grad_norm",
+    "rate": "learning_rate",
 }
-# metric -> how to write it; the first that the run has is shown
-HELD_OUT: dict[str, Callable[[float], str]] = {
-    "accuracy": percent,
-    "reward": lambda value: number(value, 3),
-    "loss": lambda value: number(value, 4),
-}
+HELD_OUT = ("accuracy", "reward", "loss")  # the first of these metrics that the run has is shown
 PARTS = {"sample": "sample_s", "score": "score_s", "train": "train_s", "sync": "sync_s", "whole step": "step_s"}
 
 
@@ -83,7 +77,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 def state_of(seen: Sighting) -> tuple[str, str]:
     """How the run is, and the style to say it in."""
     if seen.end:
-        text = {"done": "done", "stopped": "stopped", "failed": "failed"}[seen.end["how"]]
+        text = str(seen.end["how"])
         return text, {"done": "bold green", "failed": "bold red"}.get(text, "bold yellow")
     if seen.unseen and seen.start:
         return "out of sight", "bold red"
@@ -125,11 +119,11 @@ def _curves(seen: Sighting, columns: int) -> Panel:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="cyan", no_wrap=True)
-    shown = [(words, metric, write) for words, (metric, write) in CURVES.items() if _known(seen, metric)][:MAX_CURVES]
-    for words, metric, write in shown:
+    shown = [(words, metric) for words, metric in CURVES.items() if _known(seen, metric)][:MAX_CURVES]
+    for words, metric in shown:
         values = [_value(record, metric) for record in seen.train]
         last = next(value for value in reversed(values) if math.isfinite(value))
-        table.add_row(words, write(last), sparkline(values, columns))
+        table.add_row(words, written(metric, last), sparkline(values, columns))
     step = int(seen.train[-1]["step"]) if seen.train else 0
     steps = seen.told("plan")[-1]["steps"] if seen.told("plan") else None
     title = f"step {step} of {steps}" if steps else f"step {step}"
@@ -163,10 +157,10 @@ def _times(seen: Sighting, columns: int) -> Panel:
         table.add_row("sampled", f"{rate:,.0f}", "tokens/s")
     since = f"{duration(seen.at - last['time'])} ago" if last else ""
     held_out = [record for record in seen.records if record["kind"] == "eval"]
-    for name, write in HELD_OUT.items():
+    for name in HELD_OUT:
         values = [_value(record, f"eval/{name}") for record in held_out if f"eval/{name}" in record]
         if values:
-            table.add_row("held out", write(values[-1]), Text(f"{name}, first {write(values[0])}", "dim"))
+            table.add_row("held out", written(name, values[-1]), Text(f"{name}, first {written(name, values[0])}", "dim"))
             break
     return Panel(table, title="the last step", subtitle=since, title_align="left", box=ROUNDED, border_style="magenta")
 

@@ -117,7 +117,7 @@ def test_a_dataset_job_has_its_own_records(run: Run, capsys: pytest.CaptureFixtu
         assert main(["eval", str(folder)]) == 0
         rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
         assert rows["margin"] == ["0.000", f"{after:.3f}", f"+{after:.3f}"]
-        assert rows["loss"] == ["1.000", f"{1 - after:.3f}", f"-{after:.3f}"]
+        assert rows["loss"] == ["1.0000", f"{1 - after:.4f}", f"-{after:.4f}"]
     written = [json.loads(file.read_text()) for file in sorted((out / "eval").iterdir())]
     assert len(written) == 3
     assert sorted(w["after"]["margin"] for w in written) == [0.5, 0.75, 0.75]
