@@ -85,14 +85,16 @@ def _model_alone(checkpoint: Path) -> Path:
     """A folder of links to what a checkpoint has of the model: vLLM loads every *.safetensors, the optimizer's too."""
     files = sorted(f for f in checkpoint.iterdir() if f.suffix != ".safetensors" or f.name.startswith("model"))
     folders = cache_dir() / "checkpoints"
-    folders.mkdir(parents=True, exist_ok=True)
     folder = folders / f"{checkpoint.name}-{xxhash.xxh3_128_hexdigest(str(files).encode())}"
+    if folder.is_dir():
+        return folder
+    folders.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folders))
     for file in files:
         (beside / file.name).symlink_to(file)
     try:
         beside.rename(folder)
-    except OSError:  # it is there already
+    except OSError:  # another process was faster
         shutil.rmtree(beside)
     return folder
 

@@ -52,20 +52,14 @@ def sampling_plan(config: JobConfig, nodes: Sequence[Node], engines: int, reward
 class Engines:
     """The engines of a plan, on a connected cluster. They have no model before `load`."""
 
-    def __init__(
-        self, result: Result, plan: Plan, group: Any, display: Display, *, window: int, completions: int, plays: bool
-    ) -> None:
-        """window: tokens of prompt and completion, -1 for as many as fit. completions: decoded side by side at most.
-
-        plays: whether trl.rollout_func, where the job has one, plays them.
-        """
+    def __init__(self, result: Result, plan: Plan, group: Any, display: Display, *, window: int, completions: int) -> None:
+        """window: tokens of prompt and completion, -1 for as many as fit. completions: decoded side by side at most."""
         self.result = result
         self.plan = plan
         self.group = group
         self.display = display
         self.window = window
         self.completions = completions
-        self.plays = plays
         self.actors: tuple[Any, ...] = ()
         self.model: str | None = None
 
@@ -116,7 +110,6 @@ class Engines:
             tokenizer=self.result.tokenizer,
             max_model_len=self.window,
             max_num_seqs=self.completions,
-            rollout_function=spec.rollout_function if self.plays else None,
         )
 
     def _install(self, folder: Path) -> None:

@@ -3,6 +3,7 @@
 Answers alone go to stdout, so that they can be piped; all else goes to stderr.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -28,7 +29,8 @@ PROMPT = "> "
 def chat(folder: Path, question: str | None, *, base: bool) -> None:
     """Answers one question, given or piped; without one, as many as a person asks, until Ctrl-D.
 
-    base: the base model answers, as it was before training. Raises EaglerayError for anything a person can act on.
+    base: the base model answers, as it was before training. Raises EaglerayError for anything a person can act on,
+    waits.Interrupted on SIGTERM.
     """
     display = Display(Console(stderr=True, force_terminal=sys.stderr.isatty()))
     if question is None and not sys.stdin.isatty():
@@ -40,13 +42,14 @@ def chat(folder: Path, question: str | None, *, base: bool) -> None:
     result = replace(result, config=replace(result.config, trl=trl))
     tokenizer = tokenizer_of(result)
     with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _end))
         weights = stack.enter_context(loadable(result, display))
         with display.phase("starting Ray"):
             stack.enter_context(cluster.connected())
         plan = sampling_plan(result.config, cluster.nodes(), engines=1)
         group = stack.enter_context(cluster.placed(plan))
         window = result.config.vllm.max_model_len or -1
-        engines = Engines(result, plan, group, display, window=window, completions=1, plays=False)
+        engines = Engines(result, plan, group, display, window=window, completions=1)
         engines.load(Weights(result.config.base_model, None) if base else weights)
         conversation = Conversation(_asker(engines, tokenizer, display), templated=tokenizer.chat_template is not None)
         if question is not None:
@@ -57,6 +60,11 @@ def chat(folder: Path, question: str | None, *, base: bool) -> None:
         if not conversation.templated:
             display.note("its tokenizer has no chat template, so it goes on with each text, and each stands for itself")
         talk(conversation, display)
+
+
+def _end(signum: int, frame: Any) -> None:
+    """As Ctrl-C does, so that what lasts as long as the chat is removed: reading a line is no wait that `waits` could end."""
+    raise waits.Interrupted(signum)
 
 
 class Conversation:

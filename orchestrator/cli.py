@@ -129,8 +129,7 @@ def _merge(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> int:
     from orchestrator.chat import chat
 
-    chat(Path(args.output_dir), args.question, base=args.base)
-    return 0
+    return _ended(lambda: chat(Path(args.output_dir), args.question, base=args.base))
 
 
 def _eval(args: argparse.Namespace) -> int:

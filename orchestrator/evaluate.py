@@ -49,7 +49,6 @@ def evaluate(folder: Path, prompts: Path | None, reward: str | None, samples: in
             "columns, and --reward module.fn; without both, its records of held-out rows are compared"
         )
     questions = questions_for(result, prompts, display)
-    ensure_playable(result.config, questions.rows)
     if reward is not None:
         result = replace(result, config=_rewarded_by(reward, result.config))
     with waits.interruptible(), ExitStack() as stack:
@@ -98,7 +97,7 @@ class _Comparison:
         together = len(self.questions.rows) * self.samplings["sampled"].num_generations
         completions = min(together, MAX_NUM_SEQS)
         self.engines = Engines(
-            self.result, plan, group, self.display, window=plan.max_model_len, completions=completions, plays=True
+            self.result, plan, group, self.display, window=plan.max_model_len, completions=completions
         )
         self.engines.load(Weights(self.config.base_model, None))
         before = self._measured("before")

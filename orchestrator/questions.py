@@ -65,12 +65,14 @@ def _found(config: JobConfig, entries: list[DatasetConfig] | None) -> list[Datas
 def _ensure_held_out(result: Result, prompts: PromptSet, display: Display) -> None:
     """Raises DataError where the rows have changed since, so that what val_set_size holds out now was trained on."""
     newest = result.folder if (result.folder / storage.STATE).is_file() else storage.newest_checkpoint(result.run)
-    trained = storage.read_state(newest)["job"].get(PROMPTS_DIGEST) if newest else prompts.fingerprint
-    if trained != prompts.fingerprint and result.config.val_set_size:
-        raise DataError(
-            "datasets: the prompts are not those of the run any more, so nobody knows which it held out; put them back, or "
-            "name a file by --prompts"
-        )
+    if result.config.val_set_size:
+        if newest is None:
+            display.warn("the run has no checkpoint, so nobody can check that its prompts are the same, and those held out too")
+        elif storage.read_state(newest)["job"].get(PROMPTS_DIGEST) != prompts.fingerprint:
+            raise DataError(
+                "datasets: the prompts are not those of the run any more, so nobody knows which it held out; put them back, or "
+                "name a file by --prompts"
+            )
     known = {json.dumps(row.prompt, sort_keys=True, default=str) for row in prompts.train}
     seen = sum(json.dumps(row.prompt, sort_keys=True, default=str) in known for row in prompts.held_out)
     if seen:

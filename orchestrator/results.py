@@ -1,9 +1,8 @@
 """What a run left, for those who use it: its adapter or model, a checkpoint, or what `eagleray merge` wrote; and how it loads.
 
-A command that takes OUTPUT_DIR begins with `find`, and loads what `loadable` says.
+`chat`, `eval` and `serve` begin with `find`, and load what `loadable` says.
 """
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -97,8 +96,7 @@ def find(folder: Path, display: Display) -> Result:
 
 def step_of(result: Result) -> int | None:
     """After how many steps it was saved; None = at the end."""
-    state = result.folder / storage.STATE
-    return int(json.loads(state.read_text(encoding="utf-8"))["step"]) if state.is_file() else None
+    return int(storage.read_state(result.folder)["step"]) if (result.folder / storage.STATE).is_file() else None
 
 
 def dtype_of(config: JobConfig) -> str:

@@ -48,7 +48,8 @@ def serve(folders: Sequence[Path], *, host: str, port: int, replicas: int, base:
         _ensure_room(engines, replicas, nodes)
         with display.phase("starting engines"):
             stack.enter_context(_Serving(engines, models, nodes, host, port, replicas, key))
-        display.header(f"serving at http://{host}:{port}/v1", [f"model    {described(served, engines)}" for served in models])
+        lines = [f"model    {described(served, engines)}" for served in models]
+        display.header(f"serving at http://{_in_url(host)}:{port}/v1", lines)
         display.note("Ctrl-C ends it")
         while True:
             waits.pause(waits.POLL_S)
@@ -80,8 +81,9 @@ class _Serving:
 
         for name in ("ray", "ray.serve", "vllm"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        if serve.status().applications:
-            raise ActorError("Ray Serve has applications on this cluster, and none is replaced; end them with `serve shutdown`")
+        status = serve.status()
+        if status.applications or status.proxies:  # it would go on listening where it was told to
+            raise ActorError("Ray Serve runs on this cluster already, and is not replaced; end it with `serve shutdown`")
         serve.start(http_options=self.http)
         thread = threading.Thread(target=self._run, name="serve", daemon=True)  # so that Ctrl-C is heard meanwhile
         thread.start()
@@ -165,9 +167,13 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 def _ensure_free(host: str, port: int) -> None:
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--port {port} of {host} cannot be used ({error}); choose another") from error

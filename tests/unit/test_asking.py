@@ -1,6 +1,10 @@
 """Conversations without an engine, and what is refused before one starts."""
 
 import io
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,13 @@ import ray
 from rich.console import Console
 
 from actors.errors import ActorError
+from orchestrator import chat
 from orchestrator.chat import Conversation, talk
 from orchestrator.cli import main
 from orchestrator.data import Prompt
 from orchestrator.display import Display
+from orchestrator.results import Result, Weights
+from orchestrator.schema import JobConfig
 
 Turn = dict[str, Any]
 
@@ -94,6 +101,31 @@ def test_an_engine_that_is_gone_ends_it(monkeypatch: pytest.MonkeyPatch, display
     lines(monkeypatch, "one")
     with pytest.raises(ActorError, match="engine 0 died"):
         talk(Conversation(ask, templated=True), display)
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = tmp_path / ".merged-1"
+
+    @contextmanager
+    def loadable(*_: Any) -> Iterator[Weights]:
+        merged.mkdir()
+        try:
+            yield Weights("m", None)
+        finally:
+            merged.rmdir()
+
+    result = Result(tmp_path, tmp_path, JobConfig(rl="grpo", base_model="m"), adapted=True)
+    monkeypatch.setattr(chat, "find", lambda *_: result)
+    monkeypatch.setattr(chat, "tokenizer_of", lambda _: None)
+    monkeypatch.setattr(chat, "loadable", loadable)
+    monkeypatch.setattr(chat.cluster, "connected", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    unheard = lambda *_: pytest.fail("it went elsewhere")  # noqa: E731
+    before = signal.signal(signal.SIGTERM, unheard)
+    try:
+        assert main(["chat", str(tmp_path), "Hello"]) == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is unheard and not merged.exists()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("arguments", [(), ("   ",)])

@@ -1,6 +1,7 @@
 """Which prompts `eagleray eval` asks, and what it takes from a job's own records."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,14 @@ def test_rows_that_changed_since_are_refused(run: Run, tmp_path: Path) -> None:
     write_rows(tmp_path / "project" / "rows.jsonl", ROWS[1:])
     with pytest.raises(DataError, match="not those of the run any more, so nobody knows which it held out"):
         asked(out)
+
+
+def test_where_no_checkpoint_is_left_nobody_can_check_the_rows(run: Run) -> None:
+    out = run(val_set_size=6)
+    shutil.rmtree(out / "checkpoint-2")
+    told = Told()
+    assert len(questions_for(find(out, told), None, told).rows) == 6
+    assert "the run has no checkpoint, so nobody can check that its prompts are the same" in told.text.getvalue()
 
 
 def test_a_file_of_held_out_prompts(run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -11,12 +13,14 @@ from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
+from actors.errors import ActorError
 from actors.requests import as_trained, guard
 from actors.specs import ServedModelSpec
 from orchestrator.answering import sampling_plan
 from orchestrator.cli import main
 from orchestrator.plan import Node
 from orchestrator.results import Result, Weights, find
+from orchestrator.serve import _ensure_free, _in_url, _Serving
 from orchestrator.served import Engine, engine_arguments, engines_of, models_of
 from tests.tiny import save_llama
 from tests.unit.test_results import Told, run  # noqa: F401  (a fixture)
@@ -103,6 +107,30 @@ def test_what_cannot_be_served_is_one_message(
             assert main(["serve", *arguments]) == 1, arguments
             error = capsys.readouterr().err
             assert error.count("eagleray: ") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    "running", [{"applications": {"theirs": "RUNNING"}, "proxies": {}}, {"applications": {}, "proxies": {"n1": "HEALTHY"}}]
+)
+def test_a_ray_serve_that_runs_is_neither_used_nor_ended(running: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one without applications, which may listen for others."""
+    monkeypatch.setattr(ray, "serve", SimpleNamespace(status=lambda: SimpleNamespace(**running)), raising=False)
+    with pytest.raises(ActorError, match="runs on this cluster already, and is not replaced"):
+        _Serving([], [], [], "127.0.0.1", 8000, 1, None).__enter__()
+
+
+def test_an_address_of_ipv6_is_asked_for_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def create_server(address: tuple[str, int], *, family: int) -> socket.socket:
+        asked.append((address[0], family))
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    _ensure_free("::1", 8000)
+    _ensure_free("127.0.0.1", 8000)
+    assert asked == [("::1", socket.AF_INET6), ("127.0.0.1", socket.AF_INET)]
+    assert (_in_url("::1"), _in_url("127.0.0.1")) == ("[::1]", "127.0.0.1")
 
 
 class Text(BaseModel):
