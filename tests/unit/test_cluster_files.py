@@ -16,7 +16,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 REPOSITORY = Path(__file__).parents[2]
 CLUSTER = REPOSITORY / "cluster"
 RAY_UP = sorted(CLUSTER.glob("ray-up/*.yaml"))
-KUBERAY = sorted(CLUSTER.glob("kuberay/*.yaml"))
+KUBERAY = sorted(CLUSTER.glob("kuberay/ray*.yaml"))
+STORAGE = CLUSTER / "kuberay" / "storage.yaml"
 DOCKERFILE = (CLUSTER / "docker" / "Dockerfile").read_text()
 SBATCH = CLUSTER / "slurm" / "eagleray.sbatch"
 
@@ -43,8 +44,8 @@ def crds() -> dict[str, Any]:
 
 
 def custom_resource(path: Path) -> Any:
-    claim, resource = yaml.safe_load_all(path.read_text())
-    assert claim["kind"] == "PersistentVolumeClaim" and claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    """The one in a file: with the volume in it, deleting a job would delete all results."""
+    [resource] = yaml.safe_load_all(path.read_text())
     return resource
 
 
@@ -58,7 +59,7 @@ def test_there_is_a_file_for_each_way() -> None:
     assert [path.stem for path in KUBERAY] == ["raycluster-cpu", "raycluster-gpu", "rayjob-cpu", "rayjob-gpu"]
 
 
-@pytest.mark.parametrize("path", [*RAY_UP, *KUBERAY], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RAY_UP, *KUBERAY, STORAGE], ids=lambda path: path.stem)
 def test_the_command_at_the_top_names_the_file(path: Path) -> None:
     command = path.read_text().split("\n")[2].removeprefix("#").strip()
     assert command in (f"ray up {path.relative_to(REPOSITORY)}", f"kubectl apply -f {path.relative_to(REPOSITORY)}")
@@ -84,6 +85,13 @@ def test_kuberay_takes_the_file(path: Path) -> None:
     assert spec["authOptions"] == {"mode": "token"}
 
 
+def test_the_volume_is_one_that_many_nodes_mount() -> None:
+    claim = custom_resource(STORAGE)
+    assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert all(str(STORAGE.relative_to(REPOSITORY)) in path.read_text() for path in KUBERAY)
+
+
 def test_a_field_that_kuberay_lacks_is_found() -> None:
     resource = custom_resource(KUBERAY[0])
     resource["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["volumeMount"] = []
@@ -94,9 +102,11 @@ def test_a_field_that_kuberay_lacks_is_found() -> None:
 @pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.stem)
 def test_pods_run_as_the_user_of_the_image_on_the_shared_volume(path: Path) -> None:
     [user] = re.findall(r"useradd .*--uid (\d+) .* (\w+) &&", DOCKERFILE)
+    claim = custom_resource(STORAGE)["metadata"]["name"]
     for pod in pods(custom_resource(path)):
         assert pod["securityContext"] == {"runAsNonRoot": True, "runAsUser": int(user[0]), "fsGroup": int(user[0])}
         volumes = {volume["name"] for volume in pod["volumes"]}
+        assert [v["persistentVolumeClaim"] for v in pod["volumes"] if v["name"] == "eagleray"] == [{"claimName": claim}]
         for container in pod["containers"]:
             mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
             assert set(mounts) == {f"/home/{user[1]}/eagleray", "/dev/shm"} and set(mounts.values()) == volumes
@@ -126,6 +136,15 @@ def test_images_are_built_as_make_does_and_do_not_run_as_root() -> None:
         assert (REPOSITORY / "requirements" / f"{kind}.txt").is_file() and f"AS base-{kind}\n" in DOCKERFILE
     ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
     assert {".git", ".venv", "outputs"} <= set(ignored) and not {"requirements", "configs", "Makefile"} & set(ignored)
+
+
+def test_no_cluster_is_started_without_a_token() -> None:
+    """Ray refuses to start in this mode without one."""
+    environment = [line for line in DOCKERFILE.splitlines() if line.startswith("ENV ")]
+    assert any("RAY_AUTH_MODE=token" in line.split() for line in environment)
+    for readme in (REPOSITORY / "README.md", CLUSTER / "README.md"):
+        before, _, _ = readme.read_text().partition("`ray start --head`")
+        assert "`ray get-auth-token --generate`" in before, readme
 
 
 def slurm_node(folder: Path, node: int) -> subprocess.CompletedProcess[str]:
