@@ -1,5 +1,6 @@
 """What `eagleray advise` writes runs as it is, but for its number of steps."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_the_command_for_another_method_trains(tmp_path: Path) -> None:
     code, output = finish(start("advise", str(REPOSITORY / "configs/orpo/howto-train.jsonl"), "--write", job))
     assert code == 0, output
     (line,) = (line for line in job.read_text().splitlines() if "rl=orpo" in line)
-    changes = line.partition(f"{job} ")[2].split()
+    changes = shlex.split(line.partition(f"{job} ")[2])
     code, output = finish(start("run", job, *changes, "max_steps=1", f"output_dir={tmp_path / 'out'}"))
     assert code == 0 and "ORPO: " in output, output
     assert [record["step"] for record in records(tmp_path / "out", "train")] == [1]
