@@ -25,6 +25,7 @@ METHOD_NAMES = {
     "kto": "KTO",
     "orpo": "ORPO",
     "reward_trainer": "reward model",
+    "grpo": "GRPO",  # whose plan is in plan.py
 }
 
 

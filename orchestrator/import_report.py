@@ -4,6 +4,7 @@ It has no knowledge of its own: what each key means, and which are not supported
 `runnable.py`, as `eagleray run` asks them. Only the file is looked at, not its data, its model or a machine.
 """
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -140,12 +141,13 @@ def _counts(report: ImportReport) -> Text:
 
 
 def _verdict(report: ImportReport) -> Text:
-    config, method = report.config, {**METHOD_NAMES, "grpo": "GRPO"}.get(report.config.rl, report.config.rl)
+    config, source = report.config, report.config.source
     if not report.would_run:
         text = "It would not run: mend what is refused, or override it with key=value after the file's name."
         return Text(text, "bold red")
     kind = {None: "all weights", "lora": "LoRA", "qlora": "QLoRA"}[config.adapter]
-    lines = [f"It would run: {method}, {kind}. Whether its data, model and machines are there: eagleray plan {report.path}"]
-    if "ray_num_workers" not in config.source.lines:
+    plan = shlex.join(["eagleray", "plan", report.path, *source.overrides.values()])
+    lines = [f"It would run: {METHOD_NAMES[config.rl]}, {kind}. Whether its data, model and machines are there: {plan}"]
+    if "ray_num_workers" not in {*source.lines, *source.overrides}:
         lines.append("Axolotl's launcher knows how many GPUs to use; here ray_num_workers says it, and it is 1 now.")
     return Text("\n".join(lines), "bold green")

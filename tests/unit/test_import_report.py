@@ -205,6 +205,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert re.search(r"override +load_in_4bit: true +used", output)
     assert "It would run: GRPO, QLoRA" in output and "here ray_num_workers says it, and it is 1 now" in output
+    assert main(["import", file, "load_in_4bit=true", "ray_num_workers=2", "dataset_prepared_path=my data"]) == 0
+    output = capsys.readouterr().out
+    plan = f"eagleray plan {file} load_in_4bit=true ray_num_workers=2 'dataset_prepared_path=my data'"
+    assert plan.split() == output.split("are there: ")[1].split() and "ray_num_workers says it" not in output
 
 
 def test_a_file_that_is_none_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
