@@ -71,8 +71,8 @@ def passes_tests(
             before = "\n".join([*(imports[i] or []), setup[i] or ""])
             passed = sandbox.run(program, sandbox_limits, [f"{before}\n{check}" for check in checks]).passed
             return min(passed, len(checks)) / len(checks)  # whoever finds the token could write it often
-        if examples := _examples(pairs[i]):
-            return _matches(program, examples, sandbox_limits) / len(examples)
+        if wanted := examples(pairs[i]):
+            return _matches(program, wanted, sandbox_limits) / len(wanted)
         return None
 
     with ThreadPoolExecutor(min(AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
@@ -91,6 +91,18 @@ def right_answer(completions: Sequence[Completion], answer: Sequence[Any]) -> li
 def final_answer(written: Any) -> str:
     """What of a row's `answer` must be found; "" where there is nothing."""
     return "" if written is None else str(written).rpartition("####")[2].strip()
+
+
+def examples(described: Any) -> list[tuple[str, str]]:
+    """What of a row's `input_output` goes in and must come out, by pairs; none where a function is to be called.
+
+    Raises ValueError, KeyError or TypeError for what is laid out in no such way.
+    """
+    if isinstance(described, str):
+        described = json.loads(described) if described.strip() else None
+    if not isinstance(described, Mapping) or described.get("fn_name"):
+        return []
+    return [(_joined(i), _joined(o)) for i, o in zip(described["inputs"], described["outputs"], strict=True)]
 
 
 def text_of(completion: Completion) -> str:
@@ -121,15 +133,6 @@ def _ends_in(text: str, right: str) -> float | None:
         written = NUMBER.findall(given.replace(",", ""))
         return float(bool(written) and float(written[-1]) == number)
     return float(re.search(rf"(?:^|\W){re.escape(right)}\W*$", given, re.IGNORECASE) is not None)
-
-
-def _examples(described: Any) -> list[tuple[str, str]]:
-    """What goes in and what must come out, by pairs."""
-    if isinstance(described, str):
-        described = json.loads(described) if described.strip() else None
-    if not isinstance(described, Mapping) or described.get("fn_name"):
-        return []
-    return [(_joined(i), _joined(o)) for i, o in zip(described["inputs"], described["outputs"], strict=True)]
 
 
 def _joined(text: str | Sequence[str]) -> str:

@@ -26,7 +26,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Numbers of weights, not bytes; of the base model, but for `trained` and `copied`."""
+    """Numbers of weights, not bytes; of the base model, but for `trained`."""
 
     layers: int
     hidden: int
@@ -43,7 +43,6 @@ class ModelShape:
     quantizable_rows: int  # output features of these
     largest: int  # the largest one of these
     trained: int  # by the job: the adapter's, or all
-    copied: int  # that PEFT trains as a copy of the base's (lora_modules_to_save), part of `trained`
 
     @property
     def kv_per_token(self) -> int:
@@ -93,11 +92,9 @@ def read_shape(source: ModelSource, lora: LoraSpec | None) -> ModelShape:
         "largest": max((m.weight.numel() for m in linear), default=0),
     }
     if lora is None:
-        return ModelShape(**shape, trained=weights, copied=0)
+        return ModelShape(**shape, trained=weights)
     adapted = with_adapter(base, lora, source.task)
-    trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
-    copied = sum(count for name, count in trained.items() if ".modules_to_save." in name)
-    return ModelShape(**shape, trained=sum(trained.values()), copied=copied)
+    return ModelShape(**shape, trained=sum(p.numel() for p in adapted.parameters() if p.requires_grad))
 
 
 def build(source: ModelSource, dtype: str, attention: str | None = None, layers: int | None = None) -> Any:

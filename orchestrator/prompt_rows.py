@@ -32,15 +32,27 @@ def _short(row: Mapping[str, Any]) -> bool:
     return verifiers.number_of(right) is not None or (0 < len(right) <= SHORT and "\n" not in right)
 
 
+def _of_reasoning_gym(row: Mapping[str, Any]) -> bool:
+    described = row["metadata"]  # a mapping or its JSON
+    return isinstance(described, str | Mapping) and "source_dataset" in described
+
+
+def _has_examples(row: Mapping[str, Any]) -> bool:
+    try:
+        return bool(verifiers.examples(row["input_output"]))
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 VERIFIERS = (
     Verifier(
         "actors.verifiers.reasoning_gym",
         ("answer", "metadata"),
-        lambda row: "source_dataset" in row["metadata"],
+        _of_reasoning_gym,
         "answer and metadata of reasoning-gym",
     ),
     Verifier("actors.verifiers.passes_tests", ("test_list",), lambda row: bool(row["test_list"]), "tests in test_list"),
-    Verifier("actors.verifiers.passes_tests", ("input_output",), lambda row: bool(row["input_output"]), "or in input_output"),
+    Verifier("actors.verifiers.passes_tests", ("input_output",), _has_examples, "tests in input_output"),
     Verifier("actors.verifiers.right_answer", ("answer",), _short, "a number or a few words in answer"),
     Verifier(
         "trl.rewards.accuracy_reward",
@@ -69,7 +81,7 @@ def prompt_fit(sample: Sample, tokenizer: Any) -> Fit:
     column = next((name for name in prompts.QUESTIONS if sample.have((name,))), "prompt")
     as_they_are = column == "prompt" and not (chats and any(isinstance(row.get("prompt"), str) for row in sample.rows))
     made = None if as_they_are else f"actors.prompts.{'chat' if chats else 'text'}"
-    return Fit("grpo", Layout((column,), made), tuple(sorted(lengths)), tuple(bad))
+    return Fit(Layout((column,), made), tuple(sorted(lengths)), tuple(bad))
 
 
 def verifier_of(sample: Sample, chats: bool) -> Verifier | None:

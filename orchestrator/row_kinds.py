@@ -40,7 +40,6 @@ class Layout:
 class Fit:
     """A sample read by a layout."""
 
-    method: str  # sft | dpo | kto | reward_trainer | grpo
     layout: Layout
     lengths: tuple[int, ...]  # tokens of each row that it can read, sorted; of rl: grpo those of the prompt
     bad: tuple[BadRow, ...]  # rows that it cannot
@@ -161,4 +160,4 @@ def _tried(method: str, layout: Layout, sample: Sample, tokenizer: Any) -> Fit:
             lengths.append(max(max(sequences(one)) for one in encoded))
         if index == FIRST and len(bad) > index / 2:
             break
-    return Fit(method, layout, tuple(sorted(lengths)), (*sample.bad, *bad))
+    return Fit(layout, tuple(sorted(lengths)), (*sample.bad, *bad))

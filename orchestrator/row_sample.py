@@ -28,7 +28,7 @@ class Sample:
     bad: tuple[BadRow, ...]  # lines that are no rows
     total: int  # rows of the whole data
     columns: tuple[str, ...]  # that at least one row has
-    places: tuple[str, ...] = ()  # of the rows
+    places: tuple[str, ...]  # of the rows
 
     def have(self, names: Sequence[str]) -> bool:
         """Whether most rows have something in each of these columns."""

@@ -38,7 +38,7 @@ def build_judged(spec: FormatSpec, tokenizer: Any) -> Encode:
     write = row_format.writer(spec, tokenizer)
 
     def encode(row: Row) -> JudgedRow:
-        label = _label(row, label_field)
+        label = label_of(row, label_field)
         prompt_ids, (completion_ids,) = ids_of(write(row_format.shape(row, spec)), tokenizer)
         return JudgedRow(prompt_ids=prompt_ids, completion_ids=completion_ids, label=label)
 
@@ -52,8 +52,8 @@ def judged_format(spec: FormatSpec) -> Format:
     return format_of(spec, JUDGED_FORMATS)
 
 
-def _label(row: Row, field: str) -> bool:
-    """True, 1 and "true" are a liked answer, False, 0 and "false" one that was not."""
+def label_of(row: Row, field: str) -> bool:
+    """True, 1 and "true" are a liked answer, False, 0 and "false" one that was not. Raises RowError for all else."""
     value = value_of(row, field)
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"

@@ -16,10 +16,10 @@ from actors import device
 from actors.model import completion_logprobs
 from orchestrator.activations import PackedRows, PaddedRows, Setting, _Counted, _run, alive, longest_row
 from orchestrator.fit import fit
-from orchestrator.hardware import said
+from orchestrator.hardware import GIB, said
 from orchestrator.head_memory import Head, Task, kept_logits, tiled, whole_logits
 from orchestrator.jobs import trained_lora
-from orchestrator.memory import BYTES, GIB, longest_rows, resting_memory, trainer_memory
+from orchestrator.memory import BYTES, longest_rows, resting_memory, trainer_memory
 from orchestrator.model_shape import ModelShape, ModelSource, read_shape
 from orchestrator.plan import make_plan
 from tests.models import CONFIGS, model_job, save_configs
@@ -294,7 +294,7 @@ def counted(forward: Any, *shapes: tuple[int, ...], dtype: torch.dtype) -> Head:
 
 def task(rows: PaddedRows | PackedRows, dtype: str, *, trains: bool) -> Task:
     numbers = dict.fromkeys(("layers", "intermediate", "heads", "kv_heads", "head_dim", "weights", "in_layers"), 0)
-    quantized = dict.fromkeys(("quantizable", "quantizable_rows", "largest", "trained", "copied"), 0)
+    quantized = dict.fromkeys(("quantizable", "quantizable_rows", "largest", "trained"), 0)
     shape = ModelShape(**numbers, **quantized, hidden=H, vocabulary=V, embedding=V * H, head=0)
     return Task(rows, shape, BYTES[dtype], trains, gpu=False)
 
