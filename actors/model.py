@@ -35,11 +35,6 @@ def load_tokenizer(model: ModelSpec) -> Any:
     return tokenizer
 
 
-def attention_heads(model: ModelSpec) -> int:
-    """Of the model's config.json."""
-    return int(_config(model).get_text_config().num_attention_heads)
-
-
 def attention_window(model: ModelSpec) -> int | None:
     """Tokens that the layers with the shortest view look back; None = all of them. Of the model's config.json.
 

@@ -8,17 +8,18 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.errors import ConfigError
-from orchestrator.advise import NAMES, WHY_ELSE, Advice, advise
+from orchestrator.advise import WHY_ELSE, Advice, advise, name_of
 from orchestrator.advised_job import percentile
+from orchestrator.machines import machines
 from orchestrator.plan import described_adapter, trainer_dtype
 from orchestrator.schema import JobConfig
-from orchestrator.sizing import described, nodes_of
+from orchestrator.sizing import described
 
 PRINTED = "job.yaml"  # what a file that is printed may be called
 
 
-def run(data: str, model: str | None, reward: str | None, cluster: str | None, file: Path | None) -> None:
-    """Advises, and writes the job file, or prints it to stdout and all else to stderr.
+def run(data: str, model: str | None, reward: str | None, where: str, file: Path | None) -> None:
+    """Advises, and writes the job file, or prints it to stdout and all else to stderr. where: auto, or what is said.
 
     Raises what `advise` does, and ConfigError for a file that is there already or cannot be written.
     """
@@ -26,8 +27,10 @@ def run(data: str, model: str | None, reward: str | None, cluster: str | None, f
         raise ConfigError(f"--write: {file} is there already, and nothing of yours is overwritten; name another file")
     stream = sys.stderr if file is None else sys.stdout
     console = Console(file=stream, force_terminal=stream.isatty())
+    with machines(where) as nodes:
+        pass  # a cluster is joined to see its nodes; the rest needs none
     with console.status(f"looking at {data}"):
-        advice = advise(data, model, reward, nodes_of(cluster), file.parent if file else Path.cwd())
+        advice = advise(data, model, reward, nodes, file.parent if file else Path.cwd(), where)
     if file is not None:
         _write(file, advice.text(str(file)))
     show(advice, console, file)
@@ -52,10 +55,10 @@ def show(advice: Advice, console: Console, file: Path | None) -> None:
     for name, text in _rows(advice).items():
         table.add_row(name, text)
     for index, other in enumerate(advice.others):
-        why = Text(f"{NAMES[other.method]}, {WHY_ELSE[other.method]}:")
+        why = Text(f"{name_of(other.method)}, {WHY_ELSE[other.method]}:")
         table.add_row("" if index else "or", Text("\n").join([why, Text(f"  {other.command(named)}", "cyan")]))
     console.print()
-    console.print(Text(f"{NAMES[advice.method]}: {advice.why}", "bold green"))
+    console.print(Text(f"{name_of(advice.method)}: {advice.why}", "bold green"))
     console.print(table)
     console.print()
     if file:

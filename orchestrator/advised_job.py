@@ -1,7 +1,7 @@
 """The job file that `eagleray advise` writes: what follows for its keys from a method, the rows and the machine."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,11 +11,12 @@ from typing import Any
 import yaml
 
 from orchestrator.config import load
-from orchestrator.plan import Node
+from orchestrator.plan import Node, total_gpus
+from orchestrator.planning import LORA
 from orchestrator.row_kinds import Fit
 from orchestrator.row_sample import Sample
 from orchestrator.schema import JobConfig
-from orchestrator.sizing import Keys, ModelSize, Way, gpus_of, way_for
+from orchestrator.sizing import Keys, ModelSize, Way, way_for
 
 # Where to start from with LoRA.
 LEARNING_RATES = {"sft": 2e-4, "dpo": 5e-5, "orpo": 1e-4, "kto": 5e-5, "reward_trainer": 1e-4, "grpo": 1e-4}
@@ -27,7 +28,6 @@ OWN: dict[str, Keys] = {  # keys of a method
     "reward_trainer": {"center_rewards_coefficient": 0.01},
     "grpo": {},
 }
-LORA: Keys = {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
 
 MULTIPLE = 64  # sequence_len is one of it
 FAR_OUT = 2  # times the 99th percentile: rows that long are left out rather than paid for by all
@@ -56,6 +56,7 @@ class Found:
     chat_template: str | None  # that a job must name; None = the model has its own
     nodes: tuple[Node, ...]
     reward: str | None  # of trl.reward_funcs
+    folders: tuple[str, ...]  # where files and functions are looked for: the current one, and the job file's
 
     @property
     def completion_tokens(self) -> int:
@@ -65,7 +66,7 @@ class Found:
     @property
     def gpu(self) -> bool:
         """Whether there is one."""
-        return gpus_of(self.nodes) > 0
+        return total_gpus(self.nodes) > 0
 
 
 def keys_of(found: Found, method: str, fit: Fit) -> Keys:
@@ -76,7 +77,6 @@ def keys_of(found: Found, method: str, fit: Fit) -> Keys:
         "base_model": found.model,
         "output_dir": f"outputs/{Path(found.data).stem}-{method.removesuffix('_trainer')}",
         **({"rl": rl, **OWN[method]} if rl else {}),
-        "adapter": "lora",
         **LORA,
         "datasets": [fit.layout.entry(found.data)],
         **({"val_set_size": min(HELD_OUT_MOST, ceil(HELD_OUT_SHARE * rows))} if rows >= FEW_ROWS else {}),
@@ -101,9 +101,9 @@ def keys_of(found: Found, method: str, fit: Fit) -> Keys:
     job |= {"ray": own} if own else {}
 
     def placed(way: Way) -> Keys:
-        return _merged(job, {**way, **_batches(method, job["sequence_len"], rows, way)})
+        return _merged(job, {**way, **batches_of(method, job["sequence_len"], rows, way)})
 
-    way = way_for(rl, found.model, found.size, found.nodes, rows, lambda way: config_of(placed(way)))
+    way = way_for(rl, found.model, found.size, found.nodes, rows, lambda way: config_of(placed(way), found.folders))
     return _in_order(placed(way))
 
 
@@ -127,12 +127,14 @@ def percentile(lengths: Sequence[int], percent: int) -> int:
     return lengths[max(0, ceil(percent / 100 * len(lengths)) - 1)]
 
 
-def config_of(keys: Mapping[str, Any]) -> JobConfig:
-    """The keys as a job file of theirs loads. Raises ConfigError."""
+def config_of(keys: Mapping[str, Any], folders: Sequence[str]) -> JobConfig:
+    """The keys as a job file of theirs loads. folders: where it looks for what they name. Raises ConfigError."""
     with TemporaryDirectory() as folder:
         file = Path(folder, "job.yaml")
         file.write_text(yaml.safe_dump(dict(keys), allow_unicode=True), encoding="utf-8")
-        return load(file)
+        config = load(file)
+    config.source = replace(config.source, elsewhere=tuple(folders))
+    return config
 
 
 def text_of(keys: Keys, told: Sequence[str]) -> str:
@@ -151,7 +153,8 @@ def _added(found: Found, method: str) -> int:
     return found.completion_tokens if method == "grpo" else 0
 
 
-def _batches(method: str, length: int, rows: int, way: Way) -> Keys:
+def batches_of(method: str, length: int, rows: int, way: Way) -> Keys:
+    """How many rows, or completions, a step has. length: tokens of a row, at most. rows: of the data. way: its ranks count."""
     ranks = way.get("ray_num_workers", 1)
     sequences = 2 if method in ("dpo", "orpo", "reward_trainer") else 1  # of a row, which go through the model together
     most = max(1, TOKENS_AT_ONCE // (length * sequences))

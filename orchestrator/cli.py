@@ -54,13 +54,9 @@ def _ended(command: Callable[[], object]) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from orchestrator import plan_command
-    from orchestrator.waits import Interrupted
+    from orchestrator.plan_command import run
 
-    try:
-        return plan_command.run(args.config, args.overrides, args.cluster, as_json=args.json, measure=args.check)
-    except Interrupted as interrupted:
-        return interrupted.exit_code
+    return _ended(lambda: run(args.config, args.overrides, args.cluster, as_json=args.json, measure=args.check))
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -107,8 +103,8 @@ def _top(args: argparse.Namespace) -> int:
 def _advise(args: argparse.Namespace) -> int:
     from orchestrator.advise_report import run
 
-    run(args.data, args.model, args.reward, args.cluster, Path(args.write) if args.write else None)
-    return 0
+    file = Path(args.write) if args.write else None
+    return _ended(lambda: run(args.data, args.model, args.reward, args.cluster, file))
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -182,7 +178,7 @@ def _add_jobs(commands: Any) -> None:
     advise.add_argument("data", metavar="DATA", help="a file or folder of JSON, CSV, Parquet or Arrow, or a name on the hub")
     advise.add_argument("--model", help="a folder or a name on the hub; by default the small one that comes with Eagleray")
     advise.add_argument("--reward", metavar="FN", help="rewards completions: module.fn, or a reward model")
-    advise.add_argument("--cluster", metavar="8x80GB", help="GPUs to advise for; auto, the default, is what is here")
+    advise.add_argument("--cluster", default="auto", metavar="8x80GB", help="GPUs to advise for, or auto: what is there")
     advise.add_argument("--write", metavar="FILE", help="the job file, which must not be there yet; else it is printed")
     advise.set_defaults(command=_advise)
 

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.fit import Place, Share, gb
-from orchestrator.memory import GIB, TERMS
+from orchestrator.hardware import GIB
+from orchestrator.memory import TERMS
 from orchestrator.plan import Node, amount
 from orchestrator.planning import Planned
 

@@ -7,8 +7,9 @@ the question is whether that is enough for one sequence of the longest length; m
 from dataclasses import dataclass
 
 from actors.reward_model import TOKENS_AT_ONCE
+from orchestrator.hardware import GIB
 from orchestrator.jobs import trained_lora
-from orchestrator.memory import BYTES, CUDA_CONTEXT, GIB, NCCL, PROCESS, Memory, source_of
+from orchestrator.memory import BYTES, CUDA_CONTEXT, NCCL, PROCESS, Memory, source_of
 from orchestrator.model_shape import ModelShape, ModelSource, read_shape
 from orchestrator.plan import Plan
 from orchestrator.schema import JobConfig

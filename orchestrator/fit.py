@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from actors.errors import ConfigError
 from orchestrator.dataset_plan import DatasetPlan
 from orchestrator.engine_memory import EngineMemory, engine_memory, reward_memory
+from orchestrator.hardware import GIB
 from orchestrator.jobs import local_folder
-from orchestrator.memory import GIB, Memory, resting_memory, trainer_memory
+from orchestrator.memory import Memory, resting_memory, trainer_memory
 from orchestrator.plan import BOTH, ENGINE, TRAINER, Bundle, Node, Plan
 from orchestrator.schema import JobConfig
 

@@ -12,6 +12,7 @@ from actors.errors import ConfigError
 from orchestrator.plan import Node
 
 GIB = 2**30
+AUTO = "auto"  # the machines that are there
 CPUS_PER_GPU = 16  # of machines that are only said
 EXAMPLES = "8x80GB (a machine with eight GPUs of 80 GB) or 2x8x80GB (two of them)"
 TYPE_LABEL = "ray.io/accelerator-type"
@@ -30,7 +31,7 @@ def said(text: str) -> list[Node]:
     """`[NODES x] GPUS x SIZE GB` as nodes. Raises ConfigError for anything else."""
     found = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)GB", text.strip(), re.IGNORECASE)
     if found is None:
-        raise ConfigError(f"--cluster {text}: say auto, {EXAMPLES}")
+        raise ConfigError(f"--cluster {text}: say {AUTO}, {EXAMPLES}")
     count, gpus, size = int(found[1] or 1), int(found[2]), float(found[3])
     if not count or not gpus or not size:
         raise ConfigError(f"--cluster {text}: there is nothing in it; say {EXAMPLES}")

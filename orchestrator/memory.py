@@ -13,12 +13,12 @@ from actors.dataset_loop import WITH_REFERENCE
 from actors.model import task_of
 from orchestrator import sharding
 from orchestrator.activations import PackedRows, PaddedRows, Setting, alive
+from orchestrator.hardware import GIB
 from orchestrator.head_memory import HEADS, Task
 from orchestrator.jobs import quantization, trained_lora
 from orchestrator.model_shape import ModelSource, read_shape
 from orchestrator.schema import JobConfig
 
-GIB = 2**30
 MIB = 2**20
 BYTES = {"float32": 4, "bfloat16": 2}
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "kv cache", "overhead")

@@ -58,14 +58,15 @@ def check(job: Planned, note: Callable[[str], Any]) -> Iterator[Measured]:
     """
     plan = job.plan
     with cluster.placed(plan) as group:
-        note(f"two steps of {len(plan.bundles)} worker(s)" if isinstance(plan, DatasetPlan) else "two steps of the trainer")
+        ranks = f"{len(plan.bundles)} worker(s)" if isinstance(plan, DatasetPlan) else "the trainer"
+        note(f"measuring two steps of {ranks} ...")
         yield from _ranks(job, group)
         if isinstance(plan, DatasetPlan) or job.fit.engine is None:
             return
         if plan.tensor_parallel > 1:
             note("engines are not measured: their GPUs belong to processes of vLLM's own")
             return
-        note("an engine")
+        note("measuring an engine ...")
         environment = actor_environment(ENGINE, plan, job.config.ray.kv_cache_gib)
         index = next(i for i, bundle in enumerate(plan.bundles) if bundle.role in (ENGINE, BOTH))
         actor = cluster.start_measuring(

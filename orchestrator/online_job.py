@@ -12,7 +12,7 @@ from actors.chat import prompt_token_ids
 from actors.errors import ActorError
 from actors.formats.templates import ensure_own
 from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
-from orchestrator import checkpoints, cluster, sharding, starting_adapter, waits
+from orchestrator import checkpoints, cluster, sharding, starting_adapter, tensor_parallel, waits
 from orchestrator.cluster import Actors
 from orchestrator.conversations import ensure_playable, rollout_function_spec
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
@@ -57,7 +57,7 @@ def run(config: JobConfig, display: Display) -> RunResult:
     hub.resolve(config.base_model)
     starting_adapter.ensure_fits(config)
     spec = model_spec(config, plan)
-    _ensure_engines_can_share(config, spec)
+    tensor_parallel.ensure_possible(config)
     window = model.attention_window(spec)
     if window is not None and config.sequence_len > window:
         text = f"is {config.sequence_len}, but some layers of {config.base_model} look back {window} tokens only; use no more"
@@ -89,18 +89,6 @@ def run(config: JobConfig, display: Display) -> RunResult:
             title = f"GRPO: {config.base_model} -> {output_dir}"
             display.header(title, [*describe(config, plan), f"dashboard   {here}"])
             return _Job(config, plan, prompts, output_dir, display).run(probe, resume, marker, watch)
-
-
-def _ensure_engines_can_share(config: JobConfig, spec: ModelSpec) -> None:
-    """Raises ConfigError for a tensor_parallel_size that vLLM cannot cut the model's heads by."""
-    size = config.vllm.tensor_parallel_size
-    if size == 1:
-        return
-    heads = model.attention_heads(spec)
-    if heads % size:
-        sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        text = f"is {size}, which does not divide the {heads} attention heads of {config.base_model}; use one of {sizes}"
-        config.source.raise_if_any([Problem("vllm.tensor_parallel_size", text)])
 
 
 class _Job:

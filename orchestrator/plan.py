@@ -308,6 +308,11 @@ def hosts(nodes: Sequence[Node]) -> int:
     return max(1, sum(node.resources.get("CPU", 0) > 0 for node in nodes))
 
 
+def total_gpus(nodes: Sequence[Node]) -> int:
+    """Of all of them together."""
+    return int(sum(node.resources.get("GPU", 0) for node in nodes))
+
+
 def _engine_gpus(config: JobConfig, gpu: bool) -> float:
     if not gpu:
         return 0.0
@@ -336,7 +341,7 @@ def shortages(bundles: Sequence[Bundle], nodes: Sequence[Node], placement: Seque
             for resource, needed in bundle.resources.items():
                 left[place][resource] -= needed
     free = "; ".join(f"{node.name} has {amount(has)} left" for node, has in zip(nodes, left, strict=True))
-    gpus = sum(node.resources.get("GPU", 0) for node in nodes)
+    gpus = total_gpus(nodes)
     share = int(100 / ceil(len(bundles) / gpus)) / 100 if gpus else 0.0  # a bundle's share lies on one GPU
     if share <= MOST_OF_TWO and sum(bundle.role not in ("engine", "reward") for bundle in bundles) > 1:
         share = 0.0  # two ranks would meet on one

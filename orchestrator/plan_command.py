@@ -3,41 +3,35 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 
 from actors.errors import ConfigError
-from orchestrator import cluster, hardware, waits
+from orchestrator import hardware
 from orchestrator.config import load
 from orchestrator.dataset_plan import packs
 from orchestrator.drawing import drawing
 from orchestrator.fit import gb
+from orchestrator.hardware import AUTO
+from orchestrator.machines import machines
 from orchestrator.memory import Memory
 from orchestrator.memory_check import TOLERANCE, Measured, check
 from orchestrator.plan import Plan
 from orchestrator.planning import Planned, Read, Suggestion, describe, planned, read, suggestions
 from orchestrator.runnable import ensure_runnable
 
-AUTO = "auto"
 WIDTH = 100  # where there is no terminal
 
 
-def run(path: str, overrides: Sequence[str], where: str, *, as_json: bool, measure: bool) -> int:
+def run(path: str, overrides: Sequence[str], where: str, *, as_json: bool, measure: bool) -> None:
     """Prints the plan. where: auto, or what is said, such as 2x8x80GB. Raises ConfigError when the job does not fit."""
     config = load(path, overrides)
     ensure_runnable(config)
     if measure and where != AUTO:
         raise ConfigError("--check measures on the machines that are there; leave --cluster out")
-    with ExitStack() as stack:
-        joins = where == AUTO and bool(os.environ.get("RAY_ADDRESS"))
-        if measure or joins:
-            stack.enter_context(waits.interruptible())
-            stack.enter_context(cluster.connected())
-        nodes = hardware.said(where) if where != AUTO else cluster.nodes() if joins else cluster.local_nodes()
-        hardware.ensure_known(nodes)
+    with machines(where, started=measure) as nodes:
         found = read(config)
         job = planned(found.config, nodes, found)
         # Where there are too few CPUs, the plan itself says what would fit.
@@ -48,14 +42,13 @@ def run(path: str, overrides: Sequence[str], where: str, *, as_json: bool, measu
         console.print(drawing(job))
         measured: list[Measured] = []
         if measure and not job.problems:
-            for one in check(job, lambda text: console.print(f"measuring {text} ...", markup=False, highlight=False)):
+            for one in check(job, lambda text: console.print(text, markup=False, highlight=False)):
                 console.print(_beside(one), markup=False, highlight=False)
                 measured.append(one)
     if as_json:
         print(json.dumps(_record(job, found, changes, measured), indent=1))
     _raise_unless_it_fits(job, changes)
     _raise_unless_measured(measured)
-    return 0
 
 
 def _more(job: Planned, found: Read) -> list[str]:

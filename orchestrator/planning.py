@@ -15,15 +15,15 @@ from actors import device, model
 from actors.chat import prompt_token_ids
 from actors.errors import ConfigError
 from actors.specs import ModelSpec
-from orchestrator import dataset_plan, plan, prepare, sharding
+from orchestrator import dataset_plan, plan, prepare, sharding, tensor_parallel
 from orchestrator.conversations import ensure_playable
 from orchestrator.data import PromptSet, load_prompts
 from orchestrator.dataset_plan import DatasetPlan, make_dataset_plan
 from orchestrator.fit import Fit, fit
 from orchestrator.jobs import template_arguments, with_absolute_paths
-from orchestrator.plan import Node, Plan, colocated, make_plan
+from orchestrator.plan import Node, Plan, colocated, make_plan, total_gpus
 from orchestrator.rewards import reward_models
-from orchestrator.runnable import not_runnable
+from orchestrator.runnable import refusals
 from orchestrator.schema import JobConfig
 from orchestrator.starting_adapter import adopted
 from orchestrator.validate import contradictions
@@ -33,6 +33,7 @@ MOST_CHANGES = 3  # that a suggestion combines
 MOST_SUGGESTIONS = 5
 LORA = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
 QLORA = {"adapter": "qlora", "load_in_4bit": True}
+SHARES = (1, 2, 4, 8, 16, 32, 64)  # GPUs that hold a model together
 
 Changes = Mapping[str, Any]  # a dotted key's new value
 
@@ -96,9 +97,10 @@ def _tokens_of_a_prompt(config: JobConfig, prompts: PromptSet) -> float | None:
 
 
 def planned(config: JobConfig, nodes: Sequence[Node], read: Read) -> Planned:
-    """Of CPU nodes it takes this machine's processor as an example. Raises ConfigError."""
+    """Of CPU nodes it takes this machine's processor as an example. Raises ConfigError for what no cluster can hold."""
     cpu_dtype = device.fastest_dtype(gpu=False)
     if config.rl == "grpo":
+        tensor_parallel.ensure_possible(config)
         made: Plan | DatasetPlan = make_plan(config, nodes, read.rows, cpu_dtype, read.reward_models)
     else:
         made = make_dataset_plan(config, nodes, cpu_dtype)
@@ -114,8 +116,7 @@ def describe(job: Planned) -> list[str]:
 
 def suggestions(config: JobConfig, nodes: Sequence[Node], read: Read) -> list[Suggestion]:
     """The fewest changes with which the job fits, each planned; the ones that leave the result as it is come first."""
-    gpus = int(sum(node.resources.get("GPU", 0) for node in nodes))
-    kinds = list(_kinds(config, gpus))
+    kinds = list(_kinds(config, total_gpus(nodes)))
     for count in range(1, MOST_CHANGES + 1):
         found = []
         for chosen in combinations(kinds, count):
@@ -135,7 +136,7 @@ def _tried(config: JobConfig, nodes: Sequence[Node], read: Read, changes: Change
     """None where the job would not fit, or would be none."""
     changed = with_changes(config, changes)
     try:
-        if any((*contradictions(changed), *not_runnable(changed), *sharding.problems(changed))):
+        if any((*contradictions(changed), *refusals(changed))):
             return None
         job = planned(changed, nodes, read)
     except ConfigError:
@@ -184,7 +185,7 @@ def _shards(config: JobConfig, gpus: int) -> Iterator[Changes]:
     if config.deepspeed or not isinstance(now, int):
         return
     passes = config.gradient_accumulation_steps
-    for workers in (2, 4, 8, 16, 32, 64):
+    for workers in SHARES[1:]:
         if now < workers <= gpus or (workers == now and not sharding.kind(config)):
             yield {
                 "fsdp_version": 2,
@@ -195,7 +196,7 @@ def _shards(config: JobConfig, gpus: int) -> Iterator[Changes]:
 
 def _engine_kinds(config: JobConfig, gpus: int) -> Iterator[Sequence[Changes]]:
     size, share = config.vllm.tensor_parallel_size, config.vllm.gpu_memory_utilization
-    if larger := [n for n in (2, 4, 8) if size < n <= gpus]:
+    if larger := [n for n in SHARES if size < n <= gpus]:
         yield [{"vllm.tensor_parallel_size": n} for n in larger]
     lower = [{"vllm.gpu_memory_utilization": s} for s in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3) if s < share]
     if lower:

@@ -1,22 +1,21 @@
 """Which adapter, how many ranks and which engines: the plainest way in which a job fits the machines, by the memory model."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actors.errors import ConfigError
-from orchestrator import cluster, hardware
+from orchestrator import hardware, tensor_parallel
 from orchestrator.model_shape import ModelSource, read_config, read_shape
-from orchestrator.plan import Node
-from orchestrator.planning import Read, planned
+from orchestrator.plan import Node, total_gpus
+from orchestrator.planning import QLORA, SHARES, Read, planned
 from orchestrator.rewards import reward_models
 from orchestrator.schema import JobConfig
 
-SHARES = (1, 2, 4, 8, 16, 32, 64)  # GPUs that hold a model together
-
 Keys = dict[str, Any]  # of a job file
 Way = Mapping[str, Any]  # those that say how it is placed
+
+ADAPTERS: tuple[Way, ...] = ({"adapter": "lora"}, QLORA)
 
 
 @dataclass(frozen=True)
@@ -28,18 +27,6 @@ class ModelSize:
     context: int | None  # tokens that it was made for; None = it does not say
 
 
-def nodes_of(text: str | None) -> list[Node]:
-    """Those that are said, such as 8x80GB; auto or none: the cluster of RAY_ADDRESS, else this machine. Raises ConfigError."""
-    if text not in (None, "auto"):
-        return hardware.said(str(text))
-    if not os.environ.get("RAY_ADDRESS"):
-        return cluster.local_nodes()
-    with cluster.connected():
-        nodes = cluster.nodes()
-    hardware.ensure_known(nodes)
-    return nodes
-
-
 def size_of(model: str) -> ModelSize:
     """Raises ConfigError for a model that cannot be had, or whose config.json transformers cannot read."""
     source = ModelSource(model)
@@ -48,17 +35,12 @@ def size_of(model: str) -> ModelSize:
     return ModelSize(shape.weights, shape.heads, context)
 
 
-def gpus_of(nodes: Sequence[Node]) -> int:
-    """Of all of them together."""
-    return int(sum(node.resources.get("GPU", 0) for node in nodes))
-
-
 def described(nodes: Sequence[Node]) -> str:
     """Their GPUs for a person."""
     sizes = [node.gpu_bytes for node in nodes if node.resources.get("GPU", 0) and node.gpu_bytes]
-    if not gpus_of(nodes):
+    if not total_gpus(nodes):
         return "no GPU"
-    return f"{gpus_of(nodes)} x {min(sizes, default=0) / hardware.GIB:.0f} GB"
+    return f"{total_gpus(nodes)} x {min(sizes, default=0) / hardware.GIB:.0f} GB"
 
 
 def problems(config: JobConfig, nodes: Sequence[Node], rows: int) -> list[str]:
@@ -69,27 +51,26 @@ def problems(config: JobConfig, nodes: Sequence[Node], rows: int) -> list[str]:
 
 def ways(rl: str | None, model: ModelSize, nodes: Sequence[Node]) -> Iterator[Way]:
     """Adapters and placements: fewer GPUs first, LoRA before QLoRA, an engine's own GPU before a shared one."""
-    gpus = gpus_of(nodes)
+    gpus = total_gpus(nodes)
     if not gpus:
-        yield from (_trained(1, adapter) for adapter in ("lora", "qlora"))
+        yield from ADAPTERS
         return
     ranks = [count for count in SHARES if count <= gpus]
     if rl != "grpo":
-        yield from (_trained(count, adapter) for count in ranks for adapter in ("lora", "qlora"))
+        yield from (_trained(count, adapter) for count in ranks for adapter in ADAPTERS)
         return
     largest = max(node.resources.get("GPU", 0) for node in nodes)
-    parallels = [count for count in SHARES if model.heads % count == 0 and count <= largest]
+    parallels = [count for count in tensor_parallel.sizes(model.heads) if count in SHARES and count <= largest]
     split = sorted((r + p, r, p) for r in ranks for p in parallels if r + p <= gpus)
     for _, rank, parallel in split:
-        for adapter in ("lora", "qlora"):
+        for adapter in ADAPTERS:
             yield {**_trained(rank, adapter), "vllm": {"tensor_parallel_size": parallel}}
     colocated = {"trl": {"vllm_mode": "colocate", "vllm_enable_sleep_mode": True}, "vllm": {"gpu_memory_utilization": 0.4}}
-    yield from ({**_trained(count, adapter), **colocated} for count in ranks for adapter in ("lora", "qlora"))
+    yield from ({**_trained(count, adapter), **colocated} for count in ranks for adapter in ADAPTERS)
 
 
-def _trained(ranks: int, adapter: str) -> Keys:
-    shards = {"ray_num_workers": ranks, "fsdp_version": 2} if ranks > 1 else {}
-    return {"adapter": adapter, **({"load_in_4bit": True} if adapter == "qlora" else {}), **shards}
+def _trained(ranks: int, adapter: Way) -> Keys:
+    return {**adapter, **({"ray_num_workers": ranks, "fsdp_version": 2} if ranks > 1 else {})}
 
 
 def way_for(
@@ -101,7 +82,7 @@ def way_for(
     config_with: Callable[[Way], JobConfig],
 ) -> Way:
     """The first way that fits. config_with: the job with a way's keys. Raises ConfigError when none does."""
-    wrong = ["there is no GPU for an engine"]
+    wrong: list[str] = []  # with the last way
     for way in ways(rl, model, nodes):
         wrong = problems(config_with(way), nodes, rows)
         if not wrong:

@@ -18,14 +18,16 @@ from actors.formats.base import FormatSpec
 from actors.preparing import PrepareSpec, RowEncoder, sequences
 from actors.reading import SourceSpec
 from orchestrator import advise as module
-from orchestrator import row_sample, sizing
+from orchestrator import advise_report, row_sample, sizing
 from orchestrator.advise import DEFAULT_MODEL, Advice, advise
 from orchestrator.advised_job import config_of, percentile
 from orchestrator.cli import main
 from orchestrator.config import load
+from orchestrator.hardware import said
 from orchestrator.plan import Node, make_plan
 from orchestrator.runnable import ensure_runnable
-from orchestrator.sizing import nodes_of, size_of, way_for
+from orchestrator.sizing import size_of, way_for
+from orchestrator.waits import Interrupted
 from tests.job_files import messages
 from tests.models import save_configs
 
@@ -185,10 +187,20 @@ def test_rows_in_the_layouts_that_people_have(row: dict[str, Any], method: str, 
         ({"problem": "Halve 3.", "solution": r"$\frac{3}{2}$", "answer": "1.5"}, "actors.verifiers.right_answer"),
         ({"prompt": "Write f.", "test_list": ["assert f() == 1"]}, "actors.verifiers.passes_tests"),
         ({"question": "Add.", "input_output": '{"inputs": ["1"], "outputs": ["2"]}'}, "actors.verifiers.passes_tests"),
+        ({"question": "How many?", "answer": "3", "metadata": 5}, "actors.verifiers.right_answer"),  # not reasoning-gym's
     ],
 )
 def test_answers_that_can_be_verified_name_their_reward(row: dict[str, Any], reward: str) -> None:
     assert of_rows([row] * 3).keys["trl"]["reward_funcs"] == [reward]
+
+
+def test_programs_are_judged_by_what_they_read_and_print() -> None:
+    found = of_rows([{"question": "Add.", "input_output": {"inputs": ["1"], "outputs": ["2"]}}] * 3)
+    judged = "prompts in `question` with tests in input_output, by which actors.verifiers.passes_tests rewards completions"
+    assert found.why == judged
+    for broken in ({"fn_name": "add", "inputs": [[1]], "outputs": [2]}, {"inputs": ["1"]}, "{", {"inputs": 1, "outputs": 1}):
+        with pytest.raises(DataError, match="GRPO needs .* test_list or input_output"):
+            of_rows([{"question": "Add.", "input_output": broken}] * 3)
 
 
 def test_liked_and_disliked_answers_under_other_names() -> None:
@@ -198,6 +210,14 @@ def test_liked_and_disliked_answers_under_other_names() -> None:
     assert (found.method, entry(found)) == ("kto", {**keys, "field_completion": "response"})
     assert "2 true and 2 false" in found.why
     assert of_rows([row | {"thumbs_up": True} for row in rows]).method == "sft", "with one label there is nothing to compare"
+
+
+def test_labels_are_counted_as_kto_reads_them() -> None:
+    def labelled(*labels: Any) -> Advice:
+        return of_rows([{"prompt": f"How many of {i}?", "completion": "Three.", "label": one} for i, one in enumerate(labels)])
+
+    assert labelled(True, "True", 1, "true").method == "sft", "one label, however it is written"
+    assert "12 true and 7 false" in labelled(*[True, 1, "true", 0] * 4, False, " FALSE ", "false", "no").why
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.parquet", "rows.arrow", "folder"])
@@ -289,7 +309,6 @@ def test_a_row_far_out_is_left_out_rather_than_paid_for_by_all(monkeypatch: pyte
     rows[77]["answer"] = "word " * 3000
     found = of_rows(rows)
     assert found.config.sequence_len < 256 and found.config.ray.max_bad_rows == 0.01
-    assert found.config.sequence_len <= 8192
 
 
 def test_rows_that_cannot_be_used_are_allowed_for() -> None:
@@ -346,6 +365,50 @@ def test_other_methods_are_commands_that_would_run(tmp_path: Path) -> None:
             assert (config.rl or "sft") == other.method
             tried.add(other.method)
     assert tried == {"dpo", "orpo", "reward_trainer"}
+
+
+def test_kto_in_place_of_grpo_has_rows_to_compare() -> None:
+    """Of long rows GRPO has one completion at once; KTO needs two, and steps of its own size."""
+    rows = [
+        {"prompt": f"Is {i} even?" + " Think." * 2500, "completion": "Yes.", "label": i % 2 == 0, "answer": "yes"}
+        for i in range(20)
+    ]
+    Path("mine.py").write_text("def kind(completions, **_):\n    return [1.0] * len(completions)\n")
+    found = of_rows(rows, reward="mine.kind")
+    assert (found.method, found.config.micro_batch_size) == ("grpo", 1)
+    Path("job.yaml").write_text(found.text("job.yaml"))
+    (command,) = (other.command("job.yaml") for other in found.others if other.method == "kto")
+    config = load("job.yaml", shlex.split(command)[3:])  # the comment with SFT's markup, of several lines, is one still
+    ensure_runnable(config)
+    assert (config.rl, config.micro_batch_size, config.gradient_accumulation_steps) == ("kto", 2, 4)
+
+
+def test_the_command_for_grpo_keeps_what_was_said() -> None:
+    rows = [{"prompt": "Why?", "answer": 3, "completion": "Yes.", "label": i % 2} for i in range(4)]
+    data = jsonl(Path("my rows.jsonl"), rows)
+    found = advise(data, DEFAULT_MODEL, None, said("2x24GB"), Path.cwd(), "2x24GB")
+    (command,) = (other.command("job.yaml") for other in found.others if other.method == "grpo")
+    reward = "--reward actors.verifiers.right_answer"
+    assert command == f"eagleray advise 'my rows.jsonl' --model {DEFAULT_MODEL} --cluster 2x24GB {reward}"
+    Path("bare.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n')
+    (other,) = (other for other in advised("bare.jsonl").others if other.method == "grpo")
+    assert other.command("job.yaml") == "eagleray advise bare.jsonl --reward FN"
+
+
+def test_a_reward_model_is_found_beside_the_job_file() -> None:
+    Path("jobs/critic").mkdir(parents=True)
+    data = jsonl(Path("rows.jsonl"), [{"prompt": "Why?"}] * 3)
+    assert advise(data, None, "critic", CPUS, Path("jobs")).keys["trl"]["reward_funcs"] == ["critic"]
+    with pytest.raises(ConfigError, match="critic is no folder, and no function's name"):
+        advise(data, None, "critic", CPUS, Path.cwd())
+
+
+def test_ctrl_c_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Advice:
+        raise Interrupted(2)
+
+    monkeypatch.setattr(advise_report, "advise", interrupted)
+    assert main(["advise", "rows.jsonl"]) == 130
 
 
 def test_grpo_with_answers_to_imitate_can_be_sft(tmp_path: Path) -> None:
@@ -405,14 +468,14 @@ def test_the_plainest_way_that_fits(
     models: dict[str, str], name: str, rl: str | None, cluster: str, expected: dict[str, Any]
 ) -> None:
     folder = models[name]
-    assert way_for(rl, name, size_of(folder), nodes_of(cluster), 300, loaded(folder, rl)) == expected
+    assert way_for(rl, name, size_of(folder), said(cluster), 300, loaded(folder, rl)) == expected
 
 
 def test_a_model_that_no_gpu_holds_is_cut_into_shards(models: dict[str, str]) -> None:
     folder = models["Llama-3.1-70B"]
-    way = way_for("dpo", "big", size_of(folder), nodes_of("8x24GB"), 300, loaded(folder, "dpo"))
+    way = way_for("dpo", "big", size_of(folder), said("8x24GB"), 300, loaded(folder, "dpo"))
     assert way["fsdp_version"] == 2 and way["ray_num_workers"] in (2, 4, 8)
-    online = way_for("grpo", "big", size_of(folder), nodes_of("8x80GB"), 300, loaded(folder, "grpo"))
+    online = way_for("grpo", "big", size_of(folder), said("8x80GB"), 300, loaded(folder, "grpo"))
     assert online["vllm"]["tensor_parallel_size"] in (2, 4)  # 141 GB of weights, and the KV cache
 
 
@@ -425,7 +488,7 @@ def loaded(folder: str, rl: str | None) -> Callable[[sizing.Way], Any]:
         keys = {**job, **way}
         if rl == "grpo":
             keys |= {"datasets": [{"path": "d"}], "trl": {"reward_funcs": ["a.b"], **way.get("trl", {})}}
-        return config_of(keys)
+        return config_of(keys, ())
 
     return config_with
 
@@ -434,16 +497,16 @@ def test_what_does_not_fit_is_told_with_what_it_takes(models: dict[str, str]) ->
     folder = models["Llama-3.1-70B"]
     expected = r"big does not fit 1 x 24 GB, with QLoRA neither: .* needs \d+\.\d GB of GPU 0 .*; name a smaller --model"
     with pytest.raises(ConfigError, match=expected):
-        way_for("dpo", "big", size_of(folder), nodes_of("1x24GB"), 300, loaded(folder, "dpo"))
+        way_for("dpo", "big", size_of(folder), said("1x24GB"), 300, loaded(folder, "dpo"))
 
 
 def test_a_job_for_gpus_loads_and_can_be_placed(tmp_path: Path) -> None:
-    found = advised(str(ROOT / "configs/grpo/sums-train.jsonl"), cluster=nodes_of("2x24GB"))
+    found = advised(str(ROOT / "configs/grpo/sums-train.jsonl"), cluster=said("2x24GB"))
     (tmp_path / "job.yaml").write_text(found.text("job.yaml"))
     config = load("job.yaml")
     assert make_plan(config, [Node("a", {"CPU": 8.0, "GPU": 2.0})], 300).problems == []
     assert config.gradient_checkpointing is True and config.ray.kv_cache_gib is None
-    one = advised(str(ROOT / "configs/grpo/sums-train.jsonl"), cluster=nodes_of("1x24GB"))
+    one = advised(str(ROOT / "configs/grpo/sums-train.jsonl"), cluster=said("1x24GB"))
     (tmp_path / "job.yaml").write_text(one.text("job.yaml"))
     config = load("job.yaml")
     assert make_plan(config, [Node("a", {"CPU": 8.0, "GPU": 1.0})], 300).problems == []

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from actors.errors import ConfigError
+from orchestrator import planning
 from orchestrator.drawing import drawing
 from orchestrator.fit import gpus_of
-from orchestrator.hardware import said
-from orchestrator.memory import GIB
+from orchestrator.hardware import GIB, said
 from orchestrator.plan import Node, make_plan
 from orchestrator.planning import Planned, Read, planned, suggestions, with_changes
 from orchestrator.schema import JobConfig
@@ -119,6 +120,23 @@ def test_a_step_keeps_its_rows(models: dict[str, str]) -> None:
     for suggestion in suggestions(config, said("1x80GB"), read(config)):
         changed = with_changes(config, suggestion.changes)
         assert changed.micro_batch_size * changed.gradient_accumulation_steps == 4
+
+
+def test_engines_have_as_many_gpus_as_divide_the_models_heads(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 28 heads."""
+    config = model_job(models["Qwen2.5-7B"], "lora", **GRPO, vllm__tensor_parallel_size=8)
+    expected = r"tensor_parallel_size: is 8, which does not divide the 28 attention heads .*; use one of 1, 2, 4, 7, 14, 28$"
+    with pytest.raises(ConfigError, match=expected):
+        plan_on(config, "2x8x80GB")
+    assert not plan_on(with_changes(config, {"vllm.tensor_parallel_size": 4}), "2x8x80GB").problems
+    # With 60 % of 9 GB, 4 GPUs have no room for a KV cache beside the weights; 8 would, and nothing else alone.
+    small = with_changes(config, {"fsdp_version": 2, "ray_num_workers": 8, "vllm.tensor_parallel_size": 4})
+    small.vllm.gpu_memory_utilization = 0.6
+    monkeypatch.setattr(planning, "MOST_CHANGES", 1)
+    assert "its KV cache holds 0 tokens" in plan_on(small, "2x8x9GB").problems[0]
+    assert suggestions(small, said("2x8x9GB"), read(small)) == []
 
 
 @SLOW
