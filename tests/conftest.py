@@ -1,4 +1,4 @@
-"""Environment of every test process. vLLM and the hub's client read these when they are imported."""
+"""Environment of every test process. vLLM, Ray and the hub's client read these when they are imported."""
 
 import os
 from collections.abc import Iterator
@@ -13,6 +13,9 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads stall each other when the cores are shared
     "TOKENIZERS_PARALLELISM": "false",
+    # A machine that stands still for a while would lose its raylet, or a process its control service, which then exits.
+    "RAY_health_check_failure_threshold": "30",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }
 
 for name, value in ENVIRONMENT.items():

@@ -118,7 +118,9 @@ def test_versions_by_hand(cluster: None, llama: str) -> None:
 
 
 def test_prompts_are_dealt_to_all_engines(cluster: None, llama: str) -> None:
-    made = loop(llama, lies=("", ""))
+    engines = tuple(ENGINES.take(takes_s=1.0) for _ in range(2))  # so that neither is done before the other has begun
+    ray.get([engine.versions.remote() for engine in engines])
+    made = loop(llama, engines=engines)
     record = made.advance()
     assert record["groups"] == 2
     assert [ray.get(engine.versions.remote()) for engine in made.actors.engines] == [[0], [0]]
