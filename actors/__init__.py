@@ -23,6 +23,8 @@
     trainer.py   the actor that learns, one rank of it
     decoder.py   requests to vLLM that are decoded side by side
     conversation.py completions of several turns, played by a function of a person
+    turns.py     which job's group is sampled next
+    policy.py    what an engine knows of one job's policy
     engine.py    the actor that samples
     measuring.py actors that tell how much memory a trainer, a worker or an engine really needs
     samples.py   the actor that writes down what was sampled

@@ -9,7 +9,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from actors.specs import SamplingSpec
+from actors.types import RolloutGroup
 
 
 class Decoder:
@@ -71,4 +74,22 @@ def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
         logprobs=0,  # of the sampled token alone
         output_kind=RequestOutputKind.FINAL_ONLY,
         **sampling.extra,  # type: ignore[arg-type]
+    )
+
+
+def group_of(output: Any, version: int) -> RolloutGroup:
+    """Of vLLM's RequestOutput, sampled with a policy version."""
+    ids, logprobs = [], []
+    for completion in output.outputs:
+        tokens = list(completion.token_ids)
+        ids.append(np.array(tokens, dtype=np.int32))
+        chosen = [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
+        logprobs.append(np.array(chosen, dtype=np.float32))
+    return RolloutGroup(
+        policy_version=version,
+        prompt_ids=np.array(output.prompt_token_ids, dtype=np.int32),
+        completion_ids=tuple(ids),
+        logprobs=tuple(logprobs),
+        truncated=tuple(completion.finish_reason == "length" for completion in output.outputs),
+        texts=tuple(completion.text for completion in output.outputs),
     )

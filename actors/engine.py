@@ -1,60 +1,53 @@
-"""The actor that samples: one vLLM engine in this process, the policy versions it serves, and their proofs.
+"""The actor that samples: one vLLM engine in this process, the policies it serves, and their proofs.
 
-Groups are sampled side by side, each with the version that its call names. The driver installs a version before it asks for
-it, and when nothing is sampled. A new way to install a snapshot goes into install.py and into `_place` here.
+An engine is one job's, or it is shared: jobs then come and go, each with a policy of its own name in a LoRA slot, and take
+turns (turns.py). Groups are sampled side by side. A job's driver installs a version before it asks for it, and when nothing of
+its own is sampled. A new way to install a snapshot goes into install.py and into `_place` here.
 """
 
+import asyncio
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from actors import device, hub, model, snapshot
 from actors.chat import prompt_token_ids
 from actors.conversation import RolloutFunction, Speaker
-from actors.decoder import Decoder, sampling_params
+from actors.decoder import Decoder, group_of, sampling_params
 from actors.errors import SyncError
 from actors.install import BaseWeights
+from actors.policy import Installed, Policy
 from actors.snapshot import Bucket
-from actors.specs import EngineSpec, SamplingSpec
+from actors.specs import OWN, EngineSpec, LoraSpec, SamplingSpec
+from actors.turns import Turns
 from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader, TensorEntry
 
 CPU_BLOCK_TOKENS = 32  # vLLM takes 128 on a CPU: most prompts fill no such block, and only full ones are cached
 
 
-@dataclass(frozen=True)
-class Installed:
-    """A policy that this engine holds."""
-
-    header: SnapshotHeader
-    buckets: tuple[Bucket, ...]
-    slot: int  # vLLM's LoRA id when sync is adapter
-
-
 class RolloutEngine:
     """One engine. Made into a Ray actor by the driver; usable as it is in a test."""
 
-    def __init__(self, spec: EngineSpec, probe: Sequence[int]) -> None:
+    def __init__(self, spec: EngineSpec, probe: Sequence[int] | None) -> None:
+        """probe: of the job whose engine this is; None = it is shared by jobs, which `open` and `close` their policies."""
         from vllm import LLM
 
         device.seed_everything(spec.seed)
         self.spec = spec
         self.rollout_function = RolloutFunction(spec.rollout_function) if spec.rollout_function else None
-        self.probe = list(probe)
         folder = hub.resolve(spec.model.name)
         self.base = BaseWeights(folder, model.quantized_weights(spec.model), spec.model.quantization)
-        self.expected = model.expected_shapes(spec.model, spec.lora)
-        self.rank, self.scaling = model.rank_and_scaling(spec.lora)
-        self.installed: dict[int, Installed] = {}  # by version, latest install last; that one is served
+        self.policies = {} if probe is None else {OWN: Policy(spec.model, spec.lora, probe)}
+        self.places = asyncio.Semaphore(spec.policies - len(self.policies))
+        self.opening: dict[str, asyncio.Task[Any]] = {}  # policies that wait for a place
+        self.turns = Turns(2 * spec.max_num_seqs)  # as many wait in vLLM's queue as it decodes
         # No slot is used twice: vLLM keys adapters and prefix cache on it, and would serve what it had there.
         self.slots = itertools.count(1)
         lora: dict[str, Any] = {}
         if spec.sync == "adapter" and spec.lora:
-            # One slot more than versions: the new one is proven before the oldest leaves.
+            # One slot more than policies: a new version is proven before the one that it replaces leaves.
             slots = spec.policies + 1
             lora = {"enable_lora": True, "max_lora_rank": max(spec.lora.r, 8), "max_loras": slots}
             lora["max_cpu_loras"] = slots
@@ -81,7 +74,6 @@ class RolloutEngine:
         )
         self.decoder = Decoder(self.llm.llm_engine)
         self.tokenizer = self.llm.get_tokenizer()
-        self.sampling = 0  # groups, now
         self.asleep = False
 
     def __repr__(self) -> str:  # what the dashboard and Ray's logs call it
@@ -107,74 +99,94 @@ class RolloutEngine:
         self.asleep = False
         return device.free_gib()
 
-    async def install(self, header: SnapshotHeader, *buckets: Bucket) -> InstallReceipt:
-        """Serves a published policy from now on, and says what its probe gives.
+    async def open(self, policy: str, lora: LoraSpec, probe: Sequence[int]) -> None:
+        """Takes a job's policy in, once one of the places is free; what had its name before is closed."""
+        await self.close(policy)
+        self.opening[policy] = current_task()
+        try:
+            await self.places.acquire()
+        finally:
+            del self.opening[policy]
+        self.policies[policy] = Policy(self.spec.model, lora, probe)
 
-        Raises SyncError when the snapshot is not whole or does not fit, and while groups are sampled: weights would change
-        under them, and vLLM's LoRA layers cannot compute a probe beside them. What was served before is then served still,
-        exactly.
+    async def close(self, policy: str) -> None:
+        """Ends what is sampled for a job, and frees its place; of a name that is not there, does nothing."""
+        if policy in self.opening:
+            self.opening[policy].cancel()
+        closed = self.policies.pop(policy, None)
+        if closed is None:
+            return
+        for group in closed.groups:
+            group.cancel()
+        async with self.turns.alone(policy):  # also of an install whose probe is under way
+            if closed.installed:
+                self._worker("eagleray_remove_adapter", closed.installed.slot)
+        self.places.release()
+
+    async def install(self, header: SnapshotHeader, *buckets: Bucket, policy: str = OWN) -> InstallReceipt:
+        """Serves a published version from now on, and says what its probe gives.
+
+        Raises SyncError when the snapshot is not whole or does not fit, and while groups of this policy are sampled. What was
+        served before is then served still, exactly. Waits until the groups of other policies have ended: vLLM's LoRA layers
+        cannot compute a probe beside them.
         """
         started = time.perf_counter()
-        if self.sampling:
-            raise SyncError(f"policy version {header.version} came while {self.sampling} groups are sampled")
+        served = self._policy(policy)
+        if served.groups:
+            raise SyncError(f"policy version {header.version} came while {len(served.groups)} groups are sampled")
         digest = snapshot.validate(
             header,
             buckets,
-            self.expected,
+            served.expected,
             base_model=self.spec.model.name,
-            rank=self.rank,
-            scaling=self.scaling,
+            rank=served.rank,
+            scaling=served.scaling,
         )
-        new = Installed(header, buckets, next(self.slots))
+        async with self.turns.alone(policy):
+            if self._policy(policy) is not served:
+                raise SyncError(f"the policy {policy!r} was opened anew before its version {header.version} was installed")
+            self._replace(served, Installed(header, buckets, next(self.slots)))
+            probe = tuple(await self.probe_logprobs(policy))
+        return InstallReceipt(header.version, digest, probe, time.perf_counter() - started)
+
+    def _replace(self, policy: Policy, new: Installed) -> None:
+        version, old = new.header.version, policy.installed
         try:
-            self._place(new)
-        except Exception as error:  # vLLM raises many kinds; whichever it is, the old policy must be served again
+            self._place(policy, new)
+        except Exception as error:  # vLLM raises many kinds; whichever it is, the old version must be served again
             try:
-                self._put_back(new.slot)
+                self._put_back(policy, new.slot)
             except Exception as second:
                 raise SyncError(
-                    f"policy version {header.version} could not be installed ({type(error).__name__}: {error}), and what "
+                    f"policy version {version} could not be installed ({type(error).__name__}: {error}), and what "
                     f"was served before could not be put back ({type(second).__name__}: {second}); start the job anew"
                 ) from error
             raise SyncError(
-                f"policy version {header.version} could not be installed ({type(error).__name__}: {error}); "
-                f"the engine serves version {self.version} as before"
+                f"policy version {version} could not be installed ({type(error).__name__}: {error}); "
+                f"the engine serves version {policy.version} as before"
             ) from error
-        # A version may come again: an older one, or one trained anew from a checkpoint.
-        replaced = self.installed.pop(header.version, None)
-        self.installed[header.version] = new
-        gone = [replaced] if replaced else []
-        while len(self.installed) > self.spec.policies:
-            gone.append(self.installed.pop(next(iter(self.installed))))
-        if self.spec.sync == "adapter":
-            for old in gone:
-                self._worker("eagleray_remove_adapter", old.slot)
-        probe = tuple(await self.probe_logprobs())
-        return InstallReceipt(header.version, digest, probe, time.perf_counter() - started)
+        policy.installed = new
+        if old and self.spec.sync == "adapter":
+            self._worker("eagleray_remove_adapter", old.slot)
 
-    @property
-    def version(self) -> int | None:
-        """The version installed last; None = the base model, before the first install."""
-        return next(reversed(self.installed), None)
-
-    def _place(self, policy: Installed) -> None:
-        if self.spec.lora is None:
-            self._load(policy.header.entries, policy.buckets)
+    def _place(self, policy: Policy, new: Installed) -> None:
+        if policy.lora is None:
+            self._load(new.header.entries, new.buckets)
         elif self.spec.sync == "fused":
-            self._fuse(policy.header.entries, policy.buckets, policy.header.scaling)
+            self._fuse(new.header.entries, new.buckets, new.header.scaling)
         else:
-            config = model.peft_config(self.spec.lora).to_dict()
-            config["target_modules"] = sorted({n.split(".")[-3] for n in self.expected})
-            self._worker("eagleray_add_adapter", policy.slot, policy.header.entries, policy.buckets, config)
+            config = model.peft_config(policy.lora).to_dict()
+            config["target_modules"] = sorted({n.split(".")[-3] for n in policy.expected})
+            self._worker("eagleray_add_adapter", new.slot, new.header.entries, new.buckets, config)
 
-    def _put_back(self, failed_slot: int) -> None:
+    def _put_back(self, policy: Policy, failed_slot: int) -> None:
         if self.spec.sync == "adapter":
             self._worker("eagleray_remove_adapter", failed_slot)
-        elif self.version is not None:
-            self._place(self.installed[self.version])
+        elif policy.installed:
+            self._place(policy, policy.installed)
         else:
             self._fuse((), (), 0.0)
-            if self.spec.lora is None:
+            if policy.lora is None:
                 self._worker("eagleray_pack_heads")
 
     def _load(self, entries: Sequence[TensorEntry], buckets: Sequence[Bucket]) -> None:
@@ -195,25 +207,31 @@ class RolloutEngine:
     def _worker(self, method: str, *args: Any) -> None:
         self.llm.collective_rpc(method, args=args)
 
-    def _lora_request(self, version: int | None) -> Any:
-        if self.spec.sync != "adapter" or version is None:
+    def _policy(self, name: str) -> Policy:
+        if name not in self.policies:
+            raise SyncError(f"this engine serves no policy of the name {name!r}: it was closed, or never opened")
+        return self.policies[name]
+
+    def _lora_request(self, policy: Policy) -> Any:
+        if self.spec.sync != "adapter" or policy.installed is None:
             return None
         from vllm.lora.request import LoRARequest
 
         # vLLM keys its prefix cache on name and path; the path is never read, since the slot is loaded already.
-        slot = self.installed[version].slot
-        return LoRARequest(f"policy-{version}", slot, f"object-store/{slot}")
+        slot = policy.installed.slot
+        return LoRARequest(f"slot-{slot}", slot, f"object-store/{slot}")
 
-    async def probe_logprobs(self) -> list[float]:
-        """log p(token | tokens before it) of the probe under the version installed last, at temperature 1."""
+    async def probe_logprobs(self, policy: str = OWN) -> list[float]:
+        """log p(token | tokens before it) of the policy's probe under the version that is served, at temperature 1."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
             temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        output = await self.decoder.output(self.probe, params, self._lora_request(self.version))
-        return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], self.probe[1:], strict=True)]
+        served = self._policy(policy)
+        output = await self.decoder.output(served.probe, params, self._lora_request(served))
+        return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], served.probe[1:], strict=True)]
 
     async def sample(
         self,
@@ -222,24 +240,29 @@ class RolloutEngine:
         seed: int,
         version: int | None = None,
         columns: Mapping[str, Any] | None = None,
+        policy: str = OWN,
     ) -> tuple[RolloutHeader, RolloutGroup]:
         """Samples `num_generations` completions of one prompt, to be called with two returns.
 
         prompt: chat messages (a list) or plain text (a str). seed decides the draws, whatever else is sampled beside them:
-        the same seed, prompt and policy give the same completions. version: None = that installed last. columns: the row's,
+        the same seed, prompt and policy give the same completions. version: None = the one that is served. columns: the row's,
         for the rollout function. Raises SyncError for a version that this engine does not serve.
         """
-        version = self.version if version is None else version
-        # Weights in the model itself are one version's, of slots there are several.
-        served = self.installed if self.spec.sync == "adapter" else [self.version]
-        if version is not None and version not in served:
-            raise SyncError(f"policy version {version} was asked for, served is {self.version}")
+        served = self._policy(policy)
+        if version not in (None, served.version):
+            raise SyncError(f"policy version {version} was asked for, served is {served.version}")
         started = time.perf_counter()
-        self.sampling += 1
+        task = current_task()
+        served.groups.add(task)
         try:
-            group, failure = await self._completions(prompt, sampling, seed, version, columns or {})
+            async with self.turns.group(policy, sampling.num_generations):
+                group, failure = await self._completions(prompt, sampling, seed, served, columns or {})
+        except asyncio.CancelledError:
+            if self.policies.get(policy) is served:
+                raise
+            raise SyncError(f"the policy {policy!r} was closed while its groups were sampled") from None
         finally:
-            self.sampling -= 1
+            served.groups.discard(task)
         header = RolloutHeader(
             policy_version=group.policy_version,
             prompt_tokens=len(group.prompt_ids),
@@ -252,35 +275,23 @@ class RolloutEngine:
         return header, group
 
     async def _completions(
-        self, prompt: Any, sampling: SamplingSpec, seed: int, version: int | None, columns: Mapping[str, Any]
+        self, prompt: Any, sampling: SamplingSpec, seed: int, policy: Policy, columns: Mapping[str, Any]
     ) -> tuple[RolloutGroup, str | None]:
         """A group, and why the rollout function failed on it."""
-        lora = self._lora_request(version)
+        version, lora = policy.version or 0, self._lora_request(policy)
         if self.rollout_function is None:
             output = await self.decoder.output(self.token_ids(prompt), sampling_params(sampling, seed), lora)
-            return _group(output, version or 0), None
+            return group_of(output, version), None
         output = partial(self.decoder.output, lora_request=lora)
         speaker = Speaker(self.tokenizer, self.spec.chat_template_kwargs, sampling, sampling_params, output)
-        return await self.rollout_function.group(speaker, prompt, columns, seed, version or 0)
+        return await self.rollout_function.group(speaker, prompt, columns, seed, version)
 
     def token_ids(self, prompt: Any) -> list[int]:
         """A prompt's tokens, with the chat template where it is a conversation."""
         return prompt_token_ids(self.tokenizer, prompt, self.spec.chat_template_kwargs)
 
 
-def _group(output: Any, version: int) -> RolloutGroup:
-    """Of vLLM's RequestOutput."""
-    ids, logprobs = [], []
-    for completion in output.outputs:
-        tokens = list(completion.token_ids)
-        ids.append(np.array(tokens, dtype=np.int32))
-        chosen = [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
-        logprobs.append(np.array(chosen, dtype=np.float32))
-    return RolloutGroup(
-        policy_version=version,
-        prompt_ids=np.array(output.prompt_token_ids, dtype=np.int32),
-        completion_ids=tuple(ids),
-        logprobs=tuple(logprobs),
-        truncated=tuple(completion.finish_reason == "length" for completion in output.outputs),
-        texts=tuple(completion.text for completion in output.outputs),
-    )
+def current_task() -> "asyncio.Task[Any]":
+    task = asyncio.current_task()
+    assert task is not None, "coroutines run in tasks"
+    return task

@@ -11,6 +11,7 @@ from actors.errors import ConfigError
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+OWN = "own"  # the name of the policy on an engine that is one job's
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class EngineSpec:
     tokenizer: str | None = None  # its folder; None = the model's own
     tensor_parallel: int = 1  # GPUs that hold the model together
     sleeps: bool = False  # whether the engine leaves its GPU to a trainer in turn
-    policies: int = 1  # policy versions held at once; LoRA slots when sync is adapter
+    policies: int = 1  # jobs that it serves at once; above 1 only where sync is adapter
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     enable_prefix_caching: bool = True

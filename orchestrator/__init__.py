@@ -39,6 +39,8 @@
     grpo.py         the loop
     run.py          which shape a job has
     online_job.py   an online job (rl: grpo) from configuration to result
+    online_specs.py what its actors are built from
+    shared_engines.py engines that several of them share
     dataset_job.py  a dataset job (every other method) from configuration to result
     jobs.py         what both share
     starting_adapter.py the adapter that a job starts from, and whether the job agrees with it

@@ -15,7 +15,7 @@ from orchestrator import cluster, waits
 from orchestrator.data import Row
 from orchestrator.display import Display
 from orchestrator.jobs import lora_spec
-from orchestrator.online_job import engine_spec
+from orchestrator.online_specs import engine_spec
 from orchestrator.plan import TRAINER, Node, Plan, ensure_placeable, first_fit, make_plan
 from orchestrator.results import Result, Weights, base_of
 from orchestrator.schema import JobConfig
@@ -71,7 +71,8 @@ class Engines:
                 cluster.stop(engine)
             with self.display.phase("loading the model"):
                 kv_cache_gib = config.ray.kv_cache_gib or KV_CACHE_GIB
-                self.actors = cluster.start_engines(self.plan, self.group, self._spec(weights.model), PROBE, kv_cache_gib)
+                spec = self._spec(weights.model)
+                self.actors = tuple(cluster.start_engines(self.plan, self.group, spec, PROBE, kv_cache_gib).values())
                 for index, engine in enumerate(self.actors):
                     waits.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
             self.model = weights.model

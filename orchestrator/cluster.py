@@ -28,7 +28,7 @@ from actors.errors import ActorError
 from actors.judge import JudgeWorker
 from actors.reward_model import RewardModelWorker
 from actors.rewards import RewardWorker
-from actors.specs import EngineSpec, JudgeSpec, RankSpec, RewardModelSpec, RewardSpec, TrainerSpec
+from actors.specs import OWN, EngineSpec, JudgeSpec, RankSpec, RewardModelSpec, RewardSpec, TrainerSpec
 from actors.trainer import Trainer
 from orchestrator import hardware, waits
 from orchestrator.dashboard import STARTED_AGAIN
@@ -56,10 +56,11 @@ class Connection:
 
 @dataclass(frozen=True)
 class Actors:
-    """Handles of everything that a plan placed."""
+    """Handles of the actors of a job, some of which it may share with others."""
 
     trainers: tuple[Any, ...]  # by rank
     engines: tuple[Any, ...]
+    policy: str = OWN  # its name on the engines
 
 
 def local_nodes() -> list[Node]:
@@ -149,20 +150,37 @@ def start_actors(
     if plan.colocate and plan.gpu:
         # vLLM measures what is free: a model that loads beside it would be taken for its own.
         waits.ask_ranks(trainers, "__ray_ready__", doing="loading its model", timeout_s=START_TIMEOUT_S)
-    return Actors(tuple(trainers), start_engines(plan, group, engine, probe, kv_cache_gib))
+    return Actors(tuple(trainers), tuple(start_engines(plan, group, engine, probe, kv_cache_gib).values()))
 
 
 def start_engines(
-    plan: Plan, group: Any, engine: EngineSpec, probe: Sequence[int], kv_cache_gib: int | None
-) -> tuple[Any, ...]:
-    """Starts the plan's engines, each in its bundle, all at once. They may not be ready yet."""
+    plan: Plan, group: Any, engine: EngineSpec, probe: Sequence[int] | None, kv_cache_gib: int | None
+) -> dict[str, Any]:
+    """Starts the plan's engines, each in its bundle, all at once; by their names. They may not be ready yet.
+
+    probe: None for engines that several jobs share.
+    """
     environment = {"env_vars": actor_environment("engine", plan, kv_cache_gib)}
-    return tuple(
-        ray.remote(RolloutEngine)
-        .options(runtime_env=environment, **_called(f"engine {number}"), **_in_bundle(plan, group, index))
-        .remote(engine, probe)
-        for number, index in enumerate(i for i, bundle in enumerate(plan.bundles) if bundle.role in (ENGINE, BOTH))
-    )
+    started = {}
+    for number, index in enumerate(i for i, bundle in enumerate(plan.bundles) if bundle.role in (ENGINE, BOTH)):
+        called = _called(f"engine {number}")
+        options = {**called, **_in_bundle(plan, group, index), "runtime_env": environment}
+        started[called["name"]] = ray.remote(RolloutEngine).options(**options).remote(engine, probe)
+    return started
+
+
+def namespace() -> str:
+    """Where other drivers find the named actors of this one."""
+    found: str = ray.get_runtime_context().namespace
+    return found
+
+
+def find(name: str, namespace: str) -> Any:
+    """Another driver's actor. Raises ActorError when there is none."""
+    try:
+        return ray.get_actor(name, namespace)
+    except ValueError as error:
+        raise ActorError(f"there is no {name} any more: whoever started it has ended, or it died") from error
 
 
 def start_measuring(

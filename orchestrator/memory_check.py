@@ -11,11 +11,12 @@ from typing import Any
 from actors.dataset_loop import Reports
 from actors.measuring import MeasuredEngine, MeasuredTrainer, MeasuredWorker
 from actors.specs import DatasetTrainSpec, RankSpec, TrainerSpec
-from orchestrator import cluster, dataset_job, online_job, waits
+from orchestrator import cluster, dataset_job, waits
 from orchestrator.activations import PackedRows
 from orchestrator.dataset_plan import DatasetPlan
 from orchestrator.environment import actor_environment, worker_environment
 from orchestrator.memory import Memory, longest_rows, trainer_memory
+from orchestrator.online_specs import engine_spec, trainer_spec
 from orchestrator.plan import BOTH, ENGINE, TRAINER, ranks
 from orchestrator.planning import Changes, Planned, with_changes
 from orchestrator.prepare import Prepared, Split
@@ -70,7 +71,7 @@ def check(job: Planned, note: Callable[[str], Any]) -> Iterator[Measured]:
         environment = actor_environment(ENGINE, plan, job.config.ray.kv_cache_gib)
         index = next(i for i, bundle in enumerate(plan.bundles) if bundle.role in (ENGINE, BOTH))
         actor = cluster.start_measuring(
-            plan, group, index, environment, MeasuredEngine, online_job.engine_spec(job.config, plan)
+            plan, group, index, environment, MeasuredEngine, engine_spec(job.config, plan)
         )
         yield Measured("engine 0", job.fit.engine.awake, waits.fetch(actor.peak.remote(), "engine 0, measuring", MEASURING_S))
 
@@ -88,7 +89,7 @@ def _ranks(job: Planned, group: Any) -> Iterator[Measured]:
         more: tuple[Any, ...] = (cluster.start_free(Reports, "reports"),)
         rows: tuple[int, ...] = (config.micro_batch_size * config.gradient_accumulation_steps, config.sequence_len)
     else:
-        cls, environment, spec = MeasuredTrainer, actor_environment(TRAINER, plan, None), online_job.trainer_spec(config, plan)
+        cls, environment, spec = MeasuredTrainer, actor_environment(TRAINER, plan, None), trainer_spec(config, plan)
         more, longest = (), longest_rows(config)
         assert isinstance(longest, PackedRows)
         rows = (max(1, plan.prompts_per_step // ranks(config)), longest.prompt, config.trl.num_generations, longest.length)

@@ -4,6 +4,7 @@ Everything that a person can have got wrong is found before the first process st
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,30 @@ from actors import device, hub, model, storage
 from actors.chat import prompt_token_ids
 from actors.errors import ActorError
 from actors.formats.templates import ensure_own
-from actors.specs import EngineSpec, LossSpec, ModelSpec, OptimizerSpec, TrainerSpec
 from orchestrator import checkpoints, cluster, sharding, starting_adapter, tensor_parallel, waits
 from orchestrator.cluster import Actors
-from orchestrator.conversations import ensure_playable, rollout_function_spec
+from orchestrator.conversations import ensure_playable
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
 from orchestrator.display import Display
 from orchestrator.grpo import Evaluation, Loop
-from orchestrator.jobs import RunResult, metrics_log, quantization, tell_stop, template_arguments, trained_lora, write_config
+from orchestrator.jobs import (
+    RunResult,
+    lora_spec,
+    metrics_log,
+    quantization,
+    tell_stop,
+    template_arguments,
+    write_config,
+)
 from orchestrator.metrics import MetricsLog
+from orchestrator.online_specs import engine_spec, model_spec, trainer_spec
 from orchestrator.plan import Node, Plan, completions_per_step, describe, ensure_placeable, make_plan
 from orchestrator.policies import Policies
 from orchestrator.rewards import ensure_rewards, reward_models, reward_specs
 from orchestrator.samples import Samples
 from orchestrator.schema import JobConfig
 from orchestrator.scoring import Scorer
+from orchestrator.shared_engines import SharedEngines
 from orchestrator.source import Problem
 from orchestrator.watch import Watch, watched
 
@@ -33,25 +43,26 @@ PROMPTS_DIGEST = "datasets (digest of their prompts)"  # of a job's identity
 PROBE_FILLER = range(100, 100 + PROBE_TOKENS)  # token ids that every vocabulary has, for probes of very short prompts
 
 
-def plan_job(config: JobConfig, nodes: list[Node]) -> tuple[Plan, PromptSet]:
-    """The plan of a job on these nodes; reads the datasets, starts nothing."""
+def plan_job(config: JobConfig, nodes: list[Node], *, shared: bool = False) -> tuple[Plan, PromptSet]:
+    """The plan of a job on these nodes; reads the datasets, starts nothing. shared: as in make_plan."""
     prompts = load_prompts(config, config.source.folders)
     ensure_playable(config, prompts.train + prompts.held_out)
-    return resolved(config, nodes, prompts), prompts
+    return resolved(config, nodes, prompts, shared=shared), prompts
 
 
-def resolved(config: JobConfig, nodes: list[Node], prompts: PromptSet) -> Plan:
+def resolved(config: JobConfig, nodes: list[Node], prompts: PromptSet, *, shared: bool = False) -> Plan:
     """The plan for these nodes. Of CPU nodes it takes this machine's processor as an example."""
-    return make_plan(config, nodes, len(prompts.train), device.fastest_dtype(gpu=False), reward_models(config))
+    dtype = device.fastest_dtype(gpu=False)
+    return make_plan(config, nodes, len(prompts.train), dtype, reward_models(config), shared=shared)
 
 
-def run(config: JobConfig, display: Display) -> RunResult:
+def run(config: JobConfig, display: Display, shared: SharedEngines | None) -> RunResult:
     """Runs a job, its paths absolute, to its end.
 
     Raises EaglerayError for anything a person can act on, waits.Interrupted on Ctrl-C or SIGTERM.
     """
     output_dir = Path(config.output_dir)
-    plan, prompts = plan_job(config, cluster.local_nodes())
+    plan, prompts = plan_job(config, cluster.local_nodes(), shared=shared is not None)
     conversational = any(not isinstance(row.prompt, str) for row in prompts.train + prompts.held_out)
     ensure_rewards(config, plan, conversational=conversational)
     hub.resolve(config.base_model)
@@ -83,23 +94,34 @@ def run(config: JobConfig, display: Display) -> RunResult:
                 here = stack.enter_context(cluster.connected())
             watch.begin(here)
             stack.enter_context(watch.looking())
-            plan = resolved(config, cluster.nodes(), prompts)
+            plan = resolved(config, cluster.nodes(), prompts, shared=shared is not None)
             watch.planned(plan.total_steps, state["step"] if resume else 0)
             ensure_placeable(plan.problems)
             title = f"GRPO: {config.base_model} -> {output_dir}"
             display.header(title, [*describe(config, plan), f"dashboard   {here}"])
-            return _Job(config, plan, prompts, output_dir, display).run(probe, resume, marker, watch)
+            if shared is not None:
+                stack.callback(shared.close)
+            return _Job(config, plan, prompts, output_dir, display, shared).run(probe, resume, marker, watch)
 
 
 class _Job:
     """One run on a connected cluster."""
 
-    def __init__(self, config: JobConfig, plan: Plan, prompts: PromptSet, output_dir: Path, display: Display) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        plan: Plan,
+        prompts: PromptSet,
+        output_dir: Path,
+        display: Display,
+        shared: SharedEngines | None,
+    ) -> None:
         self.config = config
         self.plan = plan
         self.prompts = prompts
         self.output_dir = output_dir
         self.display = display
+        self.shared = shared
         self.evaluations: list[dict[str, Any]] = []
 
     def run(self, probe: list[int], resume: Path | None, marker: str, watch: Watch) -> RunResult:
@@ -124,6 +146,9 @@ class _Job:
                 self._ask(actors, "ensure_shared", place, marker, doing="looking at output_dir")
                 for index, engine in enumerate(actors.engines):
                     waits.fetch(engine.ready.remote(), f"engine {index}, loading its model", cluster.START_TIMEOUT_S)
+                if self.shared is not None:
+                    engines = self.shared.open(lora_spec(self.config), probe, cluster.START_TIMEOUT_S)
+                    actors = replace(actors, engines=engines, policy=self.shared.policy)
             policies = Policies(
                 actors,
                 self.plan.dtype,
@@ -244,75 +269,6 @@ def identity(config: JobConfig, prompts: PromptSet) -> dict[str, Any]:
         "completions a step": completions_per_step(config),
         PROMPTS_DIGEST: prompts.fingerprint,
     }
-
-
-def model_spec(config: JobConfig, plan: Plan) -> ModelSpec:
-    return ModelSpec(
-        config.base_model,
-        plan.dtype,
-        config.trust_remote_code,
-        quantization=quantization(config),
-        sharded=sharding.kind(config) == "fsdp",
-        chat_template=template_arguments(config).get("chat_template"),
-    )
-
-
-def trainer_spec(config: JobConfig, plan: Plan) -> TrainerSpec:
-    trl = config.trl
-    return TrainerSpec(
-        model=model_spec(config, plan),
-        lora=trained_lora(config),
-        optimizer=OptimizerSpec(
-            learning_rate=config.learning_rate,
-            scheduler=config.lr_scheduler,
-            warmup_steps=plan.warmup_steps * trl.num_iterations,
-            total_steps=plan.total_steps * trl.num_iterations,
-            weight_decay=config.weight_decay,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            epsilon=config.adam_epsilon,
-            max_grad_norm=config.max_grad_norm,
-            fused=config.optimizer == "adamw_torch_fused",
-        ),
-        loss=LossSpec(
-            loss_type=trl.loss_type,
-            epsilon_low=trl.epsilon,
-            epsilon_high=trl.epsilon if trl.epsilon_high is None else trl.epsilon_high,
-            beta=trl.beta or 0.0,
-            importance_sampling_level=trl.importance_sampling_level,
-            importance_sampling_cap=config.ray.importance_sampling_cap,
-            max_completion_length=trl.max_completion_length,
-        ),
-        micro_batch_size=config.micro_batch_size,
-        temperature=trl.temperature,
-        num_iterations=trl.num_iterations,
-        mask_truncated_completions=trl.mask_truncated_completions,
-        gradient_checkpointing=sharding.checkpoints_activations(config),
-        shares_gpu=plan.colocate,
-        sharding=sharding.sharding_arguments(config, plan.gpu),
-        bucket_bytes=config.ray.sync_bucket_mib * 2**20,
-        seed=config.seed,
-        threads=plan.trainer_threads,
-    )
-
-
-def engine_spec(config: JobConfig, plan: Plan) -> EngineSpec:
-    vllm = config.vllm
-    return EngineSpec(
-        model=model_spec(config, plan),
-        lora=trained_lora(config),
-        sync=plan.sync,
-        tensor_parallel=plan.tensor_parallel,
-        sleeps=plan.sleeps,
-        max_model_len=plan.max_model_len,
-        max_num_seqs=plan.max_num_seqs,
-        gpu_memory_utilization=plan.gpu_memory_utilization,
-        enforce_eager=bool(vllm.enforce_eager),
-        enable_prefix_caching=vllm.enable_prefix_caching is not False,
-        chat_template_kwargs=template_arguments(config),
-        rollout_function=rollout_function_spec(config),
-        seed=config.seed,
-    )
 
 
 def _write_inputs(config: JobConfig, prompts: PromptSet, output_dir: Path) -> None:

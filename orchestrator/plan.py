@@ -73,6 +73,7 @@ class Plan:
     rows: int = field(default=0)
     reward_models: tuple[str, ...] = ()  # of trl.reward_funcs
     reward_threads: int | None = None  # CPU threads of each reward model
+    shared: bool = False  # whether its engines serve other jobs too, and are none of its bundles
 
     @property
     def problems(self) -> list[str]:
@@ -91,10 +92,13 @@ def make_plan(
     rows: int,
     cpu_dtype: str = "float32",
     reward_models: Sequence[str] = (),
+    *,
+    shared: bool = False,
 ) -> Plan:
     """Resolves a job of rl: grpo over `rows` training prompts.
 
-    cpu_dtype: what bf16: auto means on nodes without a GPU. reward_models: which of trl.reward_funcs are models.
+    cpu_dtype: what bf16: auto means on nodes without a GPU. reward_models: which of trl.reward_funcs are models. shared:
+    whether its engines are there already and serve other jobs too, so that it reserves nothing for them.
     Raises ConfigError for GPUs that an engine must have and may not.
     """
     gpu = any(node.resources.get("GPU", 0) > 0 for node in nodes)
@@ -102,6 +106,8 @@ def make_plan(
         text = "is 0, but the cluster has GPUs and vLLM needs one; give a number or a share, or remove it"
         config.source.raise_if_any([Problem("ray.engine_gpus", text)])
     bundles = _bundles(config, gpu, len(reward_models))
+    if shared:
+        bundles = tuple(bundle for bundle in bundles if bundle.role != ENGINE)
     if gpu:
         config.source.raise_if_any(_shares_that_fail(config))
     completions = completions_per_step(config)
@@ -145,6 +151,7 @@ def make_plan(
         rows=rows,
         reward_models=tuple(reward_models),
         reward_threads=None if gpu else reward_threads,
+        shared=shared,
     )
 
 
@@ -224,8 +231,8 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
         *(f"            {line}" for line in [*held, *rewards]),
         f"batch       {config.micro_batch_size} micro_batch_size x {config.gradient_accumulation_steps} "
         f"gradient_accumulation_steps x {ranks(config)} ray_num_workers = {plan.completions_per_step} completions a step",
-        f"            = {plan.prompts_per_step} prompts x {trl.num_generations} num_generations, "
-        f"dealt by load to {engines(config)} engine(s), {plan.prompts_per_engine} each if they are equal",
+        f"            = {plan.prompts_per_step} prompts x {trl.num_generations} num_generations, dealt by load to "
+        f"{engines(config)} {'shared ' if plan.shared else ''}engine(s), {plan.prompts_per_engine} each if they are equal",
         *([f"rollouts    {trl.rollout_func} plays them, in the engines' processes"] if trl.rollout_func else []),
         f"tokens      sequence_len {config.sequence_len}, completions up to {trl.max_completion_length}, "
         f"at most {plan.completions_per_step * trl.max_completion_length} completion tokens a step",

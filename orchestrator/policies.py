@@ -24,6 +24,7 @@ class Policies:
     def __init__(self, actors: Actors, dtype: str, timeout_s: float, *, quantized: bool = False) -> None:
         """quantized: the trainer's base; the engines' own is not, and is what they serve before the first install."""
         self.actors = actors
+        self.name = actors.policy  # on the engines
         self.quantized = quantized
         self.tolerance = PROBE_TOLERANCE[dtype]
         self.timeout_s = timeout_s
@@ -43,7 +44,7 @@ class Policies:
             self.actors.trainers, "base_logprobs", doing="computing the probe", timeout_s=self.timeout_s
         )
         if self.quantized:
-            ref = self.actors.engines[0].probe_logprobs.remote()
+            ref = self.actors.engines[0].probe_logprobs.remote(self.name)
             who = "engine 0, computing the probe"
             self.bases["the base model before it was quantized"] = waits.fetch(ref, who, self.timeout_s)
 
@@ -63,7 +64,7 @@ class Policies:
     def install(self, index: int, version: int) -> Any:
         """Asks an engine to serve a version; returns the ref of its receipt."""
         self.asked[index] = version
-        return self.actors.engines[index].install.remote(*self.published[version])
+        return self.actors.engines[index].install.remote(*self.published[version], policy=self.name)
 
     def confirm(self, index: int, ref: Any) -> int:
         """Checks the receipt of an engine's last install; returns its version. Raises SyncError when the proof fails."""

@@ -153,7 +153,8 @@ class Rollouts:
         group.dealt_at = time.monotonic()
         call = engine.actor.sample.options(num_returns=2)
         row = group.row
-        ref, group.group_ref = call.remote(row.prompt, group.sampling, group.seed, group.policy_version, row.columns)
+        asked = (row.prompt, group.sampling, group.seed, group.policy_version, row.columns, self.policies.name)
+        ref, group.group_ref = call.remote(*asked)
         engine.out[ref] = group
 
     def _late(self) -> str:

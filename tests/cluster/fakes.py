@@ -44,7 +44,7 @@ class FakeEngine:
         """As if made anew."""
         FakeEngine.__init__(self, *args, **kwargs)
 
-    def install(self, header: SnapshotHeader, *buckets: Any) -> InstallReceipt:
+    def install(self, header: SnapshotHeader, *buckets: Any, policy: str) -> InstallReceipt:
         """Takes what carries the digest of the bytes that came, as a real one."""
         first = not self.headers
         self.headers.append(header)
@@ -57,7 +57,7 @@ class FakeEngine:
         return [header.version for header in self.headers]
 
     def sample(
-        self, prompt: Any, sampling: SamplingSpec, seed: int, version: int, columns: Mapping[str, Any]
+        self, prompt: Any, sampling: SamplingSpec, seed: int, version: int, columns: Mapping[str, Any], policy: str
     ) -> tuple[RolloutHeader, RolloutGroup]:
         self.sampled.append((prompt, self.headers[-1].version))
         time.sleep(self.takes_s)

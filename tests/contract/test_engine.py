@@ -24,14 +24,14 @@ from actors.conversation import Conversation, RolloutFunction
 from actors.engine import RolloutEngine
 from actors.errors import SyncError
 from actors.packing import Sample, pack_row
-from actors.specs import EngineSpec, LoraSpec, LossSpec, OptimizerSpec, RolloutFunctionSpec, SamplingSpec, TrainerSpec
+from actors.specs import OWN, EngineSpec, LoraSpec, LossSpec, OptimizerSpec, RolloutFunctionSpec, SamplingSpec, TrainerSpec
 from actors.trainer import Trainer
 from actors.types import InstallReceipt, RolloutGroup, RolloutHeader, SnapshotHeader
 from tests.tiny import SMOLLM2, fill_adapter, published
 
 SYNCS = ("fused", "adapter", "weights")
-POLICIES = 2  # versions an engine holds
 LORA = LoraSpec(8, 16)
+OTHERS_LORA = LoraSpec(4, 4)
 ADAPTER_SIZE = 0.015  # of B's elements: enough to change answers, too little to break the model
 WEIGHTS_SIZE = 0.05  # share of itself that every weight is moved by
 BUCKET_BYTES = 2**26  # a ninth of the model
@@ -100,7 +100,8 @@ def engine(request: pytest.FixtureRequest) -> Iterator[RolloutEngine]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     lora = None if request.param == "weights" else LORA
-    spec = EngineSpec(SMOLLM2, lora, request.param, max_model_len=256, max_num_seqs=16, policies=POLICIES)
+    jobs = 2 if request.param == "adapter" else 1
+    spec = EngineSpec(SMOLLM2, lora, request.param, max_model_len=256, max_num_seqs=16, policies=jobs)
     engine = RolloutEngine(spec, PROBE)
     yield engine
     engine.llm.llm_engine.engine_core.shutdown()
@@ -119,7 +120,7 @@ def policies(engine: RolloutEngine, request: pytest.FixtureRequest) -> Policies:
 @pytest.fixture(scope="module")
 def untouched(engine: RolloutEngine) -> tuple[list[float], list[list[int]]]:
     """Probe and greedy answers of an engine that has installed nothing. Asked for by the first test."""
-    assert engine.version is None
+    assert version_of(engine) is None
     return probed(engine), greedy(engine)
 
 
@@ -136,6 +137,10 @@ def sampled(
 
 def installed(engine: RolloutEngine, header: SnapshotHeader, *buckets: Any) -> InstallReceipt:
     return asyncio.run(engine.install(header, *buckets))
+
+
+def version_of(engine: RolloutEngine) -> int | None:
+    return engine.policies[OWN].version
 
 
 def probed(engine: RolloutEngine) -> list[float]:
@@ -229,7 +234,7 @@ def test_a_first_install_that_fails_leaves_the_base(
     break_install(engine, monkeypatch, where)
     with pytest.raises(SyncError, match=r"version 1 could not be installed \(MemoryError: no room\)"):
         installed(engine, *policies.snapshots[1])
-    assert engine.version is None
+    assert version_of(engine) is None
     assert (probed(engine), greedy(engine)) == untouched
 
 
@@ -238,7 +243,7 @@ def test_version_0_is_the_base(
 ) -> None:
     header, *buckets = policies.snapshots[0]
     receipt = installed(engine, header, *buckets)
-    assert (receipt.version, receipt.digest, engine.version) == (0, header.digest, 0)
+    assert (receipt.version, receipt.digest, version_of(engine)) == (0, header.digest, 0)
     assert receipt.probe_logprobs == pytest.approx(untouched[0], abs=1e-6)
     assert greedy(engine) == untouched[1]
 
@@ -253,7 +258,7 @@ def test_an_installed_policy_answers_as_peft_does(
     answers = greedy(engine)
     assert answers == transformers_greedy(expected, engine)
     assert answers != untouched[1], "the adapter changes no answer, so the test proves nothing"
-    assert (receipt.version, receipt.digest, engine.version) == (version, header.digest, version)
+    assert (receipt.version, receipt.digest, version_of(engine)) == (version, header.digest, version)
     probe = model.sequence_logprobs(expected, PROBE)
     assert receipt.probe_logprobs == pytest.approx(probe, abs=LOGPROB_TOLERANCE)
     assert receipt.probe_logprobs == pytest.approx(header.probe_logprobs, abs=LOGPROB_TOLERANCE)
@@ -276,7 +281,7 @@ def test_an_older_version_comes_back_exactly(engine: RolloutEngine, policies: Po
     again = {version: installed(engine, *policies.snapshots[version]) for version in (1, 0, 2)}
     for version, receipt in again.items():
         assert (receipt.version, receipt.probe_logprobs) == (version, first[version])
-    assert engine.version == 2 and greedy(engine) == answers
+    assert version_of(engine) == 2 and greedy(engine) == answers
 
 
 def test_a_version_with_other_contents_replaces_its_namesake(engine: RolloutEngine, policies: Policies) -> None:
@@ -303,7 +308,7 @@ def test_a_refused_snapshot_leaves_the_old_policy_exactly(engine: RolloutEngine,
         installed(engine, *with_nan(*policies.snapshots[2]))
     with pytest.raises(SyncError, match="bytes arrived of"):
         installed(engine, *policies.snapshots[2][:-1], policies.snapshots[2][-1][:-1])
-    assert engine.version == 1
+    assert version_of(engine) == 1
     assert (tuple(probed(engine)), greedy(engine)) == (before.probe_logprobs, answers)
 
 
@@ -316,19 +321,19 @@ def test_an_install_that_fails_leaves_the_old_policy_exactly(
     header, *buckets = policies.snapshots[2]
     with pytest.raises(SyncError, match="no room.*serves version 1 as before"):
         installed(engine, replace(header, version=next_version), *buckets)
-    assert engine.version == 1
+    assert version_of(engine) == 1
     assert (tuple(probed(engine)), greedy(engine)) == (before.probe_logprobs, answers)
     after = installed(engine, header, *buckets)  # and the next one goes in as if nothing had been
     assert after.probe_logprobs == pytest.approx(header.probe_logprobs, abs=LOGPROB_TOLERANCE)
 
 
 def test_old_slots_are_removed(engine: RolloutEngine, policies: Policies) -> None:
-    for version in (0, 1, 2, 2, 1, 0, 1):
+    for version in (0, 1, 2, 2, 1):
         installed(engine, *policies.snapshots[version])
-        assert len(engine.installed) <= POLICIES
+        served = engine.policies[OWN].installed
+        assert served is not None and served.header.version == version
         if engine.spec.sync == "adapter":
-            assert slots(engine) == {policy.slot for policy in engine.installed.values()}
-    assert list(engine.installed) == [0, 1]
+            assert slots(engine) == {served.slot}
 
 
 def completions(groups: list[RolloutGroup]) -> list[list[list[int]]]:
@@ -353,27 +358,58 @@ def test_the_seed_decides_every_draw(engine: RolloutEngine, policies: Policies) 
     assert completions([alone[0][1]]) == found[0][2:]
 
 
-def test_versions_are_sampled_side_by_side(engine: RolloutEngine, policies: Policies) -> None:
-    """Where an engine has slots; where it has not, it samples with no version but the last."""
-    answers = {}
-    for version in (1, 2):
-        installed(engine, *policies.snapshots[version])
-        answers[version] = greedy(engine)
-    assert answers[1] != answers[2]
+def test_a_version_that_is_not_served_is_refused(engine: RolloutEngine, policies: Policies) -> None:
+    installed(engine, *policies.snapshots[1])
+    with pytest.raises(SyncError, match="version 2 was asked for, served is 1"):
+        asyncio.run(engine.sample(PROMPTS[0], SamplingSpec(1, NEW_TOKENS), 0, 2))
 
-    async def both() -> list[Any]:
-        spec = SamplingSpec(1, NEW_TOKENS, temperature=0.0)
-        calls = [engine.sample(prompt, spec, 0, version) for version in (1, 2) for prompt in PROMPTS]
-        return await asyncio.gather(*calls, return_exceptions=True)
 
-    found = asyncio.run(both())
-    older, newer = found[: len(PROMPTS)], found[len(PROMPTS) :]
-    assert [group.completion_ids[0].tolist() for _, group in newer] == answers[2]
-    if engine.spec.sync == "adapter":
-        assert [group.completion_ids[0].tolist() for _, group in older] == answers[1]
-        assert [header.policy_version for header, _ in older] == [1] * len(PROMPTS)
-    else:
-        assert all(isinstance(error, SyncError) and "version 1 was asked for" in str(error) for error in older)
+@pytest.mark.parametrize("engine", ["adapter"], indirect=True)
+def test_two_jobs_share_an_engine(engine: RolloutEngine, policies: Policies, tmp_path: Path) -> None:
+    """Each with an adapter of its own shape and probe; the answers of each are those that it gets by itself."""
+    others = made(OTHERS_LORA, tmp_path)
+    installed(engine, *policies.snapshots[1])
+    sampling = SamplingSpec(4, NEW_TOKENS)
+    own = completions([group for _, group in sampled(engine, PROMPTS, sampling, seed=7)])
+    slot = slots(engine)
+
+    async def share() -> None:
+        await engine.open("other", OTHERS_LORA, PROBE[:9])
+        with pytest.raises(SyncError, match="its LoRA rank is 8, this job's is 4"):
+            await engine.install(*policies.snapshots[2], policy="other")
+        receipt = await engine.install(*others.snapshots[2], policy="other")
+        expected = others.snapshots[2][0].probe_logprobs[:8]
+        assert receipt.probe_logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+
+        def of(name: str) -> list[Any]:
+            return [engine.sample(p, sampling, 7 + 1000 * i, policy=name) for i, p in enumerate(PROMPTS)]
+
+        both = await asyncio.gather(*of(OWN), *of("other"))
+        assert completions([group for _, group in both[:3]]) == own
+        alone = await asyncio.gather(*of("other"))
+        assert completions([group for _, group in both[3:]]) == completions([group for _, group in alone]) != own
+
+        third = asyncio.create_task(engine.open("third", LORA, PROBE))
+        sampling_on = asyncio.create_task(engine.sample(PROMPTS[0], SamplingSpec(4, 200), 0, policy="other"))
+        ours = asyncio.create_task(engine.sample(PROMPTS[0], sampling, 7, policy=OWN))
+        await asyncio.sleep(0.1)
+        assert not third.done() and not sampling_on.done(), "there is a place for two"
+        await engine.close("other")
+        with pytest.raises(SyncError, match="'other' was closed"):
+            await sampling_on
+        await third
+        assert completions([(await ours)[1]]) == own[:1]
+        with pytest.raises(SyncError, match="no policy of the name 'other'"):
+            await engine.sample(PROMPTS[0], sampling, 0, policy="other")
+        fourth = asyncio.create_task(engine.open("fourth", LORA, PROBE))
+        await asyncio.sleep(0)
+        await engine.close("fourth")  # as of a job that died while it waited
+        await engine.close("third")
+        await asyncio.gather(fourth, return_exceptions=True)
+        assert fourth.cancelled() and list(engine.policies) == [OWN]
+
+    asyncio.run(share())
+    assert slots(engine) == slot and not engine.llm.llm_engine.has_unfinished_requests()
 
 
 def test_nothing_is_installed_under_a_completion(engine: RolloutEngine, policies: Policies) -> None:
@@ -388,7 +424,7 @@ def test_nothing_is_installed_under_a_completion(engine: RolloutEngine, policies
 
     *found, receipt = asyncio.run(both())
     assert [group.completion_ids[0].tolist() for _, group in found] == answers
-    assert engine.version == 1 and "policy version 2 came while 3 groups are sampled" in str(receipt)
+    assert version_of(engine) == 1 and "policy version 2 came while 3 groups are sampled" in str(receipt)
 
 
 def test_a_step_that_fails_fails_all_that_wait(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from actors.specs import RankSpec
 from orchestrator.dataset_plan import make_dataset_plan
 from orchestrator.memory import longest_rows, trainer_memory
 from orchestrator.memory_check import Measured, worker_spec
-from orchestrator.online_job import trainer_spec
+from orchestrator.online_specs import trainer_spec
 from orchestrator.plan import Node, make_plan
 from orchestrator.schema import DatasetConfig
 from tests.models import model_job

@@ -1,0 +1,110 @@
+"""Engines that several jobs on one base model share: their start, and how a job finds them.
+
+Each job has a policy of its own name on every engine, in a LoRA slot. Which group is sampled next is the engines' own affair
+(actors/turns.py), and so is who waits for a slot.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from actors import device
+from actors.errors import ActorError, ConfigError
+from actors.specs import EngineSpec, LoraSpec
+from orchestrator import cluster, waits
+from orchestrator.display import Display
+from orchestrator.jobs import lora_spec
+from orchestrator.online_specs import engine_spec
+from orchestrator.plan import ENGINE, MAX_NUM_SEQS, Node, Plan, colocated, ensure_placeable, first_fit, make_plan
+from orchestrator.schema import JobConfig
+
+
+@dataclass(frozen=True)
+class SharedEngines:
+    """Where they are, and what a job's policy is called on them, in plain values."""
+
+    namespace: str
+    names: tuple[str, ...]
+    policy: str = ""
+
+    def of(self, policy: str) -> "SharedEngines":
+        """As one job has them."""
+        return replace(self, policy=policy)
+
+    def actors(self) -> tuple[Any, ...]:
+        """Raises ActorError when one is not there any more."""
+        return tuple(cluster.find(name, self.namespace) for name in self.names)
+
+    def open(self, lora: LoraSpec, probe: Sequence[int], timeout_s: float) -> tuple[Any, ...]:
+        """The engines, once each has a place for the policy. Raises ActorError when one has ended, or has no place in time."""
+        actors = self.actors()
+        opened = [actor.open.remote(self.policy, lora, probe) for actor in actors]
+        for name, ref in zip(self.names, opened, strict=True):
+            waits.fetch(ref, f"{name}, making room for {self.policy}", timeout_s)
+        return actors
+
+    def close(self) -> None:
+        """Frees the places of the policy, without waiting for it: its job has ended, in whatever way."""
+        with suppress(ActorError):  # engines that are gone hold nothing
+            for actor in self.actors():
+                actor.close.remote(self.policy)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; `from_record` reads it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> "SharedEngines":
+        return SharedEngines(record["namespace"], tuple(record["names"]), record["policy"])
+
+
+def ensure_shareable(config: JobConfig, others: Sequence[JobConfig]) -> None:
+    """Raises ConfigError unless engines of this job can serve the others too. others: what its trials may look like."""
+    if any(job.rl != "grpo" or not job.adapter for job in (config, *others)):
+        raise ConfigError("share_engines: only jobs of rl: grpo with adapter: lora or qlora can share engines")
+    if colocated(config):
+        raise ConfigError("share_engines: trl.vllm_mode: colocate gives every rank an engine of its own; use server")
+    nodes = [Node("any", {"CPU": 1.0})]  # what jobs differ in does not depend on where they run
+    own = _shared_spec(config, _plan(config, nodes))
+    for other in others:
+        spec = _shared_spec(other, _plan(other, nodes))
+        if different := [field.name for field in fields(EngineSpec) if getattr(own, field.name) != getattr(spec, field.name)]:
+            raise ConfigError(
+                f"share_engines: trials that share engines cannot differ in what these are made of: {', '.join(different)}; "
+                "take the keys behind it out of the space, or set share_engines: false"
+            )
+
+
+@contextmanager
+def started(config: JobConfig, others: Sequence[JobConfig], places: int, display: Display) -> Iterator[SharedEngines]:
+    """Starts the engines of a job on the connected cluster, for so many jobs at once, and ends them with the block.
+
+    others: what these jobs may look like. Raises ConfigError when the cluster cannot hold the engines.
+    """
+    plan = engines_plan(config, cluster.nodes())
+    ensure_placeable(plan.problems)
+    widest = max((lora_spec(other) for other in others), key=lambda lora: lora.r)
+    together = min(places * plan.max_num_seqs, MAX_NUM_SEQS)
+    spec = replace(_shared_spec(config, plan), lora=widest, policies=places, max_num_seqs=together, seed=config.seed)
+    with cluster.placed(plan) as group, display.phase("loading the shared engines"):
+        actors = cluster.start_engines(plan, group, spec, None, config.ray.kv_cache_gib)
+        for name, actor in actors.items():
+            waits.fetch(actor.ready.remote(), f"{name}, loading its model", cluster.START_TIMEOUT_S)
+        yield SharedEngines(cluster.namespace(), tuple(actors))
+
+
+def engines_plan(config: JobConfig, nodes: Sequence[Node]) -> Plan:
+    """The plan of a job's engines alone."""
+    plan = _plan(config, nodes)
+    engines = tuple(bundle for bundle in plan.bundles if bundle.role == ENGINE)
+    return replace(plan, bundles=engines, placement=first_fit(engines, nodes))
+
+
+def _plan(config: JobConfig, nodes: Sequence[Node]) -> Plan:
+    return make_plan(config, nodes, 1, device.fastest_dtype(gpu=False))
+
+
+def _shared_spec(config: JobConfig, plan: Plan) -> EngineSpec:
+    """Without what is each job's own."""
+    return replace(engine_spec(config, plan), sync="adapter", lora=None, max_num_seqs=0, seed=0)

@@ -1,0 +1,71 @@
+"""What jobs may differ in that share engines, and what the engines themselves reserve."""
+
+from pathlib import Path
+
+import pytest
+
+from actors.errors import ConfigError
+from orchestrator.config import load
+from orchestrator.plan import Node, make_plan
+from orchestrator.shared_engines import SharedEngines, engines_plan, ensure_shareable
+from tests.job_files import FULL_GRPO, GRPO, SFT, grpo, write
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["learning_rate=1e-4", "seed=7", "trl.beta=0.1", "trl.temperature=0.7", "trl.max_completion_length=64"],
+        ["lora_r=64", "lora_alpha=8", "lora_target_linear=false", "lora_target_modules=[q_proj]"],
+        ["trl.num_generations=2", "gradient_accumulation_steps=4", "ray.max_staleness=1", "max_steps=5"],
+    ],
+)
+def test_trials_may_differ_in_what_is_trained_and_drawn(tmp_path: Path, overrides: list[str]) -> None:
+    ensure_shareable(grpo(tmp_path), [grpo(tmp_path), grpo(tmp_path, "", *overrides)])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["base_model=org/other"], "made of: model;"),
+        (["sequence_len=1024"], "made of: max_model_len;"),
+        (["bf16=false"], "made of: model;"),
+        (["trl.chat_template_kwargs={enable_thinking: true}"], "made of: chat_template_kwargs;"),
+        (["vllm.enforce_eager=true"], "made of: enforce_eager;"),
+    ],
+)
+def test_trials_may_not_differ_in_what_an_engine_is_made_of(tmp_path: Path, overrides: list[str], message: str) -> None:
+    own = grpo(tmp_path, "", "bf16=true")
+    with pytest.raises(ConfigError, match=message):
+        ensure_shareable(own, [own, grpo(tmp_path, "", "bf16=true", *overrides)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SFT, "only jobs of rl: grpo"),
+        (FULL_GRPO, "adapter: lora or qlora"),
+        (GRPO.replace("trl:\n", "trl:\n  vllm_mode: colocate\n"), "colocate gives every rank an engine of its own"),
+    ],
+)
+def test_what_cannot_be_shared_at_all(tmp_path: Path, text: str, message: str) -> None:
+    config = load(write(tmp_path, text))
+    with pytest.raises(ConfigError, match=message):
+        ensure_shareable(config, [config])
+
+
+def test_engines_have_bundles_once_and_trials_none_for_them(tmp_path: Path) -> None:
+    """Four trials of one GPU each beside two engines need six GPUs, not twelve."""
+    config = grpo(tmp_path, "", "ray.engines=2")
+    nodes = [Node("a", {"CPU": 32.0, "GPU": 6.0})]
+    engines, trial = engines_plan(config, nodes), make_plan(config, nodes, 100, shared=True)
+    assert [str(bundle) for bundle in engines.bundles] == ["engine 0", "engine 1"]
+    assert [str(bundle) for bundle in trial.bundles] == ["trainer 0"]
+    gpus = sum(bundle.resources["GPU"] for bundle in (*engines.bundles, *(4 * trial.bundles)))
+    assert gpus == 6
+    alone = make_plan(config, nodes, 100)
+    assert trial.prompts_per_engine == alone.prompts_per_engine and trial.max_num_seqs == alone.max_num_seqs
+
+
+def test_a_record_is_read_back() -> None:
+    shared = SharedEngines("somewhere", ("engine 0", "engine 1")).of("trial 3")
+    assert SharedEngines.from_record(shared.record()) == shared

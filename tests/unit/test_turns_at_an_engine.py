@@ -1,0 +1,130 @@
+"""Groups of several jobs take turns at an engine, and what needs it alone has it alone."""
+
+import asyncio
+
+import pytest
+
+from actors.turns import Turns
+
+
+class Bench:
+    """Groups that run until they are told to end, and the order in which they began."""
+
+    def __init__(self, most: int) -> None:
+        self.turns = Turns(most)
+        self.began: list[str] = []
+        self.ends: dict[str, asyncio.Event] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def start(self, name: str, completions: int | None) -> None:
+        """name: the policy's first, such as a1."""
+        self.ends[name] = asyncio.Event()
+        self.tasks[name] = asyncio.create_task(self._run(name, completions))
+        await settled()
+
+    async def end(self, name: str) -> None:
+        self.ends[name].set()
+        await self.tasks[name]
+        await settled()
+
+    async def _run(self, name: str, completions: int | None) -> None:
+        turn = self.turns.alone(name[0]) if completions is None else self.turns.group(name[0], completions)
+        async with turn:
+            self.began.append(name)
+            await self.ends[name].wait()
+
+
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_the_next_group_is_of_who_has_least() -> None:
+    async def run() -> None:
+        bench = Bench(most=8)
+        for name in ("a1", "a2", "a3", "a4"):
+            await bench.start(name, 4)
+        for name in ("b1", "b2"):
+            await bench.start(name, 4)
+        assert bench.began == ["a1", "a2"], "there is room for eight"
+        await bench.end("a1")
+        assert bench.began[2:] == ["b1"], "a has one at the engine and b none, though a3 came first"
+        await bench.end("a2")
+        assert bench.began[3:] == ["a3"]
+        await bench.end("b1")
+        assert bench.began[4:] == ["b2"]
+        await bench.end("b2")
+        await bench.end("a3")
+        assert bench.began[5:] == ["a4"]
+
+    asyncio.run(run())
+
+
+def test_a_group_above_the_limit_runs_by_itself() -> None:
+    async def run() -> None:
+        bench = Bench(most=8)
+        await bench.start("a1", 64)
+        await bench.start("b1", 1)
+        assert bench.began == ["a1"]
+        await bench.end("a1")
+        assert bench.began == ["a1", "b1"]
+
+    asyncio.run(run())
+
+
+def test_who_needs_it_alone_waits_for_those_before_and_holds_those_after() -> None:
+    async def run() -> None:
+        bench = Bench(most=8)
+        await bench.start("a1", 2)
+        await bench.start("b1", 2)
+        await bench.start("a-alone", None)
+        await bench.start("b2", 2)
+        assert bench.began == ["a1", "b1"]
+        await bench.end("a1")
+        assert bench.began == ["a1", "b1"]
+        await bench.end("b1")
+        assert bench.began == ["a1", "b1", "a-alone"]
+        await bench.end("a-alone")
+        assert bench.began == ["a1", "b1", "a-alone", "b2"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("when", ["waiting", "running"])
+@pytest.mark.parametrize("completions", [8, None])
+def test_one_that_is_cancelled_leaves_its_place(when: str, completions: int | None) -> None:
+    async def run() -> None:
+        bench = Bench(most=8)
+        if when == "waiting":
+            await bench.start("a1", 8)
+        await bench.start("b1", completions)
+        await bench.start("c1", 8)
+        bench.tasks["b1"].cancel()
+        await settled()
+        if when == "waiting":
+            assert bench.began == ["a1"]
+            await bench.end("a1")
+        assert bench.began[-1] == "c1" and "b1" not in bench.began[1:]
+        await bench.end("c1")
+        assert not bench.turns.waiting and not bench.turns.taken and not bench.turns.running.total()
+
+    asyncio.run(run())
+
+
+def test_one_that_is_cancelled_just_when_it_is_let_in_leaves_its_place() -> None:
+    async def run() -> None:
+        turns = Turns(most=1)
+
+        async def hold() -> None:
+            async with turns.group("a", 1):
+                await asyncio.sleep(0)
+
+        first, second = asyncio.create_task(hold()), asyncio.create_task(hold())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        await asyncio.wait_for(hold(), 1.0)
+        assert not turns.running.total()
+
+    asyncio.run(run())
