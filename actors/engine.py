@@ -18,7 +18,7 @@ from actors.conversation import RolloutFunction, Speaker
 from actors.decoder import Decoder, group_of, sampling_params
 from actors.errors import SyncError
 from actors.install import BaseWeights
-from actors.policy import Installed, Policy
+from actors.policy import Installed, Policy, current_task
 from actors.snapshot import Bucket
 from actors.specs import OWN, EngineSpec, LoraSpec, SamplingSpec
 from actors.turns import Turns
@@ -49,8 +49,9 @@ class RolloutEngine:
         if spec.sync == "adapter" and spec.lora:
             # One slot more than policies: a new version is proven before the one that it replaces leaves.
             slots = spec.policies + 1
-            lora = {"enable_lora": True, "max_lora_rank": max(spec.lora.r, 8), "max_loras": slots}
-            lora["max_cpu_loras"] = slots
+            lora = {"enable_lora": True, "max_lora_rank": max(spec.lora.r, 8), "max_loras": slots, "max_cpu_loras": slots}
+            # Nowhere else, above all not at the head: with LoRA there vLLM can compute no probe beside groups.
+            lora["lora_target_modules"] = Policy(spec.model, spec.lora, ()).modules
         self.llm = LLM(
             folder,
             tokenizer=spec.tokenizer,
@@ -116,19 +117,20 @@ class RolloutEngine:
         closed = self.policies.pop(policy, None)
         if closed is None:
             return
-        for group in closed.groups:
-            group.cancel()
-        async with self.turns.alone(policy):  # also of an install whose probe is under way
-            if closed.installed:
-                self._worker("eagleray_remove_adapter", closed.installed.slot)
+        closed.open = False
+        under_way = [*closed.groups, *closed.installs]
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        if closed.installed:
+            self._worker("eagleray_remove_adapter", closed.installed.slot)
         self.places.release()
 
     async def install(self, header: SnapshotHeader, *buckets: Bucket, policy: str = OWN) -> InstallReceipt:
         """Serves a published version from now on, and says what its probe gives.
 
         Raises SyncError when the snapshot is not whole or does not fit, and while groups of this policy are sampled. What was
-        served before is then served still, exactly. Waits until the groups of other policies have ended: vLLM's LoRA layers
-        cannot compute a probe beside them.
+        served before is then served still, exactly.
         """
         started = time.perf_counter()
         served = self._policy(policy)
@@ -142,10 +144,8 @@ class RolloutEngine:
             rank=served.rank,
             scaling=served.scaling,
         )
-        async with self.turns.alone(policy):
-            if self._policy(policy) is not served:
-                raise SyncError(f"the policy {policy!r} was opened anew before its version {header.version} was installed")
-            self._replace(served, Installed(header, buckets, next(self.slots)))
+        self._replace(served, Installed(header, buckets, next(self.slots)))
+        with served.busy(served.installs):
             probe = tuple(await self.probe_logprobs(policy))
         return InstallReceipt(header.version, digest, probe, time.perf_counter() - started)
 
@@ -176,7 +176,7 @@ class RolloutEngine:
             self._fuse(new.header.entries, new.buckets, new.header.scaling)
         else:
             config = model.peft_config(policy.lora).to_dict()
-            config["target_modules"] = sorted({n.split(".")[-3] for n in policy.expected})
+            config["target_modules"] = policy.modules
             self._worker("eagleray_add_adapter", new.slot, new.header.entries, new.buckets, config)
 
     def _put_back(self, policy: Policy, failed_slot: int) -> None:
@@ -252,17 +252,9 @@ class RolloutEngine:
         if version not in (None, served.version):
             raise SyncError(f"policy version {version} was asked for, served is {served.version}")
         started = time.perf_counter()
-        task = current_task()
-        served.groups.add(task)
-        try:
+        with served.busy(served.groups):
             async with self.turns.group(policy, sampling.num_generations):
                 group, failure = await self._completions(prompt, sampling, seed, served, columns or {})
-        except asyncio.CancelledError:
-            if self.policies.get(policy) is served:
-                raise
-            raise SyncError(f"the policy {policy!r} was closed while its groups were sampled") from None
-        finally:
-            served.groups.discard(task)
         header = RolloutHeader(
             policy_version=group.policy_version,
             prompt_tokens=len(group.prompt_ids),
@@ -289,9 +281,3 @@ class RolloutEngine:
     def token_ids(self, prompt: Any) -> list[int]:
         """A prompt's tokens, with the chat template where it is a conversation."""
         return prompt_token_ids(self.tokenizer, prompt, self.spec.chat_template_kwargs)
-
-
-def current_task() -> "asyncio.Task[Any]":
-    task = asyncio.current_task()
-    assert task is not None, "coroutines run in tasks"
-    return task

@@ -26,6 +26,7 @@ from orchestrator.data import ensure_usable
 from orchestrator.dataset_plan import METHOD_NAMES, DatasetPlan, describe, make_dataset_plan, packs
 from orchestrator.display import DATASET_COLUMNS, Display
 from orchestrator.environment import worker_environment
+from orchestrator.fit import warnings
 from orchestrator.jobs import (
     RunResult,
     metrics_log,
@@ -82,6 +83,8 @@ def run(config: JobConfig, display: Display) -> RunResult:
             ensure_placeable(plan.problems)
             title = f"{METHOD_NAMES[config.rl]}: {config.base_model} -> {output_dir}"
             display.header(title, [*describe(config, plan), f"dashboard   {here}"])
+            for text in warnings(config, plan):
+                display.warn(text)
             rows = stack.enter_context(prepared_rows(config, output_dir, display))
             watch.planned(plan.total_steps(config, rows.train.rows), step)
             result = _Training(config, plan, rows, output_dir, display).run(resume, step, marker)

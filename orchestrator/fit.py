@@ -85,6 +85,18 @@ def fit(config: JobConfig, plan: Plan | DatasetPlan) -> Fit:
     return Fit(places, engine, tuple(problems), tuple(notes))
 
 
+def warnings(config: JobConfig, plan: Plan | DatasetPlan) -> tuple[str, ...]:
+    """What is about to be too large for its GPU, before a job starts; nothing where nobody can say."""
+    if not plan.gpu:
+        return ()  # a machine without GPUs can swap
+    try:
+        problems = fit(config, plan).problems
+    except Exception:  # it is an estimate, of whatever model: no reason to keep a job from running
+        return ()
+    remedy = "It may run out of memory; `eagleray plan` names changes with which it would fit"
+    return tuple(f"{problem}. {remedy}" for problem in problems)
+
+
 def _rewards(config: JobConfig, plan: Plan) -> tuple[list[Memory | None], list[str]]:
     """Of each reward model, and what to say of those that are not there yet."""
     found: list[Memory | None] = []

@@ -17,6 +17,7 @@ from orchestrator.cluster import Actors
 from orchestrator.conversations import ensure_playable
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
 from orchestrator.display import Display
+from orchestrator.fit import warnings
 from orchestrator.grpo import Evaluation, Loop
 from orchestrator.jobs import (
     RunResult,
@@ -99,6 +100,8 @@ def run(config: JobConfig, display: Display, shared: SharedEngines | None) -> Ru
             ensure_placeable(plan.problems)
             title = f"GRPO: {config.base_model} -> {output_dir}"
             display.header(title, [*describe(config, plan), f"dashboard   {here}"])
+            for text in warnings(config, plan):
+                display.warn(text)
             if shared is not None:
                 stack.callback(shared.close)
             return _Job(config, plan, prompts, output_dir, display, shared).run(probe, resume, marker, watch)

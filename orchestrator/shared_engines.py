@@ -63,6 +63,8 @@ def ensure_shareable(config: JobConfig, others: Sequence[JobConfig]) -> None:
     """Raises ConfigError unless engines of this job can serve the others too. others: what its trials may look like."""
     if any(job.rl != "grpo" or not job.adapter for job in (config, *others)):
         raise ConfigError("share_engines: only jobs of rl: grpo with adapter: lora or qlora can share engines")
+    if any("lm_head" in (job.lora_target_modules or ()) for job in (config, *others)):
+        raise ConfigError("share_engines: vLLM cannot prove a policy beside others with LoRA on lm_head; train other modules")
     if colocated(config):
         raise ConfigError("share_engines: trl.vllm_mode: colocate gives every rank an engine of its own; use server")
     nodes = [Node("any", {"CPU": 1.0})]  # what jobs differ in does not depend on where they run

@@ -389,13 +389,20 @@ def test_two_jobs_share_an_engine(engine: RolloutEngine, policies: Policies, tmp
         alone = await asyncio.gather(*of("other"))
         assert completions([group for _, group in both[3:]]) == completions([group for _, group in alone]) != own
 
+        # What one job installs disturbs nothing that another samples, and is proven beside it.
+        sampling_ours = [asyncio.create_task(call) for call in of(OWN)]
+        await asyncio.sleep(0.1)
+        again = await engine.install(*others.snapshots[2], policy="other")
+        assert again.probe_logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+        assert completions([group for _, group in await asyncio.gather(*sampling_ours)]) == own
+
         third = asyncio.create_task(engine.open("third", LORA, PROBE))
         sampling_on = asyncio.create_task(engine.sample(PROMPTS[0], SamplingSpec(4, 200), 0, policy="other"))
         ours = asyncio.create_task(engine.sample(PROMPTS[0], sampling, 7, policy=OWN))
         await asyncio.sleep(0.1)
         assert not third.done() and not sampling_on.done(), "there is a place for two"
         await engine.close("other")
-        with pytest.raises(SyncError, match="'other' was closed"):
+        with pytest.raises(SyncError, match="the policy was closed"):
             await sampling_on
         await third
         assert completions([(await ours)[1]]) == own[:1]

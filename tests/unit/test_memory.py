@@ -1,6 +1,7 @@
 """The memory model against what people know of real models, against papers' formulas, and against the code that it counts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from trl.kernels import ChunkedLogProbFunction
 from actors import device
 from actors.model import completion_logprobs
 from orchestrator.activations import PackedRows, PaddedRows, Setting, _Counted, _run, alive, longest_row
-from orchestrator.fit import fit
+from orchestrator.fit import fit, warnings
 from orchestrator.hardware import GIB, said
 from orchestrator.head_memory import Head, Task, kept_logits, tiled, whole_logits
 from orchestrator.jobs import trained_lora
 from orchestrator.memory import BYTES, longest_rows, resting_memory, trainer_memory
 from orchestrator.model_shape import ModelShape, ModelSource, read_shape
-from orchestrator.plan import make_plan
+from orchestrator.plan import Node, make_plan
 from tests.models import CONFIGS, model_job, save_configs
 
 GB = 10**9  # as rules of thumb count
@@ -55,6 +56,19 @@ def test_where_the_weights_of_a_model_lie(models: dict[str, str]) -> None:
     assert shape.kv_per_token == 2 * 32 * 8 * 128
     # r (in + out) of each linear layer
     assert shape.trained == 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+
+
+def test_a_run_is_told_before_it_starts_that_its_gpu_is_too_small(models: dict[str, str]) -> None:
+    config = model_job(models["Qwen2.5-7B"], "lora", rl="grpo", gradient_accumulation_steps=8)
+
+    def told(cluster: str) -> tuple[str, ...]:
+        return warnings(config, make_plan(config, said(cluster), 100, "bfloat16"))
+
+    assert told("2x80GB") == ()
+    assert any(line.startswith("trainer 0 needs") and "`eagleray plan`" in line for line in told("2x12GB"))
+    unknown = replace(config, base_model="no/such-model")
+    assert warnings(unknown, make_plan(unknown, said("2x12GB"), 100, "bfloat16")) == (), "an estimate stops no job"
+    assert warnings(config, make_plan(config, [Node("a", {"CPU": 2.0}, memory=1)], 100, "bfloat16")) == ()
 
 
 # The table that people go by, with sequences of 512 to 2048 tokens and one or two of them at once. It keeps all activations of

@@ -1,4 +1,4 @@
-"""Groups of several jobs take turns at an engine, and what needs it alone has it alone."""
+"""Groups of several jobs take fair turns at an engine."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ class Bench:
         self.ends: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def start(self, name: str, completions: int | None) -> None:
+    async def start(self, name: str, completions: int) -> None:
         """name: the policy's first, such as a1."""
         self.ends[name] = asyncio.Event()
         self.tasks[name] = asyncio.create_task(self._run(name, completions))
@@ -27,9 +27,8 @@ class Bench:
         await self.tasks[name]
         await settled()
 
-    async def _run(self, name: str, completions: int | None) -> None:
-        turn = self.turns.alone(name[0]) if completions is None else self.turns.group(name[0], completions)
-        async with turn:
+    async def _run(self, name: str, completions: int) -> None:
+        async with self.turns.group(name[0], completions):
             self.began.append(name)
             await self.ends[name].wait()
 
@@ -72,32 +71,13 @@ def test_a_group_above_the_limit_runs_by_itself() -> None:
     asyncio.run(run())
 
 
-def test_who_needs_it_alone_waits_for_those_before_and_holds_those_after() -> None:
-    async def run() -> None:
-        bench = Bench(most=8)
-        await bench.start("a1", 2)
-        await bench.start("b1", 2)
-        await bench.start("a-alone", None)
-        await bench.start("b2", 2)
-        assert bench.began == ["a1", "b1"]
-        await bench.end("a1")
-        assert bench.began == ["a1", "b1"]
-        await bench.end("b1")
-        assert bench.began == ["a1", "b1", "a-alone"]
-        await bench.end("a-alone")
-        assert bench.began == ["a1", "b1", "a-alone", "b2"]
-
-    asyncio.run(run())
-
-
 @pytest.mark.parametrize("when", ["waiting", "running"])
-@pytest.mark.parametrize("completions", [8, None])
-def test_one_that_is_cancelled_leaves_its_place(when: str, completions: int | None) -> None:
+def test_one_that_is_cancelled_leaves_its_place(when: str) -> None:
     async def run() -> None:
         bench = Bench(most=8)
         if when == "waiting":
             await bench.start("a1", 8)
-        await bench.start("b1", completions)
+        await bench.start("b1", 8)
         await bench.start("c1", 8)
         bench.tasks["b1"].cancel()
         await settled()
@@ -106,7 +86,7 @@ def test_one_that_is_cancelled_leaves_its_place(when: str, completions: int | No
             await bench.end("a1")
         assert bench.began[-1] == "c1" and "b1" not in bench.began[1:]
         await bench.end("c1")
-        assert not bench.turns.waiting and not bench.turns.taken and not bench.turns.running.total()
+        assert not bench.turns.waiting and not bench.turns.running.total()
 
     asyncio.run(run())
 
