@@ -1,14 +1,21 @@
-"""The memory model beside what a rank or a worker really needs, each method on a small model in this process."""
+"""The memory model beside what a rank or a worker really needs, each method on a small model.
 
+Measured in a process of its own, as an actor is: other tests leave tensors in this one.
+"""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from actors.measuring import MeasuredTrainer, MeasuredWorker
-from actors.specs import RankSpec
+from actors.specs import DatasetTrainSpec, RankSpec, TrainerSpec
 from orchestrator.dataset_plan import make_dataset_plan
 from orchestrator.memory import longest_rows, trainer_memory
 from orchestrator.memory_check import Measured, worker_spec
@@ -55,31 +62,43 @@ def model(tmp_path_factory: pytest.TempPathFactory, base: str) -> str:
     return str(folder)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.fixture(scope="module")
+def process() -> Iterator[Executor]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize(
     ("adapter", "changes"), [("lora", {"bf16": True}), *(pytest.param(*job, marks=SLOW) for job in MORE)], ids=str
 )
-def test_workers(model: str, tmp_path: Path, adapter: str | None, changes: dict[str, Any]) -> None:
+def test_workers(process: Executor, model: str, tmp_path: Path, adapter: str | None, changes: dict[str, Any]) -> None:
     config = model_job(model, adapter, **{**ROWS, "output_dir": str(tmp_path), **changes})
     config.datasets = [DatasetConfig(path=f"{model}/rows.jsonl", type=None if config.rl else "completion")]
     plan = make_dataset_plan(config, LAPTOP)
-    reports = SimpleNamespace(add=SimpleNamespace(remote=lambda *_: None))
-    worker = MeasuredWorker(worker_spec(config, plan), RankSpec(), reports)
-    measured = worker.peak(config.micro_batch_size * config.gradient_accumulation_steps, config.sequence_len)
+    rows = config.micro_batch_size * config.gradient_accumulation_steps
+    measured = process.submit(peak_of_a_worker, worker_spec(config, plan), rows, config.sequence_len).result()
     compare(trainer_memory(config, plan.dtype, 1, gpu=False), measured)
 
 
-@pytest.mark.usefixtures("one_thread")
+def peak_of_a_worker(spec: DatasetTrainSpec, rows: int, length: int) -> int:
+    reports = SimpleNamespace(add=SimpleNamespace(remote=lambda *_: None))
+    return MeasuredWorker(spec, RankSpec(), reports).peak(rows, length)
+
+
 @pytest.mark.parametrize(
     ("adapter", "changes"), [("lora", {}), *(pytest.param(*job, marks=SLOW) for job in MORE_ONLINE)], ids=str
 )
-def test_ranks(model: str, adapter: str | None, changes: dict[str, Any]) -> None:
+def test_ranks(process: Executor, model: str, adapter: str | None, changes: dict[str, Any]) -> None:
     config = model_job(model, adapter, **{**GRPO, **changes})
     plan = make_plan(config, LAPTOP, 8)
     rows: Any = longest_rows(config)
-    trainer = MeasuredTrainer(trainer_spec(config, plan), RankSpec())
-    measured = trainer.peak(plan.prompts_per_step, rows.prompt, config.trl.num_generations, rows.length)
+    shape = (plan.prompts_per_step, rows.prompt, config.trl.num_generations, rows.length)
+    measured = process.submit(peak_of_a_rank, trainer_spec(config, plan), *shape).result()
     compare(trainer_memory(config, plan.dtype, 1, gpu=False), measured)
+
+
+def peak_of_a_rank(spec: TrainerSpec, *shape: int) -> int:
+    return MeasuredTrainer(spec, RankSpec()).peak(*shape)
 
 
 def compare(planned: Any, measured: int) -> None:
