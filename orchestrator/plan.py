@@ -120,7 +120,7 @@ def make_plan(
     per_engine = ceil(prompts / engines(config))
     max_num_seqs = min(per_engine * config.trl.num_generations, MAX_NUM_SEQS)
     engine_share = min(1.0, _engine_gpus(config, gpu))
-    trainer_threads, engine_threads, reward_threads = _threads(config, nodes, len(reward_models))
+    trainer_threads, engine_threads, reward_threads = _threads(config, nodes, len(reward_models), shared)
     return Plan(
         bundles=bundles,
         nodes=tuple(nodes),
@@ -296,14 +296,14 @@ def _every(steps: float | None, per_epoch: int | None, steps_per_epoch: float, t
     return max(1, round(steps_per_epoch / (per_epoch or 1)))
 
 
-def _threads(config: JobConfig, nodes: Sequence[Node], reward_models: int) -> tuple[int, int, int]:
+def _threads(config: JobConfig, nodes: Sequence[Node], reward_models: int, shared: bool) -> tuple[int, int, int]:
     """CPU threads of each trainer rank, of each engine, and of each reward model.
 
     On-policy, engines, reward models and trainer take turns, so the trainer may use every core of its machines, and the
-    engines, which all sample at once, share them, and so do reward models. Otherwise each has the cores that it
-    reserves, and a reward model, which reserves none, has one.
+    engines, which all sample at once, share them, and so do reward models. Otherwise, and beside other jobs, each has the
+    cores that it reserves, and a reward model, which reserves none, has one.
     """
-    if config.ray.max_staleness > 0:
+    if shared or config.ray.max_staleness > 0:
         return config.ray.trainer_cpus, config.ray.engine_cpus, 1
     cpus = int(max((node.resources.get("CPU", 1) for node in nodes), default=1))
     ranks_per_node, engines_per_node = (ceil(count / hosts(nodes)) for count in (ranks(config), engines(config)))

@@ -98,13 +98,12 @@ def started(config: JobConfig, others: Sequence[JobConfig], places: int, display
 
 def engines_plan(config: JobConfig, nodes: Sequence[Node]) -> Plan:
     """The plan of a job's engines alone."""
-    plan = _plan(config, nodes)
-    engines = tuple(bundle for bundle in plan.bundles if bundle.role == ENGINE)
-    return replace(plan, bundles=engines, placement=first_fit(engines, nodes))
+    engines = tuple(bundle for bundle in _plan(config, nodes).bundles if bundle.role == ENGINE)
+    return replace(_plan(config, nodes, shared=True), bundles=engines, placement=first_fit(engines, nodes))
 
 
-def _plan(config: JobConfig, nodes: Sequence[Node]) -> Plan:
-    return make_plan(config, nodes, 1, device.fastest_dtype(gpu=False))
+def _plan(config: JobConfig, nodes: Sequence[Node], *, shared: bool = False) -> Plan:
+    return make_plan(config, nodes, 1, device.fastest_dtype(gpu=False), shared=shared)
 
 
 def _shared_spec(config: JobConfig, plan: Plan) -> EngineSpec:

@@ -62,6 +62,9 @@ def test_engines_have_bundles_once_and_trials_none_for_them(tmp_path: Path) -> N
     assert [str(bundle) for bundle in trial.bundles] == ["trainer 0"]
     gpus = sum(bundle.resources["GPU"] for bundle in (*engines.bundles, *(4 * trial.bundles)))
     assert gpus == 6
+    laptop = [Node("laptop", {"CPU": 8.0})]
+    beside, alone = make_plan(config, laptop, 100, shared=True), make_plan(config, laptop, 100)
+    assert (beside.trainer_threads, alone.trainer_threads) == (1, 8), "trials compute side by side"
     alone = make_plan(config, nodes, 100)
     assert trial.prompts_per_engine == alone.prompts_per_engine and trial.max_num_seqs == alone.max_num_seqs
 
