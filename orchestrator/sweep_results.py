@@ -5,8 +5,8 @@
     SWEEP/trials/0000/events.jsonl    its state: the last word of its last run (journal.py)
     SWEEP/trials/0000/metrics.jsonl   its curve
 
-A trial is a whole output directory of a job. Nothing else keeps a trial's state, and looking writes nothing. A process that
-ended before its job had begun has said nothing: whoever started it says it there (`Journal.tell("end", how="failed", text=...)`).
+A trial is a whole output directory of a job. Nothing else keeps a trial's state, and looking writes nothing. Of a process
+that ended before its job could say a word, whoever started it says it there (`Journal.tell("end", how="failed", text=...)`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A sweep in the terminal while it goes: `with watching(folder):` around whatever runs it.
 
-A thread looks into the sweep's folder once a second. A terminal shows a table that is drawn anew, a row a trial; elsewhere a trial
-gets a line when it starts and when it ends, and so does each new leader. Showing is never a reason to stop.
+A thread looks into the sweep's folder once a second. A terminal shows a table that is drawn anew, a row a trial; elsewhere a
+trial gets a line when it starts and when it ends, and so does each new leader. Showing is never a reason to stop.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -26,9 +25,12 @@ from orchestrator.frame import sparkline
 from orchestrator.sweep_results import UNFIT, SweepResult, TrialResult, read
 
 EVERY_S = 1.0
-AROUND_ROWS = 8  # lines of a terminal that the table's rows leave to the rest, and to the prompt
-CURVES = (8, 30)  # columns of a curve, fewest and most
-OF_PARAMS = 0.45  # of the terminal's width, at most
+FAILURES = 3  # that are told below the table
+AROUND_ROWS = 7 + FAILURES  # lines of a terminal that the table's rows leave to the rest, and to the prompt
+CURVES = (12, 30)  # columns of a curve, fewest and most
+NARROWEST = 5  # letters of a parameter
+GAP = 2  # columns between columns
+STAR = "★  "
 STATES = {  # in the order in which they are counted up
     "running": "green",
     "waiting": "dim",
@@ -169,13 +171,15 @@ def table(sweep: SweepResult, width: int, height: int) -> RenderableType:
     """The whole view, in a terminal of so many columns and lines."""
     best = sweep.best
     shown = _shown(sweep, best, max(3, height - AROUND_ROWS))
-    parts: list[RenderableType] = [_head(sweep), _rows(sweep, shown, best, width)]
-    if len(shown) < len(sweep.trials):
-        parts.append(_one_line(Text(f"and {len(sweep.trials) - len(shown)} more", "dim")))
-    parts.append(
-        _one_line(Text(f"best: {best_told(sweep, best)}" if best else "no trial has a value yet", "bold" if best else "dim"))
-    )
-    return Group(*parts)
+    rows, left_out = _rows(sweep, shown, best, width)
+    parts: list[RenderableType] = [*_head(sweep), rows]
+    hidden = [f"{len(sweep.trials) - len(shown)} more trials"] if len(shown) < len(sweep.trials) else []
+    if hidden := [*hidden, *left_out]:
+        parts.append(_one_line(Text(f"no room for {', '.join(hidden)}", "dim")))
+    unfit = [trial for trial in sweep.trials if trial.state in UNFIT]
+    parts += [_one_line(Text(f"trial {trial.number} {_ended(trial, sweep)}", "red")) for trial in unfit[-FAILURES:]]
+    leader = Text(f"best: {best_told(sweep, best)}", "bold") if best else Text("no trial has a value yet", "dim")
+    return Group(*parts, _one_line(leader))
 
 
 def _shown(sweep: SweepResult, best: TrialResult | None, rows: int) -> list[TrialResult]:
@@ -184,51 +188,77 @@ def _shown(sweep: SweepResult, best: TrialResult | None, rows: int) -> list[Tria
     return sorted(first[:rows], key=lambda trial: trial.number)
 
 
-def _head(sweep: SweepResult) -> Text:
-    counts = Counter({"waiting": _waiting(sweep)})
-    counts.update(trial.state for trial in sweep.trials if trial.state != "waiting")
-    text = Text.assemble((f"{sweep.folder.name}  ", "bold"), f"{sweep.metric} ({sweep.mode})")
-    for state, style in STATES.items():
-        if counts[state]:
-            text.append(f"   {counts[state]} {state}", style)
+def _head(sweep: SweepResult) -> list[Text]:
+    title = Text.assemble((sweep.folder.name, "bold"), f"  {sweep.metric} ({sweep.mode})")
     left = left_s(sweep)
     if left is not None:
-        text.append(f"   at most {duration(left)} left", "dim")
-    return _one_line(text)
+        title.append(f"  at most {duration(left)} left", "dim")
+    counts = Counter({"waiting": _waiting(sweep)})
+    counts.update(trial.state for trial in sweep.trials if trial.state != "waiting")
+    counted = Text("  ").join(Text(f"{counts[state]} {state}", style) for state, style in STATES.items() if counts[state])
+    return [_one_line(title), _one_line(counted)]
 
 
-def _rows(sweep: SweepResult, shown: list[TrialResult], best: TrialResult | None, width: int) -> Table:
-    rows = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    keys = sweep.keys
-    of_key = max(4, int(OF_PARAMS * width / max(1, len(keys))) - 1)
-    rows.add_column("", width=1)
-    rows.add_column("trial", justify="right", no_wrap=True)
-    rows.add_column("state", no_wrap=True, min_width=7)
-    for key in keys:
-        rows.add_column(key.rpartition(".")[2], justify="right", no_wrap=True, max_width=of_key)
-    for heading in ("step", "last", "best"):
-        rows.add_column(heading, justify="right", no_wrap=True)
-    fewest, most = CURVES
-    rows.add_column("curve", no_wrap=True, overflow="ellipsis", ratio=1)
-    for trial in shown:
-        leads = trial is best
-        step = f"{trial.step}/{trial.steps}" if trial.steps else str(trial.step)
-        curve = (
-            Text(trial.message, "red")
-            if trial.state in UNFIT
-            else Text(sparkline(trial.values[1], min(most, max(fewest, width // 5))), "cyan")
-        )
+def _rows(sweep: SweepResult, shown: list[TrialResult], best: TrialResult | None, width: int) -> tuple[Table, list[str]]:
+    """Columns as wide as what is in them; parameters give way where that is too much, and curves get what is left.
+
+    Also returns the parameters that there was no room for.
+    """
+    params = {key: [value_told(trial.params[key]) if key in trial.params else "-" for trial in shown] for key in sweep.keys}
+    cells = {
+        "trial": [str(trial.number) for trial in shown],
+        "state": [trial.state for trial in shown],
+        **params,
+        "step": [f"{trial.step}/{trial.steps}" if trial.steps else str(trial.step) for trial in shown],
+        "last": [_value_told(sweep, trial.last) for trial in shown],
+        "best": [_value_told(sweep, trial.value) for trial in shown],
+    }
+    headings = {name: name.rpartition(".")[2] for name in cells}
+    wide = {name: max(map(len, (headings[name], *column))) for name, column in cells.items()}
+    _narrow(wide, params, width - len(STAR) - CURVES[0])
+    curve = width - len(STAR) - sum(wide.values()) - GAP * len(wide)
+    rows = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
+    rows.add_column(width=1)
+    for name, columns in wide.items():
+        side: JustifyMethod = "left" if name == "state" else "right"
+        rows.add_column(headings[name], width=columns, justify=side, no_wrap=True, overflow="ellipsis")
+    rows.add_column("curve", width=curve, no_wrap=True)
+    for i, trial in enumerate(shown):
         rows.add_row(
-            Text("★" if leads else "", "bold yellow"),
-            str(trial.number),
-            Text(trial.state, STATES[trial.state]),
-            *(value_told(trial.params[key]) if key in trial.params else "-" for key in keys),
-            step,
-            *("-" if value is None else written(sweep.metric, value) for value in (trial.last, trial.value)),
-            curve,
-            style="bold" if leads else "",
+            Text(STAR.strip() if trial is best else "", "bold yellow"),
+            *(Text(cells[name][i], STATES[trial.state] if name == "state" else "") for name in wide),
+            Text(sparkline(trial.values[1], min(curve, CURVES[1])), "red" if trial.state in UNFIT else "cyan"),
+            style="bold" if trial is best else "",
         )
-    return rows
+    return rows, [key for key in params if key not in wide]
+
+
+def _narrow(wide: dict[str, int], params: Mapping[str, list[str]], width: int) -> None:
+    """Cuts headings and words of parameters, the widest first, then leaves out the last parameters, until all columns fit.
+
+    A number is never cut: it would read as another.
+    """
+    least = {key: max(map(len, (key[:NARROWEST], *filter(_is_number, values)))) for key, values in params.items()}
+    while sum(wide.values()) + GAP * len(wide) > width:
+        there = [key for key in params if key in wide]
+        if loose := [key for key in there if wide[key] > least[key]]:
+            wide[max(loose, key=lambda key: wide[key])] -= 1
+        elif there:
+            del wide[there[-1]]
+        else:
+            return
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _value_told(sweep: SweepResult, value: float | None) -> str:
+    return "-" if value is None else written(sweep.metric, value)
 
 
 def _one_line(text: Text) -> Text:
