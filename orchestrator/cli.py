@@ -88,9 +88,11 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from orchestrator.report import report
+    from orchestrator import report, sweep_report
+    from orchestrator.sweep_results import is_sweep
 
-    print(report(Path(args.output_dir)))
+    folder = Path(args.output_dir)
+    print(*(sweep_report.report(folder) if is_sweep(folder) else [report.report(folder)]), sep="\n")
     return 0
 
 
@@ -218,8 +220,8 @@ def _add_results(commands: Any) -> None:
         command.set_defaults(command=function)
         return command
 
-    report = commands.add_parser("report", help="Draw the curves of a run to OUTPUT_DIR/report.png.")
-    report.add_argument("output_dir", metavar="OUTPUT_DIR")
+    report = commands.add_parser("report", help="Draw the curves of a run, or of a sweep's trials, to OUTPUT_DIR/report.png.")
+    report.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or of a sweep, which also gets its table as CSV")
     report.set_defaults(command=_report)
     merge = result_command("merge", _merge, "Write the adapter of a run and its base model as one model.")
     merge.add_argument("--into", metavar="FOLDER", help="where to; by default OUTPUT_DIR/merged")

@@ -126,12 +126,13 @@ class Scale:
         """values: those that trials have. space: what they may be, as sweep.json says it."""
         if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             return cls("categories", tuple({value_told(value): value for value in sorted(values, key=value_told)}.values()))
-        drawn = "uniform" in space or "rand" in space  # from a range, as Ray Tune calls it
+        kind = space.partition(" ")[0]  # such as loguniform
+        drawn = kind not in ("", "grid", "choice")  # from a range
         distinct = tuple(sorted(set(values)))
         if not drawn and len(distinct) <= CATEGORIES:
             return cls("categories", distinct)
         low, high = distinct[0], distinct[-1]
-        over_decades = "log" in space or (not drawn and high >= LOG_FROM * low)
+        over_decades = kind.startswith("log") or (not drawn and high >= LOG_FROM * low)
         return cls("log" if low > 0 and over_decades else "linear", (low, high))
 
     def at(self, value: Any) -> float:
