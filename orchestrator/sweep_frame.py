@@ -68,7 +68,7 @@ def _rows(sweep: SweepResult, shown: list[TrialResult], best: TrialResult | None
     Also returns the parameters that there was no room for.
     """
     params = {key: [value_told(trial.params[key]) if key in trial.params else "-" for trial in shown] for key in sweep.keys}
-    cells = {
+    cells: dict[str, list[str]] = {
         "trial": [str(trial.number) for trial in shown],
         "state": [trial.state for trial in shown],
         **params,

@@ -32,6 +32,12 @@ class SweepPlan:
     engines: int  # that all trials share; 0 = each trial has its own, or none
 
     @property
+    def largest(self) -> int:
+        """Bytes that the largest of a trial's own actors needs of a GPU, or of a machine where there are none."""
+        own = [nbytes for actor, nbytes in _bytes(self.job).items() if not (self.engines and actor.startswith(ENGINE))]
+        return max(own, default=0)
+
+    @property
     def rounds(self) -> int:
         """Of trials that run beside each other, when they all take as long."""
         return ceil(self.trials / self.at_once) if self.at_once else 0
@@ -72,7 +78,7 @@ def make(
         if best.at_once >= most:
             break
         tried = packed(_shares(config, a_gpu, share_engines), a_gpu)
-        if tried.at_once > best.at_once and _leaves_room(tried.job, a_gpu, share_engines):
+        if tried.at_once > best.at_once and _has_room(tried):
             best = tried
     return best
 
@@ -96,12 +102,9 @@ def _shares(config: JobConfig, a_gpu: int, share_engines: bool) -> Changes:
     return {"resources_per_worker": {"GPU": share}, **engine}
 
 
-def _leaves_room(job: Planned, a_gpu: int, share_engines: bool) -> bool:
-    """Whether any so many of a trial's actors have room on each GPU."""
-    largest = max(
-        (nbytes for bundle, nbytes in _bytes(job).items() if not (share_engines and bundle.startswith(ENGINE))), default=0
-    )
-    return all(place.capacity is not None and a_gpu * largest <= place.capacity for place in job.fit.places)
+def _has_room(plan: SweepPlan) -> bool:
+    """Whether any of the trials' actors, so many as share a GPU, have room on each."""
+    return all(place.capacity is not None and plan.a_gpu * plan.largest <= place.capacity for place in plan.job.fit.places)
 
 
 def _largest(config: JobConfig, nodes: Sequence[Node], found: Read, samples: Samples) -> JobConfig:

@@ -84,9 +84,8 @@ def text(plan: SweepPlan, before: Earlier, scheduler: str) -> list[str]:
     if plan.engines:
         lines.append(f"engines     {plan.engines}, which all trials share")
     if plan.changes:
-        fullest = max(share.memory.total for place in job.fit.places for share in place.shares)
         lines.append(f"sharing     {plan.a_gpu} actors a GPU: each trial with {told(plan.changes)}")
-        lines.append(f"            the largest of them needs {gb(fullest)}; set these keys in the base for other shares")
+        lines.append(f"            the largest of them needs {gb(plan.largest)}; set these keys in the base for other shares")
     return [*lines, f"steps       {total}", f"time        {_time(plan, before, steps, scheduler)}", "one trial   the largest:"]
 
 
@@ -116,8 +115,12 @@ def earlier(config: JobConfig) -> Earlier:
         return nothing
     seconds = [record["step_s"] for record in records if math.isfinite(record.get("step_s", math.nan))]
     plans = [event["steps"] for event in events if event["kind"] == "plan"]
-    as_long = _alike(config, ran, OF_A_LENGTH) and [one.path for one in config.datasets] == [one.path for one in ran.datasets]
+    as_long = _alike(config, ran, OF_A_LENGTH) and _files(config) == _files(ran)
     return Earlier(config.output_dir, median(seconds) if seconds else None, plans[-1] if plans and as_long else None)
+
+
+def _files(config: JobConfig) -> list[str]:
+    return [dataset.path for dataset in config.datasets or []]
 
 
 def _alike(one: JobConfig, other: JobConfig, keys: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.transforms import Bbox
 
 from actors.errors import EaglerayError
 from orchestrator.display import written
@@ -88,7 +89,7 @@ def _draw_best(sweep: SweepResult, path: Path) -> Path:
     axes.axis("off")
     letters = [2 + max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     cells = axes.table(
-        rows, colLabels=headings, colLoc="right", colWidths=[n / sum(letters) for n in letters], bbox=(0, 0, 1, 1)
+        rows, colLabels=headings, colLoc="right", colWidths=[n / sum(letters) for n in letters], bbox=Bbox.unit()
     )
     cells.auto_set_font_size(False)
     cells.set_fontsize(min(12.0, WIDTH_PX / (sum(letters) * LETTER * DPI / 72)))
