@@ -226,7 +226,9 @@ def test_a_terminal_keeps_the_last_table(folder: Path) -> None:
 
 @pytest.mark.parametrize("trials", [1, 12])
 @pytest.mark.parametrize("keys", [0, 1, 3])
-def test_a_report_is_two_pictures_and_a_table(tmp_path: Path, trials: int, keys: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_is_two_pictures_and_a_table(
+    tmp_path: Path, trials: int, keys: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = sweep(tmp_path, trials=trials)
     for number in range(trials):
         params = {"learning_rate": 10.0 ** -(number % 4 + 3), "optimizer": "ab"[number % 2], "lora_r": number}
