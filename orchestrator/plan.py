@@ -4,6 +4,7 @@ It starts nothing and reads nothing, so it can be printed, tested and simulated 
 actors are built from come from here; a new role gets its bundle in `_bundles`.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -16,6 +17,7 @@ from orchestrator.source import Problem
 Resources = Mapping[str, float]
 TRAINER, ENGINE, BOTH = "trainer", "engine", "trainer and engine"  # roles of bundles; of BOTH, two actors share it
 MOST_OF_TWO = 0.5  # of a GPU: two ranks with no more than this each may share it
+MOST_NODES = 4  # that a message lists
 MAX_NUM_SEQS = 1024  # completions that an engine decodes side by side; the rest of a batch waits in its queue
 
 
@@ -77,7 +79,7 @@ class Plan:
 
     @property
     def problems(self) -> list[str]:
-        """For each bundle that no node can hold: what it needs, what is free, and what would fit."""
+        """For each kind of bundle that no node can hold: what it needs, what is free, and what would fit."""
         return shortages(self.bundles, self.nodes, self.placement)
 
     def reward_bundle(self, reward_model: str) -> int | None:
@@ -341,23 +343,27 @@ def first_fit(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> tuple[int | N
 
 
 def shortages(bundles: Sequence[Bundle], nodes: Sequence[Node], placement: Sequence[int | None]) -> list[str]:
-    """A line for each bundle that no node can hold: what it needs, what is free, and what would fit."""
+    """A line for each kind of bundle that no node can hold: what it needs, what is free, and what would fit."""
     left = [dict(node.resources) for node in nodes]
     for bundle, place in zip(bundles, placement, strict=True):
         if place is not None:
             for resource, needed in bundle.resources.items():
                 left[place][resource] -= needed
-    free = "; ".join(f"{node.name} has {amount(has)} left" for node, has in zip(nodes, left, strict=True))
+    free = "; ".join(f"{node.name} has {amount(has)} left" for node, has in list(zip(nodes, left, strict=True))[:MOST_NODES])
+    if len(nodes) > MOST_NODES:
+        free += f"; none of the other {len(nodes) - MOST_NODES} nodes has room"
     gpus = total_gpus(nodes)
     share = int(100 / ceil(len(bundles) / gpus)) / 100 if gpus else 0.0  # a bundle's share lies on one GPU
     if share <= MOST_OF_TWO and sum(bundle.role not in ("engine", "reward") for bundle in bundles) > 1:
         share = 0.0  # two ranks would meet on one
+    unplaced = Counter(bundle.role for bundle, place in zip(bundles, placement, strict=True) if place is None)
     lines = []
     for bundle, place in zip(bundles, placement, strict=True):
-        if place is None:
+        if place is None and (count := unplaced.pop(bundle.role, 0)):  # the first of its role, which all need the same
             short = [r for r, needed in bundle.resources.items() if all(has.get(r, 0) < needed for has in left)]
+            who = f"{bundle} needs" if count == 1 else f"{bundle} and {count - 1} more need"
             remedies = _remedies(bundle, short, share)
-            lines.append(f"{bundle} needs {amount(bundle.resources)}, but {free}; {', or '.join(remedies)}")
+            lines.append(f"{who} {amount(bundle.resources)}, but {free}; {', or '.join(remedies)}")
     return lines
 
 

@@ -202,6 +202,18 @@ def test_sixty_four_gpus_on_eight_nodes() -> None:
         ensure_placeable(make_plan(job(ray__engines=64), nodes, 1000).problems)
 
 
+def test_a_message_does_not_grow_with_the_cluster() -> None:
+    """Sixteen engines of a thousand have no place: that is one line, with the number of engines that there is room for."""
+    nodes = [Node(f"n{i}", {"CPU": 128.0, "GPU": 8.0}) for i in range(63)]
+    problems = make_plan(job(ray_num_workers=24, ray__engines=976, ray__engine_gpus=0.5), nodes, 10_000).problems
+    assert len(problems) == 1 and len(problems[0]) < 400, problems
+    assert problems[0].startswith("engine 960 and 15 more need 1 CPU + 0.5 GPU, but n0 has ")
+    assert "none of the other 59 nodes has room; " in problems[0] and "ask for ray.engines: 960" in problems[0]
+    few = [Node("a", {"CPU": 1.0}), Node("b", {"CPU": 1.0})]
+    both = make_plan(job(ray__trainer_cpus=2, ray__engine_cpus=2), few, 10).problems
+    assert [line.split(" needs")[0] for line in both] == ["trainer 0", "engine 0"]
+
+
 def test_a_bundle_never_spans_two_nodes() -> None:
     nodes = [Node("a", {"CPU": 1.0}), Node("b", {"CPU": 1.0})]
     assert make_plan(job(), nodes, 10).placement == (0, 1)
