@@ -63,14 +63,15 @@ def written(tmp_path: Path, llama: Path) -> Callable[..., Path]:
 
 
 def reference(llama: Path, folder: Path | None, text: str) -> str:
-    """The first TOKENS tokens that transformers gives, greedily."""
+    """The first TOKENS tokens that transformers gives, greedily, as they go on behind the prompt."""
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     if folder is not None:
         model = PeftModel.from_pretrained(model, str(folder))
     tokenizer = AutoTokenizer.from_pretrained(llama)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    answer = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
-    return str(tokenizer.decode(answer, skip_special_tokens=True))
+    whole = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False)[0]
+    prompt, text = (str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in (ids[0], whole))
+    return text.removeprefix(prompt)  # and so with the space between them, as vLLM gives it
 
 
 def answer(*arguments: object, piped: str = "") -> str:
