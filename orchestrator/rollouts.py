@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
 from math import ceil
 from statistics import fmean
 from typing import Any
@@ -135,11 +136,13 @@ class Rollouts:
             able = [index for index, engine in enumerate(self.engines) if engine.version == version]
             if not able:
                 return
+            emptiest = [(-room[index], index) for index in able]
+            heapify(emptiest)
             for _ in range(waiting):
-                index = max(able, key=lambda i: room[i])
-                if room[index] <= 0:
+                minus_room, index = emptiest[0]
+                if minus_room >= 0:
                     return
-                room[index] -= 1
+                heapreplace(emptiest, (minus_room + 1, index))
                 self._give(index, self.queue.popleft())
 
     def _install(self, version: int) -> None:
