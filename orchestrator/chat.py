@@ -6,7 +6,7 @@ Answers alone go to stdout, so that they can be piped; all else goes to stderr.
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ def chat(folder: Path, question: str | None, *, base: bool) -> None:
     tokenizer = tokenizer_of(result)
     with ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _end))
-        weights = stack.enter_context(loadable(result, display))
+        with redirect_stdout(sys.stderr):  # merging loads DeepSpeed, whose log goes to what stdout is then
+            weights = stack.enter_context(loadable(result, display))
         with display.phase("starting Ray"):
             stack.enter_context(cluster.connected())
         plan = sampling_plan(result.config, cluster.nodes(), engines=1)
