@@ -18,6 +18,7 @@ FIGURES = {
     "two_gpus": "GRPO on two GPUs",
     "workers": "Two Ray Train workers with a sharded model",
     "recovery": "A kill of each process",
+    "scale": "The driver's own work, by engines that do nothing",
     "shared": "Four GRPO trials on one engine",
     "sync": "Publish until the last engine has acknowledged",
     "decoding": "Decoding after a sync",
