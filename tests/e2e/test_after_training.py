@@ -62,16 +62,22 @@ def written(tmp_path: Path, llama: Path) -> Callable[..., Path]:
     return write
 
 
-def reference(llama: Path, folder: Path | None, text: str) -> str:
-    """The first TOKENS tokens that transformers gives, greedily, as they go on behind the prompt."""
+def generated(llama: Path, folder: Path | None, text: str) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt, and the first TOKENS that transformers gives behind it, greedily."""
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     if folder is not None:
         model = PeftModel.from_pretrained(model, str(folder))
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(llama)(text, return_tensors="pt")["input_ids"]
     whole = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False)[0]
-    prompt, text = (str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in (ids[0], whole))
-    return text.removeprefix(prompt)  # and so with the space between them, as vLLM gives it
+    return ids[0].tolist(), whole[ids.shape[1] :].tolist()
+
+
+def reference(llama: Path, folder: Path | None, text: str) -> str:
+    """What is generated as it goes on behind the prompt: with the space between them, as vLLM gives it."""
+    prompt, answer = generated(llama, folder, text)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    before, whole = (str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in (prompt, prompt + answer))
+    return whole.removeprefix(before)
 
 
 def answer(*arguments: object, piped: str = "") -> str:
@@ -137,8 +143,9 @@ def test_eval_finds_what_the_job_found(trained: Path, llama: Path) -> None:
         for asked in first["answers"]:
             (greedy,) = asked[side]["greedy"]
             assert reference(llama, folder, asked["prompt"]).startswith(greedy["completion"])
-            words = [int(word.removeprefix("w")) for word in greedy["completion"].split()]
-            assert greedy["reward"] == pytest.approx(sum(i % 2 == 0 for i in words) / len(words))
+            _, ids = generated(llama, folder, asked["prompt"])  # not all of them are in the text: some are special tokens
+            ids = ids[: greedy["tokens"]]
+            assert greedy["reward"] == pytest.approx(sum(i % 2 == 0 for i in ids) / len(ids))
             assert len(asked[side]["sampled"]) == 2
     rows = [line.split() for line in output.splitlines()]
     change = first["after"]["greedy"]["reward"] - first["before"]["greedy"]["reward"]
