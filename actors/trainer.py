@@ -20,6 +20,7 @@ from torch import Tensor
 
 from actors import adapter, device, model, ranks, snapshot, storage
 from actors.loss import grpo_loss, token_weights
+from actors.optimizers import load_schedule
 from actors.packing import PackedRow, Sample, idle_row, pack_row, plan_rows
 from actors.snapshot import Bucket
 from actors.specs import OptimizerSpec, RankSpec, TrainerSpec
@@ -294,9 +295,7 @@ class Trainer:
         state = json.loads((path / TRAINER_FILE).read_text(encoding="utf-8"))
         self.shared.load_state(path, self.rank.rank)
         device.set_rng_state(load_file(path / RNG_FILE.format(rank=self.rank.rank)))
-        self.scheduler.load_state_dict(state["scheduler"])
-        for group, rate in zip(self.shared.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        load_schedule(self.scheduler, state["scheduler"])
         self.version = state["version"]
         older: list[tuple[Any, ...]] = []
         if self.rank.rank != 0:

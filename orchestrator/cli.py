@@ -16,7 +16,7 @@ from actors.errors import EaglerayError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. Errors for people are one message on stderr, without a traceback."""
+    """Runs one command and returns its exit code."""
     parser = make_parser()
     args, rest = parser.parse_known_args(arguments)
     # argparse gives up on overrides that follow an option.
@@ -24,9 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
-    _quieten()
+    quieten()
+    return exit_code(lambda: args.command(args))
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Runs a command; errors for people are one message on stderr, without a traceback."""
     try:
-        return int(args.command(args))
+        return int(command())
     except EaglerayError as error:
         print(f"eagleray: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
@@ -39,10 +44,10 @@ def _run(args: argparse.Namespace) -> int:
     from orchestrator.display import Display
     from orchestrator.run import run
 
-    return _ended(lambda: run(load(args.config, args.overrides), Display()))
+    return ended(lambda: run(load(args.config, args.overrides), Display()))
 
 
-def _ended(command: Callable[[], object]) -> int:
+def ended(command: Callable[[], object]) -> int:
     """0, or what Ctrl-C and SIGTERM make of it."""
     from orchestrator.waits import Interrupted
 
@@ -56,7 +61,15 @@ def _ended(command: Callable[[], object]) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from orchestrator.plan_command import run
 
-    return _ended(lambda: run(args.config, args.overrides, args.cluster, as_json=args.json, measure=args.check))
+    return ended(lambda: run(args.config, args.overrides, args.cluster, as_json=args.json, measure=args.check))
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from orchestrator.display import Display
+    from orchestrator.sweep_config import load
+    from orchestrator.sweeps import sweep
+
+    return ended(lambda: sweep(load(args.config, args.overrides), Display()))
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -106,7 +119,7 @@ def _advise(args: argparse.Namespace) -> int:
     from orchestrator.advise_report import run
 
     file = Path(args.write) if args.write else None
-    return _ended(lambda: run(args.data, args.model, args.reward, args.cluster, file))
+    return ended(lambda: run(args.data, args.model, args.reward, args.cluster, file))
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -127,7 +140,7 @@ def _merge(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> int:
     from orchestrator.chat import chat
 
-    return _ended(lambda: chat(Path(args.output_dir), args.question, base=args.base))
+    return ended(lambda: chat(Path(args.output_dir), args.question, base=args.base))
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -135,7 +148,7 @@ def _eval(args: argparse.Namespace) -> int:
     from orchestrator.evaluate import evaluate
 
     prompts = Path(args.prompts) if args.prompts else None
-    return _ended(lambda: evaluate(Path(args.output_dir), prompts, args.reward, args.samples, Display()))
+    return ended(lambda: evaluate(Path(args.output_dir), prompts, args.reward, args.samples, Display()))
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -143,7 +156,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     folders = [Path(folder) for folder in args.output_dirs]
     options = {name: getattr(args, name) for name in ("host", "port", "replicas", "base", "api_key_env")}
-    return _ended(lambda: serve(folders, **options))
+    return ended(lambda: serve(folders, **options))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -168,6 +181,8 @@ def _add_jobs(commands: Any) -> None:
         return command
 
     job_command("run", _run, "Run a job: on the cluster of RAY_ADDRESS, or on this machine.")
+    sweep = job_command("sweep", _sweep, "Run many jobs that differ in a few keys, and find the best; again: go on with them.")
+    sweep.epilog = "The file names a base job and the space that is searched; overrides are of its own keys."
     plan = job_command("plan", _plan, "Print what a job would start, whether it fits, and what would make it fit.")
     plan.add_argument("--cluster", default="auto", metavar="8x80GB", help="GPUSxSIZE, NODESxGPUSxSIZE, or auto: what is there")
     plan.add_argument("--json", action="store_true", help="print it for programs")
@@ -253,7 +268,7 @@ def _add_results(commands: Any) -> None:
     serve.set_defaults(command=_serve)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Libraries keep to errors; what Eagleray has to say goes to stderr, a line each."""
     warnings.filterwarnings("ignore")
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():

@@ -49,6 +49,7 @@ class Connection:
     job_id: str  # Ray's, of this driver
     logs: Path  # Ray's folder of logs where the driver runs, which the dashboard shows
     dashboard: str | None  # its address, with http://
+    address: str = ""  # for RAY_ADDRESS of another driver
 
     def __str__(self) -> str:
         return f"{self.dashboard} (its token: ray get-auth-token)" if self.dashboard else "no dashboard"
@@ -89,10 +90,14 @@ def nodes() -> list[Node]:
 
 @contextmanager
 def connected() -> Iterator[Connection]:
-    """Joins the cluster of RAY_ADDRESS, or starts one on this machine.
+    """Joins the cluster of RAY_ADDRESS, or starts one on this machine, and leaves it at the end.
 
-    Only a cluster that was asked for is joined: Ray itself would attach to any that runs here.
+    Only a cluster that was asked for is joined: Ray itself would attach to any that runs here. A notebook or a script that has
+    called ray.init() is connected already, and stays so.
     """
+    if ray.is_initialized():
+        yield _connection(ray.init(ignore_reinit_error=True, logging_level=logging.ERROR))
+        return
     address = os.environ.get("RAY_ADDRESS") or "local"
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -110,12 +115,16 @@ def connected() -> Iterator[Connection]:
         # Ray puts two of its own in its place: one in Python, which exits, and one in front of it, which prints a stack.
         signal.signal(signal.SIGTERM, on_sigterm)
     _starts.clear()
-    logs = Path(context.address_info["session_dir"], "logs")
-    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
     try:
-        yield Connection(ray.get_runtime_context().get_job_id(), logs, dashboard)
+        yield _connection(context)
     finally:
         ray.shutdown()
+
+
+def _connection(context: Any) -> Connection:
+    logs = Path(context.address_info["session_dir"], "logs")
+    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
+    return Connection(ray.get_runtime_context().get_job_id(), logs, dashboard, ray.get_runtime_context().gcs_address)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ contradicts, each as one ConfigError with a line per problem.
 """
 
 import dataclasses
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -82,6 +83,11 @@ def interpret(path: str | Path, overrides: Sequence[str] = ()) -> Reading:
     found = [problem for problem in contradictions(config) if wrong.isdisjoint(ancestors(problem.key))]
     notes += settle(config)
     return Reading(config, written, tuple(misread), tuple(found), tuple(notes))
+
+
+def overrides_of(values: Mapping[str, Any]) -> list[str]:
+    """Values by dotted key as `load` takes them."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def dump(config: JobConfig) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from actors import storage
 from actors.formats.templates import CHAT_TEMPLATES, OWN
 from actors.specs import LoraSpec
-from orchestrator import wandb_run
+from orchestrator import metrics, wandb_run
 from orchestrator.config import dump
 from orchestrator.display import Display
 from orchestrator.metrics import MetricsLog
@@ -26,6 +26,29 @@ class RunResult:
     steps: int
     evaluations: tuple[dict[str, Any], ...]  # the first is before training
 
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, oldest first; the names are in METRICS of metrics.py."""
+        return metrics.read(self.output_dir / metrics.METRICS_FILE)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest one; None where none was saved."""
+        return storage.newest_checkpoint(self.output_dir)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder that PeftModel.from_pretrained takes; None where all weights were trained."""
+        from actors.adapter import CONFIG_FILE  # here: it loads torch
+
+        return self.output_dir if (self.output_dir / CONFIG_FILE).is_file() else None
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """What was sampled, with its rewards, a completion each, by file; empty without trl.log_completions."""
+        files = sorted((self.output_dir / "rollouts").glob("*.jsonl"))
+        return [{"file": file.stem, **json.loads(line)} for file in files for line in file.open(encoding="utf-8")]
+
 
 def with_absolute_paths(config: JobConfig) -> JobConfig:
     """Actors run in other folders than the driver, so every path that they get is absolute.
@@ -38,19 +61,20 @@ def with_absolute_paths(config: JobConfig) -> JobConfig:
     return replace(
         config,
         base_model=str(base_model.resolve()) if base_model.is_dir() else config.base_model,
-        output_dir=str(_kept(config.output_dir)),
-        resume_from_checkpoint=str(_kept(resume)) if resume else None,
-        lora_model_dir=str(local_folder(config, start) or _kept(start)) if start else None,
+        output_dir=str(kept(config.output_dir)),
+        resume_from_checkpoint=str(kept(resume)) if resume else None,
+        lora_model_dir=str(local_folder(config, start) or kept(start)) if start else None,
     )
 
 
 def local_folder(config: JobConfig, name: str) -> Path | None:
     """The folder of that name in the current folder, beside the configuration, or among the outputs of Ray jobs."""
-    places = [*(Path(base) / Path(name).expanduser() for base in config.source.folders), _kept(name)]
+    places = [*(Path(base) / Path(name).expanduser() for base in config.source.folders), kept(name)]
     return next((place.resolve() for place in places if place.is_dir()), None)
 
 
-def _kept(name: str) -> Path:
+def kept(name: str) -> Path:
+    """Where a folder that a job writes or reads again lies: absolute, and in a Ray job outside of its own folder."""
     path = Path(name).expanduser()
     if not path.is_absolute() and "runtime_resources" in Path.cwd().parts:
         path = Path.home() / "eagleray" / path

@@ -66,6 +66,9 @@ class Planned:
         """Share of its memory that the fullest place needs; 0 when no place's memory is known."""
         return max((place.total / place.capacity for place in self.fit.places if place.capacity), default=0.0)
 
+    def __str__(self) -> str:
+        return "\n".join([*describe(self), *(f"problem     {problem}" for problem in self.problems)])
+
 
 @dataclass(frozen=True)
 class Suggestion:

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from actors import device, sharding, storage
-from actors.optimizers import OPTIMIZER_FILE, SHARD_FILE, load_optimizer, save_optimizer
+from actors.optimizers import OPTIMIZER_FILE, SHARD_FILE, load_optimizer, load_schedule, save_optimizer
 
 SCHEDULER_FILE = "scheduler.json"
 RNG_FILE = "rng-{rank}"
@@ -143,7 +143,7 @@ class SafeCheckpoints:
             if not self.is_deepspeed_enabled:
                 load_optimizer(self.optimizer, self._optimizer_file(checkpoint))
             schedule = json.loads((Path(checkpoint) / SCHEDULER_FILE).read_text(encoding="utf-8"))
-            self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **schedule})
+            load_schedule(self.lr_scheduler, schedule)
 
     def _optimizer_file(self, folder: str) -> Path:
         sharded = SHARD_FILE.format(rank=self.args.process_index)

@@ -1,0 +1,298 @@
+"""A sweep: its folder, Ray Tune's search, and what is told at its end.
+
+    OUTPUT_DIR/sweep.json, base.yaml    what is searched, and the base job as it was when the sweep began
+    OUTPUT_DIR/trials/0000/             a trial: a whole output directory of a job, with trial.json and trial.log
+    OUTPUT_DIR/.tune/                   Ray Tune's own state, from which a sweep that was stopped or killed goes on
+
+Tune runs in a thread, so that this one hears Ctrl-C. A trial is an actor (trials.py) that starts a job's process.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
+from ray.tune.search import BasicVariantGenerator
+
+from actors import storage
+from actors.errors import ActorError, ConfigError, EaglerayError
+from orchestrator import checkpoints, cluster, planning, sweep_results, trial_process, waits
+from orchestrator.config import dump, load
+from orchestrator.display import Display
+from orchestrator.jobs import CONFIG
+from orchestrator.plan import Node, Plan, ensure_placeable, first_fit
+from orchestrator.planning import Planned
+from orchestrator.sweep_config import SweepConfig
+from orchestrator.sweep_results import SWEEP_FILE, TRIALS, UNFIT, SweepResult
+from orchestrator.sweep_table import best_told, watching
+from orchestrator.trial_process import BASE_FILE
+from orchestrator.trials import GRACE_S, STOPPING, Setting, Trial
+
+VERSION = 1  # of sweep.json
+TUNE_FOLDER = ".tune"
+TUNE_ENVIRONMENT = {  # it keeps what it goes on from, and shows and writes nothing else
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_AUTO_INIT": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",
+}
+FOREVER = 10**9  # steps: at the last one of its scheduler Tune would end a trial before it has saved its result
+COPIES = 3  # of a trial's checkpoints that Tune keeps for others
+POLL_S = 0.5
+CALLBACK_S = 10.0  # in which Tune gets to its next step, unless it waits for a checkpoint
+LEFT_OVER_S = 30.0  # in which the trials of a driver that was killed have ended
+
+_stopping: list[Path] = []  # the sweep that is being interrupted
+
+
+class Interruption(tune.Callback):  # type: ignore[misc]  # Ray's annotations are not read
+    """Ends Tune between two of its steps, when all trials have stopped: for Tune they still run, and so go on the next time."""
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Raises ActorError if the sweep is being interrupted."""
+        if _stopping:
+            (_stopping[0] / STOPPING).touch()
+            _wait_for_processes(_stopping[0], GRACE_S + POLL_S)
+            raise ActorError("the sweep was interrupted")
+
+
+def sweep(config: SweepConfig, display: Display) -> SweepResult:
+    """Runs a sweep to its end, or goes on with the one that its folder holds.
+
+    Raises EaglerayError for anything a person can act on, also when every trial has failed; waits.Interrupted on Ctrl-C or
+    SIGTERM.
+    """
+    folder = config.output_dir
+    resumed = _holds_this(config, folder)
+    if resumed:
+        config = replace(config, base=_base_of(folder, config, display))
+    found = planning.read(config.base)
+    planned = planning.planned(found.config, cluster.local_nodes(), found)
+    with checkpoints.claimed(folder), waits.interruptible(), ExitStack() as stack:
+        if not resumed:
+            _begin(config, folder, planned)
+        (folder / STOPPING).unlink(missing_ok=True)
+        if left := _wait_for_processes(folder, LEFT_OVER_S):
+            raise ConfigError(f"output_dir: {folder} has trials that still run: end the processes {', '.join(map(str, left))}")
+        with display.phase("starting Ray"):
+            here = stack.enter_context(cluster.connected())
+        planned = planning.planned(found.config, cluster.nodes(), found)
+        ensure_placeable(planned.plan.problems)
+        at_once = _at_once(config, planned, cluster.nodes(), display)
+        lines = [f"{key}: {text}" for key, text in config.space.texts().items()]
+        about = f"{config.trials} trials, {at_once} at a time; {config.metric}, {config.mode}"
+        searched = f"scheduler   {_told(config.scheduler)}"
+        display.header(f"sweep: {config.base.source.path} -> {folder}", [about, *lines, searched, f"dashboard   {here}"])
+        if resumed:
+            display.note(f"goes on with the sweep that {folder} holds")
+        setting = Setting(
+            sweep=str(folder),
+            metric=config.metric,
+            mode=config.mode,
+            path=config.base.source.path,
+            folders=tuple(config.base.source.folders),
+            here=str(Path.cwd()),
+            environment={**os.environ, "RAY_ADDRESS": here.address},
+            engines=stack.enter_context(_shared_engines(config)),
+        )
+        with watching(folder):
+            _search(config, folder, at_once, setting, display)
+    return _result(folder, display)
+
+
+@contextmanager
+def _shared_engines(config: SweepConfig) -> Iterator[Mapping[str, Any] | None]:
+    """What each trial is told of the engines that all of them share, as long as the block runs; None = it has its own."""
+    yield None
+
+
+def _holds_this(config: SweepConfig, folder: Path) -> bool:
+    """Whether the folder holds this sweep, begun. Raises ConfigError when it holds another one, or a run."""
+    if not (folder / SWEEP_FILE).is_file():
+        if (folder / CONFIG).exists() or (folder / TRIALS).exists() or storage.steps_saved(folder):
+            raise ConfigError(f"output_dir: {folder} holds a run; choose another folder for the sweep")
+        return False
+    if not (folder / TRIALS).is_dir():  # nothing was begun, so nothing is lost
+        return False
+    kept = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+    for key, value in _about(config).items():
+        if kept.get(key) != value:
+            raise ConfigError(
+                f"output_dir: {folder} holds another sweep: its {key} is {_told(kept.get(key))}, not {_told(value)}; "
+                "choose another folder, or put it back to go on"
+            )
+    return True
+
+
+def _about(config: SweepConfig) -> dict[str, Any]:
+    """What makes a sweep the same one."""
+    return {
+        "metric": config.metric,
+        "mode": config.mode,
+        "space": config.space.texts(),
+        "trials": config.trials,
+        "scheduler": dict(config.scheduler),
+        "share_engines": config.share_engines,
+        "seed": config.seed,
+    }
+
+
+def _base_of(folder: Path, config: SweepConfig, display: Display) -> Any:
+    """The base job that a sweep began with."""
+    base = load(folder / BASE_FILE)
+    if replace(base, output_dir="") != replace(config.base, output_dir=""):
+        display.warn(f"{config.base.source.path} has changed since the sweep began, which goes on as {folder / BASE_FILE} says")
+    base.source = replace(config.base.source, lines={})
+    return base
+
+
+def _begin(config: SweepConfig, folder: Path, planned: Planned) -> None:
+    steps = planned.plan.total_steps if isinstance(planned.plan, Plan) else config.base.max_steps
+    shutil.rmtree(folder / TUNE_FOLDER, ignore_errors=True)
+    (folder / BASE_FILE).write_text(dump(config.base), encoding="utf-8")
+    storage.write_json(
+        folder / SWEEP_FILE,
+        {
+            "version": VERSION,
+            "base": config.base.source.path,
+            "folder": str(Path.cwd()),
+            "total_steps": None if "max_steps" in config.space.keys else steps,
+            **_about(config),
+        },
+    )
+
+
+def _at_once(config: SweepConfig, planned: Planned, nodes: list[Node], display: Display) -> int:
+    """How many trials run at a time: as many as there is room for, unless fewer are wanted."""
+    wanted = min(config.max_concurrent or config.trials, config.trials)
+    room = next((n - 1 for n in range(1, wanted + 1) if None in first_fit(planned.plan.bundles * n, nodes)), wanted)
+    if room < wanted and config.scheduler["name"] == "pbt":
+        raise ConfigError(
+            f"pbt compares trials that run at the same time, here {config.trials}, and the cluster has room for {room}; "
+            "lower num_samples, or let each trial reserve less"
+        )
+    if room < wanted and config.max_concurrent:
+        display.warn(f"max_concurrent is {wanted}, and the cluster has room for {room} trials at a time")
+    return max(1, min(room, wanted))
+
+
+def _search(config: SweepConfig, folder: Path, at_once: int, setting: Setting, display: Display) -> None:
+    """Ray Tune, until all trials have ended."""
+    os.environ.update(TUNE_ENVIRONMENT)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it has to say is told by the table
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            _tuner(config, folder, at_once, setting).fit()
+        except Exception as error:  # carried to the thread that tells the person
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            waits.pause(POLL_S)
+    except waits.Interrupted:
+        display.note("stopping the trials, which keep their checkpoints")
+        _stopping.append(folder)
+        thread.join(CALLBACK_S)
+        (folder / STOPPING).touch()
+        thread.join(2 * GRACE_S)
+        _stopping.clear()
+        display.note("stopped; the same command goes on with the sweep")
+        raise
+    if errors:
+        raise ActorError(f"Ray Tune failed: {waits.told(errors[0])}") from errors[0]
+
+
+def _tuner(config: SweepConfig, folder: Path, at_once: int, setting: Setting) -> Any:
+    trainable = tune.with_parameters(Trial, setting=setting)
+    state = folder / TUNE_FOLDER
+    if list(state.glob("experiment_state-*.json")):
+        return tune.Tuner.restore(str(state), trainable=trainable, param_space=dict(config.space.domains))
+    shutil.rmtree(state, ignore_errors=True)  # of a driver that was killed before Tune knew of any trial
+    return tune.Tuner(
+        trainable,
+        param_space=dict(config.space.domains),
+        tune_config=tune.TuneConfig(
+            metric=config.metric,
+            mode=config.mode,
+            num_samples=config.num_samples,
+            search_alg=BasicVariantGenerator(max_concurrent=at_once, random_state=config.seed),
+            scheduler=_scheduler(config),
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE_FOLDER,
+            storage_path=str(folder),
+            callbacks=[Interruption()],
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=COPIES, checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
+
+
+def _name(trial: Any) -> str:
+    name: str = trial.trial_id
+    return name
+
+
+def _scheduler(config: SweepConfig) -> Any:
+    options = {key: value for key, value in config.scheduler.items() if key != "name"}
+    if config.scheduler["name"] == "asha":
+        return AsyncHyperBandScheduler(time_attr="step", max_t=FOREVER, **options)
+    if config.scheduler["name"] == "pbt":
+        return PopulationBasedTraining(
+            time_attr="step",
+            hyperparam_mutations=config.space.mutations(),
+            custom_explore_fn=config.space.clipped,
+            log_config=False,
+            **options,
+        )
+    return FIFOScheduler()
+
+
+def _wait_for_processes(sweep: Path, timeout_s: float) -> list[int]:
+    """Until no trial of the sweep runs on this machine; returns the pids of those that still do."""
+    deadline = time.monotonic() + timeout_s
+    while (left := [process.pid for process in trial_process.processes(sweep)]) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return left
+
+
+def _result(folder: Path, display: Display) -> SweepResult:
+    """Tells the best trial. Raises ActorError when every trial has failed."""
+    result = sweep_results.read(folder)
+    failed = [trial for trial in result.trials if trial.state in UNFIT]
+    if failed and len(failed) == len(result.trials):
+        last = failed[-1]
+        raise ActorError(f"all {len(failed)} trials have failed, trial {last.number} with: {last.message}\n  log {last.folder}")
+    best = result.best
+    if best is None:
+        raise EaglerayError(f"no trial has a value of {result.metric}; {folder} has what they left")
+    display.summary(
+        f"done: {len(result.trials)} trials" + (f", {len(failed)} of them failed" if failed else ""),
+        [
+            f"best     {best_told(result, best)}",
+            f"it lies  in {best.folder}",
+            f"report   eagleray report {folder}",
+        ],
+    )
+    return result
+
+
+def _told(value: Any) -> str:
+    """For a message: a scheduler as it is written."""
+    if isinstance(value, Mapping) and "name" in value and len(value) == 1:
+        return str(value["name"])
+    return json.dumps(value)
