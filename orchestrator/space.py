@@ -3,7 +3,7 @@
     {"learning_rate": {"loguniform": [1e-6, 1e-4]},
      "lora_r": {"choice": [8, 16]},
      "trl.beta": [0, 0.04],
-     "_": [{"micro_batch_size": 1, "gradient_accumulation_steps": 8}, {"micro_batch_size": 2, "gradient_accumulation_steps": 4}]}
+     "_": [{"micro_batch_size": 1, "sequence_len": 4096}, {"micro_batch_size": 2, "sequence_len": 2048}]}
 
 A list is a grid; a key that begins with `_` is a grid of mappings, whose keys go together, as in Axolotl's sweep files. From
 Python a value may also be one of ray.tune's domains. A new kind of domain is a line in KINDS.

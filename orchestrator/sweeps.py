@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +25,17 @@ from ray.tune.search import BasicVariantGenerator
 
 from actors import storage
 from actors.errors import ActorError, ConfigError, EaglerayError
-from orchestrator import checkpoints, cluster, planning, sweep_results, trial_process, waits
+from orchestrator import checkpoints, cluster, planning, sweep_plan, sweep_results, trial_process, waits
 from orchestrator.config import dump, load
 from orchestrator.display import Display
 from orchestrator.jobs import CONFIG
-from orchestrator.plan import Node, Plan, ensure_placeable, first_fit
-from orchestrator.planning import Planned
+from orchestrator.plan import Node, Plan, ensure_placeable
+from orchestrator.planning import Planned, Read
 from orchestrator.sweep_config import SweepConfig
+from orchestrator.sweep_frame import best_told
+from orchestrator.sweep_plan import SweepPlan
 from orchestrator.sweep_results import SWEEP_FILE, TRIALS, UNFIT, SweepResult
-from orchestrator.sweep_table import best_told, watching
+from orchestrator.sweep_table import watching
 from orchestrator.trial_process import BASE_FILE
 from orchestrator.trials import GRACE_S, STOPPING, Setting, Trial
 
@@ -44,6 +46,7 @@ TUNE_ENVIRONMENT = {  # it keeps what it goes on from, and shows and writes noth
     "TUNE_DISABLE_AUTO_INIT": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "2",
+    "RAY_AIR_NEW_OUTPUT": "0",  # whose silent mode prints a banner
 }
 FOREVER = 10**9  # steps: at the last one of its scheduler Tune would end a trial before it has saved its result
 COPIES = 3  # of a trial's checkpoints that Tune keeps for others
@@ -85,11 +88,11 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
             raise ConfigError(f"output_dir: {folder} has trials that still run: end the processes {', '.join(map(str, left))}")
         with display.phase("starting Ray"):
             here = stack.enter_context(cluster.connected())
-        planned = planning.planned(found.config, cluster.nodes(), found)
-        ensure_placeable(planned.plan.problems)
-        at_once = _at_once(config, planned, cluster.nodes(), display)
+        fits = _fitting(config, found, cluster.nodes())
+        ensure_placeable(fits.problems)
+        _ensure_room(config, fits, display)
         lines = [f"{key}: {text}" for key, text in config.space.texts().items()]
-        about = f"{config.trials} trials, {at_once} at a time; {config.metric}, {config.mode}"
+        about = f"{config.trials} trials, {fits.at_once} at a time; {config.metric}, {config.mode}"
         searched = f"scheduler   {_told(config.scheduler)}"
         display.header(f"sweep: {config.base.source.path} -> {folder}", [about, *lines, searched, f"dashboard   {here}"])
         if resumed:
@@ -102,10 +105,11 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
             folders=tuple(config.base.source.folders),
             here=str(Path.cwd()),
             environment={**os.environ, "RAY_ADDRESS": here.address},
+            changes=fits.changes,
             engines=stack.enter_context(_shared_engines(config)),
         )
         with watching(folder):
-            _search(config, folder, at_once, setting, display)
+            _search(config, folder, fits.at_once, setting, display)
     return _result(folder, display)
 
 
@@ -171,18 +175,28 @@ def _begin(config: SweepConfig, folder: Path, planned: Planned) -> None:
     )
 
 
-def _at_once(config: SweepConfig, planned: Planned, nodes: list[Node], display: Display) -> int:
-    """How many trials run at a time: as many as there is room for, unless fewer are wanted."""
-    wanted = min(config.max_concurrent or config.trials, config.trials)
-    room = next((n - 1 for n in range(1, wanted + 1) if None in first_fit(planned.plan.bundles * n, nodes)), wanted)
-    if room < wanted and config.scheduler["name"] == "pbt":
+def _fitting(config: SweepConfig, found: Read, nodes: Sequence[Node]) -> SweepPlan:
+    """How many trials run at a time, and how they share GPUs."""
+    return sweep_plan.make(
+        found.config,
+        nodes,
+        found,
+        config.trials,
+        config.space.samples(),
+        max_concurrent=config.max_concurrent,
+        share_engines=config.share_engines,
+    )
+
+
+def _ensure_room(config: SweepConfig, fits: SweepPlan, display: Display) -> None:
+    """Raises ConfigError when trials that must run at the same time cannot."""
+    if fits.at_once < config.trials and config.scheduler["name"] == "pbt":
         raise ConfigError(
-            f"pbt compares trials that run at the same time, here {config.trials}, and the cluster has room for {room}; "
-            "lower num_samples, or let each trial reserve less"
+            f"pbt compares trials that run at the same time, here {config.trials}, and there is room for {fits.at_once}: "
+            "lower num_samples, or what a trial reserves"
         )
-    if room < wanted and config.max_concurrent:
-        display.warn(f"max_concurrent is {wanted}, and the cluster has room for {room} trials at a time")
-    return max(1, min(room, wanted))
+    if fits.at_once < min(config.max_concurrent or 0, config.trials):
+        display.warn(f"max_concurrent is {config.max_concurrent}, and the cluster has room for {fits.at_once} trials at a time")
 
 
 def _search(config: SweepConfig, folder: Path, at_once: int, setting: Setting, display: Display) -> None:

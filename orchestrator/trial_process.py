@@ -38,6 +38,7 @@ class Order:
     path: str  # the file of the base job, as a person named it
     folders: tuple[str, ...]  # where files and functions that it names are looked for
     resume_from: str | None  # a checkpoint in its folder; None = its newest, if it has one
+    changes: Mapping[str, Any]  # to the base job, so that trials share GPUs
     engines: Mapping[str, Any] | None  # that the trials share; None = it has its own
     parent: int  # pid of whoever waits for it
 
@@ -48,7 +49,7 @@ class Order:
     def config(self) -> JobConfig:
         """The whole job. Raises ConfigError where its parameters do not go together."""
         own = {"output_dir": self.folder, "auto_resume_from_checkpoints": True, "resume_from_checkpoint": self.resume_from}
-        config = load(Path(self.sweep) / BASE_FILE, overrides_of({**self.params, **own}))
+        config = load(Path(self.sweep) / BASE_FILE, overrides_of({**self.changes, **self.params, **own}))
         config.ray_run_name = f"{config.ray_run_name or Path(self.sweep).name}-{self.number:04d}"
         # Messages name the file that a person wrote, whose lines are not those of base.yaml.
         config.source = replace(config.source, path=self.path, lines={}, elsewhere=tuple(self.folders))

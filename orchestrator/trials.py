@@ -1,4 +1,4 @@
-"""A trial of a sweep as Ray Tune sees it: an actor without CPUs that starts the trial's process, reads its metrics and stops it.
+"""A trial as Ray Tune sees it: an actor without CPUs that starts the trial's process, reads its metrics and stops it.
 
 The process is a job (trial_process.py), which reserves what it needs itself. The actor lies on the node of the sweep's driver,
 and the process ends with it.
@@ -48,6 +48,7 @@ class Setting:
     path: str  # the file of the base job, as a person named it
     folders: tuple[str, ...]  # where files and functions that it names are looked for
     here: str  # the current folder
+    changes: Mapping[str, Any]  # to each job, so that trials share GPUs
     engines: Mapping[str, Any] | None  # that all trials share, for JSON; None = each has its own
     environment: Mapping[str, str]  # of the driver, with the address of the cluster; an actor's own lacks its GPUs
 
@@ -168,6 +169,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
             path=self.setting.path,
             folders=self.setting.folders,
             resume_from=self.resume_from,
+            changes=self.setting.changes,
             engines=self.setting.engines,
             parent=os.getpid(),
         )

@@ -1,5 +1,6 @@
 """Jobs as a person starts them: the command line in a process of its own, on a Ray cluster that it starts and ends."""
 
+import json
 import os
 import secrets
 import socket
@@ -86,6 +87,46 @@ def job(tmp_path: Path, llama: Path) -> Callable[..., Path]:
         for key, value in changes.items():
             section, _, inner = key.rpartition("__")
             (config[section] if section else config)[inner] = value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def dataset_job(tmp_path: Path, llama: Path) -> Callable[..., Path]:
+    """Writes a small job of any method on the tiny model, with changes; returns its file."""
+
+    def write(name: str = "job.yaml", **changes: Any) -> Path:
+        texts = [{"text": " ".join(f"w{3 + (i + j) % 40}" for j in range(6 + i % 5))} for i in range(40)]
+        pairs = [
+            {"prompt": f"w{3 + i % 40} ", "chosen": f"w{4 + i % 40} w5", "rejected": f"w{9 + i % 30} w7"} for i in range(40)
+        ]
+        (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+        config: dict[str, Any] = {
+            "base_model": str(llama),
+            "adapter": "lora",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_target_linear": True,
+            "datasets": [{"path": str(tmp_path / "texts.jsonl"), "type": "completion"}],
+            "val_set_size": 8,
+            "sequence_len": 32,
+            "micro_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 6,
+            "save_steps": 2,
+            "eval_steps": 3,
+            "learning_rate": 2e-2,
+            "lr_scheduler": "constant",
+            "bf16": False,
+            "output_dir": str(tmp_path / "out"),
+        }
+        for key, value in changes.items():
+            section, _, inner = key.rpartition("__")
+            (config.setdefault(section, {}) if section else config)[inner] = value
         path = tmp_path / name
         path.write_text(yaml.safe_dump(config))
         return path
