@@ -68,6 +68,15 @@ class Interruption(tune.Callback):  # type: ignore[misc]  # Ray's annotations ar
             raise ActorError("the sweep was interrupted")
 
 
+class Population(PopulationBasedTraining):  # type: ignore[misc]
+    """Of trials that all run at the same time. Tune's own would stop one whenever another waits, which starts anew at once."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """CONTINUE, or NOOP for a trial that copies another one."""
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if decision == self.PAUSE else decision
+
+
 def sweep(config: SweepConfig, display: Display) -> SweepResult:
     """Runs a sweep to its end, or goes on with the one that its folder holds.
 
@@ -266,7 +275,7 @@ def _scheduler(config: SweepConfig) -> Any:
     if config.scheduler["name"] == "asha":
         return AsyncHyperBandScheduler(time_attr="step", max_t=FOREVER, **options)
     if config.scheduler["name"] == "pbt":
-        return PopulationBasedTraining(
+        return Population(
             time_attr="step",
             hyperparam_mutations=config.space.mutations(),
             custom_explore_fn=config.space.clipped,

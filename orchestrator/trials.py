@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.result import RESULT_DUPLICATE
+from ray.tune.result import DONE, RESULT_DUPLICATE
 
 from actors import storage
 from actors.errors import EaglerayError
@@ -115,7 +115,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
                 return self._end(code)
             if not self.found:
                 time.sleep(POLL_S)
-        return self.found.pop(0)
+        record = self.found.pop(0)
+        return record if record["step"] < self._steps() else self._last(record)
 
     def cleanup(self) -> None:
         """Asks the process to stop, as Ctrl-C would; it keeps its checkpoints."""
@@ -207,11 +208,26 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
             missing = f"the job has ended without ever measuring {self.setting.metric}; {_remedy(self.setting.metric)}"
             self._tell("failed", missing)
             raise EaglerayError(f"trial {self.number}: {missing}")
-        if _last_event(self.folder).get("kind") != "end":
+        if self._last_event().get("kind") != "end":
             killed = f"its process was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
             said = last_lines(self.folder, 1).removeprefix("eagleray: ")
             self._tell("failed", killed or said or f"its process ended with exit code {code}")
         raise EaglerayError(f"trial {self.number} failed; the end of {LOG_FILE}:\n{last_lines(self.folder, LOG_LINES)}")
+
+    def _last(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record of the last step, told when the job has saved its result, so that no scheduler ends it before."""
+        while self.process is not None and (code := self.process.poll()) != 0:
+            if self._is_stopping():
+                self.cleanup()
+                return LAST
+            if code is not None:
+                return self._end(code)
+            time.sleep(POLL_S)
+        return {**record, DONE: True}
+
+    def _steps(self) -> float:
+        """How many the job will have, once that is known."""
+        return next((event["steps"] for event in reversed(_events(self.folder)) if event["kind"] == "plan"), math.inf)
 
     def _tell(self, how: str, text: str) -> None:
         """The end that the process itself could not tell."""
@@ -219,7 +235,10 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
 
     def _is_done(self) -> bool:
         """With these parameters: a driver that was killed may have known nothing of it."""
-        return _last_event(self.folder).get("how") == "done" and _params_of(self.folder) == self.params
+        return self._last_event().get("how") == "done" and _params_of(self.folder) == self.params
+
+    def _last_event(self) -> dict[str, Any]:
+        return next(reversed(_events(self.folder)), {})
 
     def _is_stopping(self) -> bool:
         return (self.sweep / STOPPING).exists()
@@ -239,12 +258,11 @@ def last_lines(trial: Path, count: int) -> str:
     return "\n".join([line for line in lines if line.strip()][-count:])
 
 
-def _last_event(trial: Path) -> dict[str, Any]:
+def _events(trial: Path) -> list[dict[str, Any]]:
     try:
-        events = parse((trial / EVENTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines())
+        return parse((trial / EVENTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines())
     except FileNotFoundError:
-        return {}
-    return events[-1] if events else {}
+        return []
 
 
 def _params_of(trial: Path) -> Any:
