@@ -35,7 +35,7 @@ from actors.formats.reward import build_reward_pairs
 from actors.formats.sft import build_sft
 from actors.methods import METHODS
 from actors.methods.base import Inputs
-from actors.optimizers import load_optimizer, save_optimizer
+from actors.optimizers import load_optimizer, load_schedule, save_optimizer
 from actors.reward_model import ensure_reward_model
 from actors.specs import DatasetTrainSpec, LoraSpec, ModelSpec, RewardModelSpec
 from tests.tiny import SMOLLM2, save_smollm2_llama, training_arguments
@@ -282,6 +282,32 @@ def test_an_optimizer_comes_back_from_its_file(tmp_path: Path, name: str) -> Non
     for one, other in ((layer, optimizer), (resumed_layer, resumed)):
         step(one, other, 3)
     assert torch.equal(layer.weight, resumed_layer.weight)
+
+
+def test_a_resumed_job_learns_as_its_own_configuration_says(tmp_path: Path) -> None:
+    """Trials of population based training go on from another one's checkpoint with other rates."""
+    from transformers import get_scheduler
+
+    def made(rate: float, decay: float) -> tuple[Any, Any]:
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=decay)
+        return optimizer, get_scheduler("linear", optimizer, 0, 10)
+
+    saved, schedule = made(1.0, 0.1)
+    for _ in range(4):
+        saved.param_groups[0]["params"][0].grad = torch.ones(3)
+        saved.step()
+        schedule.step()
+    save_optimizer(saved, tmp_path / "optimizer.safetensors")
+    resumed, other = made(0.5, 0.2)
+    load_optimizer(resumed, tmp_path / "optimizer.safetensors")
+    load_schedule(other, schedule.state_dict())
+    (group,) = resumed.param_groups
+    assert group["lr"] == pytest.approx(0.5 * 6 / 10), "the fifth of ten steps, of a rate half as high"
+    assert (group["weight_decay"], group["initial_lr"]) == (0.2, 0.5)
+    assert resumed.state[group["params"][0]]["step"] == 4
+    other.step()
+    assert group["lr"] == pytest.approx(0.5 * 5 / 10)
 
 
 @pytest.mark.parametrize(

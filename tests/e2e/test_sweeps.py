@@ -1,0 +1,194 @@
+"""Whole sweeps: real Ray Tune, and trials that are real jobs on the tiny model."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from actors import storage
+from orchestrator import trial_process
+from orchestrator.sweep_results import read
+from tests.e2e.conftest import REPOSITORY, finish, start
+from tests.e2e.test_run import command, records
+
+Job = Callable[..., Path]
+RATES = {"learning_rate": [2e-2, 1e-5]}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, dataset_job: Job) -> Callable[..., Path]:
+    """Writes a sweep over a small SFT job, with changes to both; returns its file."""
+
+    def write(job: dict[str, Any], **keys: Any) -> Path:
+        base = dataset_job("base.yaml", **{"eval_steps": 2, "save_steps": 2, **job})
+        written = {"base": base.name, "output_dir": str(tmp_path / "sweep"), "metric": "eval/loss", "mode": "min", **keys}
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(written))
+        return path
+
+    return write
+
+
+def events(trial: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (trial / "events.jsonl").read_text().splitlines()]
+
+
+def starts(trial: Path) -> int:
+    return sum(event["kind"] == "start" for event in events(trial))
+
+
+def wait_until(what: Callable[[], bool], process: Any, timeout_s: float = 200) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def running(folder: Path, number: int) -> psutil.Process | None:
+    """The process of a trial, once its job runs."""
+    found = [one for one in trial_process.processes(folder) if one.cmdline()[-1] == str(folder / "trials" / f"{number:04d}")]
+    log = folder / "trials" / f"{number:04d}" / "metrics.jsonl"
+    return found[0] if found and log.exists() else None
+
+
+@pytest.mark.slow
+def test_eight_trials_some_of_which_are_stopped_early(sweep: Callable[..., Path], tmp_path: Path) -> None:
+    rates = [3e-2, 1e-2, 1e-6, 2e-6, 3e-6, 4e-6, 5e-6, 6e-6]
+    scheduler = {"name": "asha", "grace_period": 2, "reduction_factor": 2}
+    config = sweep({"max_steps": 40, "max_grad_norm": 1.0}, space={"learning_rate": rates}, scheduler=scheduler)
+    code, output = finish(start("sweep", config), 400)
+    assert code == 0 and "Traceback" not in output, output
+    folder = tmp_path / "sweep"
+    result = read(folder)
+    assert [trial.params["learning_rate"] for trial in result.trials] == rates
+    states = [trial.state for trial in result.trials]
+    assert states[0] == "done" and states.count("stopped") >= 2 and set(states) == {"done", "stopped"}
+    assert all(trial.step < 40 for trial in result.trials if trial.state == "stopped")
+    assert result.best is not None and result.best.number in (0, 1), "the two that learn"
+    assert "done: 8 trials" in output and f"it lies  in {result.best.folder}" in output
+    for trial in result.trials:
+        assert starts(trial.folder) == 1
+        assert yaml.safe_load((trial.folder / "config.yaml").read_text())["learning_rate"] == trial.params["learning_rate"]
+        assert (trial.folder / "adapter_model.safetensors").exists() == (trial.state == "done")
+    assert not list(trial_process.processes(folder))
+    code, output = finish(start("sweep", config), 100)
+    assert code == 0 and [starts(trial.folder) for trial in result.trials] == [1] * 8, "a sweep that is done runs nothing"
+
+
+@pytest.mark.slow
+def test_a_population_copies_its_best(sweep: Callable[..., Path], tmp_path: Path) -> None:
+    """The worse trial goes on with the better one's weights, and with a rate of its own."""
+    scheduler = {"name": "pbt", "perturbation_interval": 4, "quantile_fraction": 0.5}
+    space = {"learning_rate": {"loguniform": [1e-5, 1e-1]}}
+    config = sweep({"max_steps": 10}, space=space, scheduler=scheduler, num_samples=2)
+    code, output = finish(start("sweep", config), 400)
+    assert code == 0 and "Traceback" not in output, output
+    trials = [tmp_path / "sweep" / "trials" / name for name in ("0000", "0001")]
+    (copied,) = [trial for trial in trials if starts(trial) > 1]
+    (origin,) = [trial for trial in trials if trial != copied]
+    log = (copied / "trial.log").read_text()
+    step = int(re.findall(r"resumed from .*checkpoint-(\d+)", log)[0])
+    rates = {record["step"]: record["learning_rate"] for record in records(copied, "train")}
+    assert 4 <= step < 10 and rates[step + 1] != rates[step], "the rate is not the checkpoint's"
+    losses = [{record["step"]: record["loss"] for record in records(trial, "train")} for trial in (copied, origin)]
+    assert losses[0][step + 1] == pytest.approx(losses[1][step + 1], abs=1e-5), "the same weights on the same rows"
+    assert losses[0][step] != pytest.approx(losses[1][step], abs=1e-3)
+    assert json.loads((copied / "trial.json").read_text())["params"]["learning_rate"] == pytest.approx(rates[10])
+    assert read(tmp_path / "sweep").trials[0].state == read(tmp_path / "sweep").trials[1].state == "done"
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_killed_is_told_of_and_the_others_go_on(sweep: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    process = start("sweep", sweep({"max_steps": 4000, "save_steps": 1000, "eval_steps": 500}, space=RATES))
+    wait_until(lambda: running(folder, 0) is not None and running(folder, 1) is not None, process)
+    victim = running(folder, 0)
+    assert victim is not None
+    victim.kill()
+    wait_until(lambda: events(folder / "trials" / "0000")[-1]["kind"] == "end", process, 60)
+    time.sleep(3)
+    assert process.poll() is None and running(folder, 1) is not None, "the other trial goes on"
+    os.kill(process.pid, signal.SIGTERM)
+    code, output = finish(process, 120)
+    assert code == 143 and "Traceback" not in output, output
+    assert "trial 0 failed" in output and "its process was killed by signal 9 (SIGKILL)" in output
+    assert "the same command goes on with the sweep" in output
+    assert [trial.state for trial in read(folder).trials] == ["failed", "stopped"]
+    assert not list(trial_process.processes(folder))
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_driver_is_killed_goes_on_and_repeats_nothing(sweep: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    first, second = (folder / "trials" / name for name in ("0000", "0001"))
+    space = {"_": [{"max_steps": 4}, {"max_steps": 3000, "save_steps": 10, "eval_steps": 1000}, {"max_steps": 6}]}
+    config = sweep({}, space=space, max_concurrent=1)
+    process = start("sweep", config)
+    wait_until(lambda: any(storage.steps_saved(second)), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process, 60)
+    deadline = time.monotonic() + 30
+    while list(trial_process.processes(folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not list(trial_process.processes(folder)), "trials end with the driver"
+    for one in family:
+        if one.is_running():
+            one.kill()
+    saved = storage.steps_saved(second)[0]
+    finished = (first / "metrics.jsonl").read_text()
+
+    code, output = finish(start("sweep", config, "num_samples=2"), 60)
+    assert code == 1 and "holds another sweep: its trials is 3, not 6" in output, output
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**base, "weight_decay": 0.1}))
+    code, output = finish(start("sweep", config), 400)
+    assert code == 0 and "Traceback" not in output, output
+    assert "goes on with the sweep" in output and "has changed since the sweep began" in output
+    assert [starts(first), starts(second)] == [1, 2] and (first / "metrics.jsonl").read_text() == finished
+    resumed = re.findall(r"resumed from .*checkpoint-(\d+)", (second / "trial.log").read_text())
+    assert len(resumed) == 1 and int(resumed[0]) >= saved - 10
+    assert [(trial.state, trial.step) for trial in read(folder).trials] == [("done", 4), ("done", 3000), ("done", 6)]
+
+
+@pytest.mark.slow
+def test_when_all_trials_fail_the_sweep_does(sweep: Callable[..., Path], tmp_path: Path) -> None:
+    """Parameters that do not go together, which no single one of them shows."""
+    text = "with a message that names the file"
+    config = sweep({"max_steps": 2, "eval_steps": None, "val_set_size": 1}, space={"datasets[0].path": ["none.jsonl"]})
+    code, output = finish(start("sweep", config), 100)
+    assert code == 1 and "all 1 trials have failed, trial 0 with: " in output and "none.jsonl" in output, (text, output)
+    assert "Traceback" not in output
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_sweep_that_cannot_be_is_one_message(sweep: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    cases = {
+        "space={learning_rate: [0]}": "learning_rate: with learning_rate=0: is 0; it must be greater than 0",
+        "metric=eval/reward_margn": "did you mean eval/reward_margin?",
+        "base=none.yaml": "there is no file none.yaml",
+    }
+    config = sweep({}, space=RATES)
+    for override, expected in cases.items():
+        code, output = command(capsys, "sweep", config, override)
+        assert code == 1 and expected in output and output.count("eagleray: ") == 1, (override, output)
+    base = yaml.safe_load((config.parent / "base.yaml").read_text())
+    base["datasets"][0]["path"] = str(config.parent / "lost.jsonl")
+    (config.parent / "base.yaml").write_text(yaml.safe_dump(base))
+    code, output = command(capsys, "sweep", config)
+    assert code == 1 and "lost.jsonl" in output and not (config.parent / "sweep").exists()
+
+
+def example() -> str:
+    """The README's Python."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(from orchestrator.api import .*?)```", text, re.DOTALL)[0]
