@@ -68,6 +68,7 @@ class Tail:
                 inode = os.fstat(file.fileno()).st_ino
                 if inode == self.old:
                     return
+                self.old = None  # its number is given to another file some day
                 if inode != self.file:
                     self.file, self.offset = inode, 0
                 file.seek(self.offset)

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,12 +164,11 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_repeats_nothing(sweep: Calla
 
 @pytest.mark.slow
 def test_when_all_trials_fail_the_sweep_does(sweep: Callable[..., Path], tmp_path: Path) -> None:
-    """Parameters that do not go together, which no single one of them shows."""
-    text = "with a message that names the file"
-    config = sweep({"max_steps": 2, "eval_steps": None, "val_set_size": 1}, space={"datasets[0].path": ["none.jsonl"]})
+    """As with a file that a trial does not find, of which the trial's own message is told."""
+    config = sweep({"max_steps": 2}, space={"datasets[0].path": ["none.jsonl"]})
     code, output = finish(start("sweep", config), 100)
-    assert code == 1 and "all 1 trials have failed, trial 0 with: " in output and "none.jsonl" in output, (text, output)
-    assert "Traceback" not in output
+    assert code == 1 and "Traceback" not in output, output
+    assert "all 1 trials have failed, trial 0 with: " in output and "there is no file none.jsonl" in output
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -188,7 +189,20 @@ def test_a_sweep_that_cannot_be_is_one_message(sweep: Callable[..., Path], capsy
     assert code == 1 and "lost.jsonl" in output and not (config.parent / "sweep").exists()
 
 
-def example() -> str:
-    """The README's Python."""
+@pytest.mark.slow
+def test_the_python_of_the_readme(dataset_job: Job, tmp_path: Path) -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"```python\n(from orchestrator.api import .*?)```", text, re.DOTALL)[0]
+    (lines,) = re.findall(r"```python\n(from orchestrator\.api import .*?)```", text, re.DOTALL)
+    assert len(lines.splitlines()) <= 12
+    dataset_job("job.yaml", max_steps=4, eval_steps=2)
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", lines], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SFT" in done.stdout and "done: 4 steps" in done.stdout and "done: 4 trials" in done.stdout
+    result = read(tmp_path / "outputs" / "rates")
+    assert {trial.state for trial in result.trials} <= {"done", "stopped"} and result.best is not None
+    assert str(result.best.folder) in done.stdout.splitlines()[-1]
+    assert (tmp_path / "rates.png").stat().st_size > 10_000

@@ -203,7 +203,7 @@ def test_dump_reads_back_equal(tmp_path: Path, text: str) -> None:
 
 
 def test_every_shipped_recipe_loads() -> None:
-    recipes = sorted((ROOT / "configs").rglob("*.yaml"))
+    recipes = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")
     assert recipes, "configs/ holds no recipe"
     for recipe in recipes:
         load(recipe)

@@ -13,6 +13,7 @@ from orchestrator.sweep_config import SweepConfig, load, make
 from orchestrator.trial_process import BASE_FILE, Order
 from tests.job_files import GRPO, SFT
 
+ROOT = Path(__file__).parents[2]
 SWEEP = """\
 base: job.yaml
 output_dir: out
@@ -43,6 +44,11 @@ def test_a_sweep_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.base.learning_rate == 1e-5
     assert config.trials == 6
     assert config.scheduler == {"name": "asha", "grace_period": 1, "reduction_factor": 3}
+
+
+def test_every_shipped_sweep_loads() -> None:
+    sweeps = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+    assert {load(path).base.rl for path in sweeps} == {None, "grpo"}
 
 
 def test_a_space_in_a_file_of_its_own(tmp_path: Path) -> None:
@@ -78,7 +84,7 @@ def test_python_says_the_same(tmp_path: Path) -> None:
         ("base: none.yaml", "base: there is no file none.yaml, neither beside"),
         ("output_dir:", "output_dir: is missing; name a folder"),
         ("scheduler: hyperband", "scheduler: there is none called 'hyperband'; its name is one of none, asha, pbt"),
-        ("scheduler: {name: asha, grace: 3}", "scheduler.grace: asha has no such option; it has grace_period, reduction_factor"),
+        ("scheduler: {name: asha, grace: 3}", "scheduler.grace: asha has no such option; it has grace_period, r"),
         ("scheduler: {name: asha, reduction_factor: 1}", "scheduler.reduction_factor: is 1; it must be above 1"),
         ("scheduler: pbt", "scheduler.perturbation_interval: is missing; pbt needs it: a number of steps"),
         ("space: {}", "space: has no keys"),
@@ -132,7 +138,7 @@ def test_a_trial_is_the_base_with_its_parameters(tmp_path: Path) -> None:
         sweep=str(tmp_path),
         folder=str(tmp_path / "trials" / "0003"),
         number=3,
-        params={"learning_rate": 2.5e-6, "trl.beta": 0.04, "lora_target_modules": None, "special_tokens": {"pad_token": "a: 'b'"}},
+        params={"learning_rate": 2.5e-6, "trl.beta": 0.04, "special_tokens": {"pad_token": "a: 'b'"}},
         path="configs/job.yaml",
         folders=("/here", "/there"),
         resume_from=None,
