@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from actors import device
-from actors.errors import ActorError, ConfigError
+from actors.errors import ActorError
 from actors.specs import EngineSpec, LoraSpec
 from orchestrator import cluster, waits
 from orchestrator.display import Display
@@ -59,23 +59,24 @@ class SharedEngines:
         return SharedEngines(record["namespace"], tuple(record["names"]), record["policy"])
 
 
-def ensure_shareable(config: JobConfig, others: Sequence[JobConfig]) -> None:
-    """Raises ConfigError unless engines of this job can serve the others too. others: what its trials may look like."""
+def unshareable(config: JobConfig, others: Sequence[JobConfig]) -> str | None:
+    """Why engines of this job cannot serve the others too; None = they can. others: what its trials may look like."""
     if any(job.rl != "grpo" or not job.adapter for job in (config, *others)):
-        raise ConfigError("share_engines: only jobs of rl: grpo with adapter: lora or qlora can share engines")
+        return "only jobs of rl: grpo with adapter: lora or qlora can share engines; leave it out"
     if any("lm_head" in (job.lora_target_modules or ()) for job in (config, *others)):
-        raise ConfigError("share_engines: vLLM cannot prove a policy beside others with LoRA on lm_head; train other modules")
+        return "vLLM cannot prove a policy beside others with LoRA on lm_head; train other modules, or leave it out"
     if colocated(config):
-        raise ConfigError("share_engines: trl.vllm_mode: colocate gives every rank an engine of its own; use server")
+        return "with trl.vllm_mode: colocate every rank has an engine of its own; use server, or leave it out"
     nodes = [Node("any", {"CPU": 1.0})]  # what jobs differ in does not depend on where they run
     own = _shared_spec(config, _plan(config, nodes))
     for other in others:
         spec = _shared_spec(other, _plan(other, nodes))
         if different := [field.name for field in fields(EngineSpec) if getattr(own, field.name) != getattr(spec, field.name)]:
-            raise ConfigError(
-                f"share_engines: trials that share engines cannot differ in what these are made of: {', '.join(different)}; "
-                "take the keys behind it out of the space, or set share_engines: false"
+            return (
+                f"trials that share engines cannot differ in what these are made of: {', '.join(different)}; take the keys "
+                "behind it out of the space, or leave it out"
             )
+    return None
 
 
 @contextmanager

@@ -25,8 +25,10 @@ from orchestrator import config as job_file
 from orchestrator import source
 from orchestrator.jobs import kept
 from orchestrator.metrics import METRICS, entry
+from orchestrator.planning import with_changes
 from orchestrator.runnable import ensure_runnable, keys, refusals, remarks
 from orchestrator.schema import JobConfig
+from orchestrator.shared_engines import unshareable
 from orchestrator.source import Problem, Source
 from orchestrator.space import Space, read_space
 
@@ -97,6 +99,11 @@ class SweepConfig:
         """How many there will be."""
         return self.space.trials(self.num_samples)
 
+    @property
+    def variants(self) -> list[JobConfig]:
+        """What trials may look like: the base with each of the space's values, one at a time."""
+        return [with_changes(self.base, params) for _, params in self.space.samples()]
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     """Reads a sweep file; `overrides` are `key=value` of the sweep's own keys. Raises ConfigError for all that is wrong."""
@@ -166,6 +173,8 @@ def _checked(base: JobConfig, given: Mapping[str, Any], where: Source, spaces: S
     )
     where.raise_if_any(_contradictions(config))
     spaces.raise_if_any(Problem(f"{prefix}{key}", text) for key, text in _values(config))
+    if config.share_engines and (text := unshareable(base, config.variants)):
+        where.raise_if_any([Problem("share_engines", text)])
     return config
 
 
@@ -215,8 +224,6 @@ def _contradictions(config: SweepConfig) -> Iterator[Problem]:
     if not config.space.domains:
         yield Problem("space", "has no keys, so every trial would be the base job; add at least one")
     yield from _metric(config)
-    if config.share_engines:
-        yield Problem("share_engines", "is not implemented yet; leave it out")
     if config.base.wandb_run_id:
         yield Problem("base", "wandb_run_id: each trial is a run of its own; leave it out of the base")
     if config.scheduler["name"] == "pbt":

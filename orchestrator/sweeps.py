@@ -25,20 +25,21 @@ from ray.tune.search import BasicVariantGenerator
 
 from actors import storage
 from actors.errors import ActorError, ConfigError, EaglerayError
-from orchestrator import checkpoints, cluster, planning, sweep_plan, sweep_results, trial_process, waits
+from orchestrator import checkpoints, cluster, planning, shared_engines, sweep_plan, sweep_results, trial_process, waits
 from orchestrator.config import dump, load
 from orchestrator.display import Display
 from orchestrator.jobs import CONFIG
 from orchestrator.plan import Node, Plan, ensure_placeable
 from orchestrator.planning import Planned, Read
 from orchestrator.runnable import keys
+from orchestrator.shared_engines import SharedEngines
 from orchestrator.sweep_config import SweepConfig
 from orchestrator.sweep_frame import best_told
 from orchestrator.sweep_plan import SweepPlan
 from orchestrator.sweep_results import SWEEP_FILE, TRIALS, UNFIT, SweepResult
 from orchestrator.sweep_table import watching
-from orchestrator.trial_process import BASE_FILE
-from orchestrator.trials import GRACE_S, STOPPING, Setting, Trial
+from orchestrator.trial_process import BASE_FILE, policy_name
+from orchestrator.trials import GRACE_S, STOPPING, Setting, Trial, number_of
 
 VERSION = 1  # of sweep.json
 TUNE_FOLDER = ".tune"
@@ -56,6 +57,7 @@ CALLBACK_S = 10.0  # in which Tune gets to its next step, unless it waits for a 
 LEFT_OVER_S = 30.0  # in which the trials of a driver that was killed have ended
 
 _stopping: list[Path] = []  # the sweep that is being interrupted
+_shared: list[SharedEngines] = []  # of the sweep that runs; not in a callback, which Tune keeps on disk
 
 
 class Interruption(tune.Callback):  # type: ignore[misc]  # Ray's annotations are not read
@@ -76,6 +78,19 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         """CONTINUE, or NOOP for a trial that copies another one."""
         decision: str = super().on_trial_result(tune_controller, trial, result)
         return self.CONTINUE if decision == self.PAUSE else decision
+
+
+class Departure(tune.Callback):  # type: ignore[misc]  # Ray's annotations are not read
+    """Frees the places that a trial has on shared engines when it has ended, in whatever way."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Also of one that was stopped."""
+        for engines in _shared:
+            engines.of(policy_name(number_of(trial.trial_id))).close()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Of one that was killed, above all."""
+        self.on_trial_complete(iteration, trials, trial)
 
 
 def sweep(config: SweepConfig, display: Display) -> SweepResult:
@@ -116,7 +131,7 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
             here=str(Path.cwd()),
             environment={**os.environ, "RAY_ADDRESS": here.address},
             changes=fits.changes,
-            engines=stack.enter_context(_shared_engines(config)),
+            engines=stack.enter_context(_shared_engines(config, fits.at_once, display)),
         )
         with watching(folder):
             _search(config, folder, fits.at_once, setting, display)
@@ -124,9 +139,17 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
 
 
 @contextmanager
-def _shared_engines(config: SweepConfig) -> Iterator[Mapping[str, Any] | None]:
+def _shared_engines(config: SweepConfig, places: int, display: Display) -> Iterator[Mapping[str, Any] | None]:
     """What each trial is told of the engines that all of them share, as long as the block runs; None = it has its own."""
-    yield None
+    if not config.share_engines:
+        yield None
+        return
+    with shared_engines.started(config.base, config.variants, places, display) as engines:
+        _shared.append(engines)
+        try:
+            yield engines.record()
+        finally:
+            _shared.remove(engines)
 
 
 def _holds_this(config: SweepConfig, folder: Path) -> bool:
@@ -260,7 +283,7 @@ def _tuner(config: SweepConfig, folder: Path, at_once: int, setting: Setting) ->
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
             storage_path=str(folder),
-            callbacks=[Interruption()],
+            callbacks=[Interruption(), Departure()],
             checkpoint_config=tune.CheckpointConfig(num_to_keep=COPIES, checkpoint_at_end=False),
             verbose=0,
         ),

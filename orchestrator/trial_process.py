@@ -49,6 +49,8 @@ class Order:
     def config(self) -> JobConfig:
         """The whole job. Raises ConfigError where its parameters do not go together."""
         own = {"output_dir": self.folder, "auto_resume_from_checkpoints": True, "resume_from_checkpoint": self.resume_from}
+        if self.engines:
+            own["ray.sync"] = "adapter"  # each trial's policy has LoRA slots on them
         config = load(Path(self.sweep) / BASE_FILE, overrides_of({**self.changes, **self.params, **own}))
         config.ray_run_name = f"{config.ray_run_name or Path(self.sweep).name}-{self.number:04d}"
         # Messages name the file that a person wrote, whose lines are not those of base.yaml.
@@ -67,8 +69,15 @@ def processes(sweep: Path) -> Iterator[psutil.Process]:
 def run(order: Order) -> None:
     """Raises as a job does."""
     from orchestrator.run import run as run_job
+    from orchestrator.shared_engines import SharedEngines
 
-    run_job(order.config(), Display())
+    shared = SharedEngines.from_record(order.engines).of(policy_name(order.number)) if order.engines else None
+    run_job(order.config(), Display(), shared)
+
+
+def policy_name(number: int) -> str:
+    """What a trial's policy is called on shared engines."""
+    return f"trial {number}"
 
 
 def main() -> int:

@@ -92,7 +92,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
     def setup(self, config: dict[str, Any], setting: Setting) -> None:
         self.setting = setting
         self.sweep = Path(setting.sweep)
-        self.number = int(str(self.trial_id).rpartition("_")[2])
+        self.number = number_of(self.trial_id)
         self.folder = trial_folder(self.sweep, self.number)
         self.params = expanded(config)
         self.resume_from: str | None = None
@@ -243,6 +243,11 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
 
     def _is_stopping(self) -> bool:
         return (self.sweep / STOPPING).exists()
+
+
+def number_of(trial_id: Any) -> int:
+    """Of a trial, from what Tune calls it."""
+    return int(str(trial_id).rpartition("_")[2])
 
 
 def trial_folder(sweep: Path, number: int) -> Path:

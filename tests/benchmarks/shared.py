@@ -1,8 +1,8 @@
 """Four GRPO jobs that differ in their learning rate: as trials that share an engine, and one after another with an engine each.
 
-The recipe is the demo's, for a few steps. Both are sweeps, so both pay for the starts of their trials; without the start is from
-the first record of a trial to the last one. The cluster says that it has room for all, since a trainer of this size leaves most
-of a CPU, or of a GPU, to the others.
+The recipe is the demo's, for a few steps. Both are sweeps, so both pay for the starts of their trials; without the start is
+from the first record of a trial to the last one. The cluster says that it has room for all, since a trainer of this size leaves
+most of a CPU, or of a GPU, to the others.
 """
 
 import tempfile
@@ -45,8 +45,8 @@ def run(pairs: int) -> list[Row]:
 
 def _swept(folder: Path, gpu: bool, *, at_once: int) -> tuple[float, float]:
     """Seconds of a sweep, and of those from its first step to its last."""
-    changes = {"max_steps": STEPS[gpu], "test_datasets": [], "save_strategy": "no", "use_tensorboard": False, **(GPU if gpu else {})}
-    config = load(RECIPE, **changes)
+    small = {"max_steps": STEPS[gpu], "test_datasets": [], "save_steps": 1000, "use_tensorboard": False}
+    config = load(RECIPE, **small, **(GPU if gpu else {}))
     began = time.monotonic()
     result = sweep(
         config,
