@@ -114,7 +114,7 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
         with display.phase("starting Ray"):
             here = stack.enter_context(cluster.connected())
         fits = _fitting(config, found, cluster.nodes())
-        ensure_placeable(fits.problems)
+        ensure_placeable(fits.job.plan.problems)
         _ensure_room(config, fits, display)
         lines = [f"{key}: {text}" for key, text in config.space.texts().items()]
         about = f"{config.trials} trials, {fits.at_once} at a time; {config.metric}, {config.mode}"
@@ -188,7 +188,7 @@ def _base_of(folder: Path, config: SweepConfig, display: Display) -> Any:
     base = load(folder / BASE_FILE)
     if replace(base, output_dir="") != replace(config.base, output_dir=""):
         display.warn(f"{config.base.source.path} has changed since the sweep began, which goes on as {folder / BASE_FILE} says")
-    base.source = replace(config.base.source, lines={})
+    base.source = config.base.source
     return base
 
 
