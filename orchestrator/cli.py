@@ -67,9 +67,15 @@ def _plan(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from orchestrator.display import Display
     from orchestrator.sweep_config import load
+    from orchestrator.sweep_plan_command import show
     from orchestrator.sweeps import sweep
 
-    return ended(lambda: sweep(load(args.config, args.overrides), Display()))
+    config = load(args.config, args.overrides)
+    if not args.plan:
+        return ended(lambda: sweep(config, Display()))
+    options: dict[str, Any] = {"max_concurrent": config.max_concurrent, "share_engines": config.share_engines}
+    scheduler = config.scheduler["name"]
+    return ended(lambda: show(config.base, args.cluster, config.trials, config.sizes, scheduler=scheduler, **options))
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -182,6 +188,8 @@ def _add_jobs(commands: Any) -> None:
 
     job_command("run", _run, "Run a job: on the cluster of RAY_ADDRESS, or on this machine.")
     sweep = job_command("sweep", _sweep, "Run many jobs that differ in a few keys, and find the best; again: go on with them.")
+    sweep.add_argument("--plan", action="store_true", help="print how many trials fit at once, and for how long; start nothing")
+    sweep.add_argument("--cluster", default="auto", metavar="8x80GB", help="GPUs to plan for, or auto: what is there")
     sweep.epilog = "The file names a base job and the space that is searched; overrides are of its own keys."
     plan = job_command("plan", _plan, "Print what a job would start, whether it fits, and what would make it fit.")
     plan.add_argument("--cluster", default="auto", metavar="8x80GB", help="GPUSxSIZE, NODESxGPUSxSIZE, or auto: what is there")

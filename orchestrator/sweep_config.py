@@ -100,9 +100,15 @@ class SweepConfig:
         return self.space.trials(self.num_samples)
 
     @property
+    def sizes(self) -> list[tuple[str, dict[str, Any]]]:
+        """The space's values that a plan looks at; an entry of a list, such as datasets[0].path, is no matter of room."""
+        known = set(keys())
+        return [(key, params) for key, params in self.space.samples() if known.issuperset(params)]
+
+    @property
     def variants(self) -> list[JobConfig]:
         """What trials may look like: the base with each of the space's values, one at a time."""
-        return [with_changes(self.base, params) for _, params in self.space.samples()]
+        return [with_changes(self.base, params) for _, params in self.sizes]
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:

@@ -31,7 +31,6 @@ from orchestrator.display import Display
 from orchestrator.jobs import CONFIG
 from orchestrator.plan import Node, Plan, ensure_placeable
 from orchestrator.planning import Planned, Read
-from orchestrator.runnable import keys
 from orchestrator.shared_engines import SharedEngines
 from orchestrator.sweep_config import SweepConfig
 from orchestrator.sweep_frame import best_told
@@ -210,13 +209,12 @@ def _begin(config: SweepConfig, folder: Path, planned: Planned) -> None:
 
 def _fitting(config: SweepConfig, found: Read, nodes: Sequence[Node]) -> SweepPlan:
     """How many trials run at a time, and how they share GPUs."""
-    known = set(keys())  # an entry of a list, such as datasets[0].path, is no matter of room
     return sweep_plan.make(
         found.config,
         nodes,
         found,
         config.trials,
-        [(key, params) for key, params in config.space.samples() if known.issuperset(params)],
+        config.sizes,
         max_concurrent=config.max_concurrent,
         share_engines=config.share_engines,
     )
