@@ -133,13 +133,16 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copies the job's newest checkpoint, once that is as new as what was reported."""
-        while (newest := storage.newest_checkpoint(self.folder)) is None or _step_of(newest) < self.reported:
-            if self.process is None or self.process.poll() is not None or self._is_stopping():
-                break
-            time.sleep(POLL_S)
-        if newest is None:
-            raise EaglerayError(f"trial {self.number} has saved no checkpoint to be copied; set save_steps in the base")
-        shutil.copytree(newest, Path(checkpoint_dir) / newest.name)
+        copied = False
+        while not copied:
+            ended = self.process is None or self.process.poll() is not None or self._is_stopping()
+            newest = storage.newest_checkpoint(self.folder)
+            if newest is not None and (ended or _step_of(newest) >= self.reported):
+                copied = _copied(newest, Path(checkpoint_dir) / newest.name)
+            elif ended:
+                raise EaglerayError(f"trial {self.number} has saved no checkpoint to be copied; set save_steps in the base")
+            else:
+                time.sleep(POLL_S)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Makes a copied checkpoint the newest of this trial; what the trial had learnt after its step is set aside."""
@@ -273,6 +276,18 @@ def _events(trial: Path) -> list[dict[str, Any]]:
 
 def _params_of(trial: Path) -> Any:
     return json.loads((trial / TRIAL_FILE).read_text(encoding="utf-8"))["params"]
+
+
+def _copied(checkpoint: Path, target: Path) -> bool:
+    """False where the job has removed it meanwhile, for a newer one."""
+    try:
+        shutil.copytree(checkpoint, target)
+    except (shutil.Error, FileNotFoundError):
+        shutil.rmtree(target, ignore_errors=True)
+        if checkpoint.exists():
+            raise
+        return False
+    return True
 
 
 def _step_of(checkpoint: Path) -> int:
