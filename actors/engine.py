@@ -103,12 +103,14 @@ class RolloutEngine:
     async def open(self, policy: str, lora: LoraSpec, probe: Sequence[int]) -> None:
         """Takes a job's policy in, once one of the places is free; what had its name before is closed."""
         await self.close(policy)
-        self.opening[policy] = current_task()
+        opened = Policy(self.spec.model, lora, probe)
+        task = self.opening[policy] = current_task()
         try:
             await self.places.acquire()
+            self.policies[policy] = opened
         finally:
-            del self.opening[policy]
-        self.policies[policy] = Policy(self.spec.model, lora, probe)
+            if self.opening.get(policy) is task:  # else it was opened anew while it waited
+                del self.opening[policy]
 
     async def close(self, policy: str) -> None:
         """Ends what is sampled for a job, and frees its place; of a name that is not there, does nothing."""

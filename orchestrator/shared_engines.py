@@ -65,8 +65,10 @@ def unshareable(config: JobConfig, others: Sequence[JobConfig]) -> str | None:
         return "only jobs of rl: grpo with adapter: lora or qlora can share engines; leave it out"
     if any("lm_head" in (job.lora_target_modules or ()) for job in (config, *others)):
         return "vLLM cannot prove a policy beside others with LoRA on lm_head; train other modules, or leave it out"
-    if colocated(config):
+    if any(map(colocated, (config, *others))):
         return "with trl.vllm_mode: colocate every rank has an engine of its own; use server, or leave it out"
+    if any(job.ray.sync == "fused" or job.ray.engines != config.ray.engines for job in (config, *others)):
+        return "engines that trials share are the base's (ray.engines), and each policy a LoRA slot on them (ray.sync: adapter)"
     nodes = [Node("any", {"CPU": 1.0})]  # what jobs differ in does not depend on where they run
     own = _shared_spec(config, _plan(config, nodes))
     for other in others:
@@ -87,14 +89,27 @@ def started(config: JobConfig, others: Sequence[JobConfig], places: int, display
     """
     plan = engines_plan(config, cluster.nodes())
     ensure_placeable(plan.problems)
-    widest = max((lora_spec(other) for other in others), key=lambda lora: lora.r)
-    together = min(places * plan.max_num_seqs, MAX_NUM_SEQS)
-    spec = replace(_shared_spec(config, plan), lora=widest, policies=places, max_num_seqs=together, seed=config.seed)
-    with cluster.placed(plan) as group, display.phase("loading the shared engines"):
-        actors = cluster.start_engines(plan, group, spec, None, config.ray.kv_cache_gib)
-        for name, actor in actors.items():
-            waits.fetch(actor.ready.remote(), f"{name}, loading its model", cluster.START_TIMEOUT_S)
+    spec = replace(
+        _shared_spec(config, plan),
+        lora=_widest([lora_spec(job) for job in (config, *others)]),
+        policies=places,
+        max_num_seqs=min(places * plan.max_num_seqs, MAX_NUM_SEQS),
+        seed=config.seed,
+    )
+    with cluster.placed(plan) as group:
+        with display.phase("loading the shared engines"):
+            actors = cluster.start_engines(plan, group, spec, None, config.ray.kv_cache_gib)
+            for name, actor in actors.items():
+                waits.fetch(actor.ready.remote(), f"{name}, loading its model", cluster.START_TIMEOUT_S)
         yield SharedEngines(cluster.namespace(), tuple(actors))
+
+
+def _widest(loras: Sequence[LoraSpec]) -> LoraSpec:
+    """What has room for each of these: the highest rank, and all modules that one of them is on."""
+    named = [lora.target_modules for lora in loras]
+    modules = {name for names in named if not isinstance(names, str) for name in names}
+    everywhere = any(isinstance(names, str) for names in named)  # all-linear, or a pattern
+    return LoraSpec(max(lora.r for lora in loras), 1, target_modules="all-linear" if everywhere else tuple(sorted(modules)))
 
 
 def engines_plan(config: JobConfig, nodes: Sequence[Node]) -> Plan:

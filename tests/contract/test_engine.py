@@ -411,8 +411,13 @@ def test_two_jobs_share_an_engine(engine: RolloutEngine, policies: Policies, tmp
         fourth = asyncio.create_task(engine.open("fourth", LORA, PROBE))
         await asyncio.sleep(0)
         await engine.close("fourth")  # as of a job that died while it waited
+        waiting = [asyncio.create_task(engine.open("fifth", LORA, PROBE)) for _ in range(2)]  # as of one that starts again
+        await asyncio.sleep(0.5)
         await engine.close("third")
-        await asyncio.gather(fourth, return_exceptions=True)
+        await waiting[1]
+        await engine.close("fifth")
+        await asyncio.gather(fourth, *waiting, return_exceptions=True)
+        assert waiting[0].cancelled() and not engine.places.locked()
         assert fourth.cancelled() and list(engine.policies) == [OWN]
 
     asyncio.run(share())

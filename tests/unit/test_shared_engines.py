@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from actors.specs import LoraSpec
 from orchestrator.config import load
 from orchestrator.plan import Node, make_plan
-from orchestrator.shared_engines import SharedEngines, engines_plan, unshareable
+from orchestrator.shared_engines import SharedEngines, _widest, engines_plan, unshareable
 from tests.job_files import FULL_GRPO, GRPO, SFT, grpo, write
 
 
@@ -30,6 +31,9 @@ def test_trials_may_differ_in_what_is_trained_and_drawn(tmp_path: Path, override
         (["bf16=false"], "made of: model;"),
         (["trl.chat_template_kwargs={enable_thinking: true}"], "made of: chat_template_kwargs;"),
         (["vllm.enforce_eager=true"], "made of: enforce_eager;"),
+        (["ray.engines=2"], "are the base's (ray.engines)"),
+        (["ray.sync=fused"], "(ray.sync: adapter)"),
+        (["trl.vllm_mode=colocate"], "every rank has an engine of its own"),
     ],
 )
 def test_trials_may_not_differ_in_what_an_engine_is_made_of(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -48,6 +52,14 @@ def test_trials_may_not_differ_in_what_an_engine_is_made_of(tmp_path: Path, over
 def test_what_cannot_be_shared_at_all(tmp_path: Path, text: str, message: str) -> None:
     config = load(write(tmp_path, text))
     assert message in str(unshareable(config, [config]))
+
+
+def test_engines_have_room_for_each_adapter() -> None:
+    """vLLM would leave out, without a word, what a trial trains elsewhere."""
+    attention, output = LoraSpec(8, 16, target_modules=("q_proj", "v_proj")), LoraSpec(64, 8, target_modules=("o_proj",))
+    widest = _widest([attention, output])
+    assert (widest.r, widest.target_modules) == (64, ("o_proj", "q_proj", "v_proj"))
+    assert _widest([attention, LoraSpec(4, 4)]).target_modules == "all-linear"
 
 
 def test_engines_have_bundles_once_and_trials_none_for_them(tmp_path: Path) -> None:
