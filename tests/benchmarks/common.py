@@ -21,7 +21,7 @@ import torch
 
 from actors import device, model, snapshot
 from actors.engine import RolloutEngine
-from actors.specs import EngineSpec, LoraSpec, ModelSpec, SamplingSpec
+from actors.specs import OWN, EngineSpec, LoraSpec, ModelSpec, SamplingSpec
 from actors.types import SnapshotHeader
 
 MODEL = ModelSpec("HuggingFaceTB/SmolLM2-135M-Instruct", device.fastest_dtype(device.has_gpu()))
@@ -92,7 +92,7 @@ class BareEngine(RolloutEngine):
             self.llm.reset_prefix_cache()
         torch.manual_seed(seed)
         started = time.perf_counter()
-        self.llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora_request(self.version))
+        self.llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora_request(self.policies[OWN]))
         seconds = time.perf_counter() - started
         if cold:
             self.llm.reset_prefix_cache()
