@@ -80,16 +80,15 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
 
 
 class Departure(tune.Callback):  # type: ignore[misc]  # Ray's annotations are not read
-    """Frees the places that a trial has on shared engines when it has ended, in whatever way."""
+    """Frees the places of a trial on shared engines where its actor has died with its job, so that neither could do so.
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Also of one that was stopped."""
-        for engines in _shared:
-            engines.of(policy_name(number_of(trial.trial_id))).close()
+    Of one that is stopped Tune tells before its job has ended, which would fail without its place: its actor frees that.
+    """
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Of one that was killed, above all."""
-        self.on_trial_complete(iteration, trials, trial)
+        """Its job has ended."""
+        for engines in _shared:
+            engines.of(policy_name(number_of(trial.trial_id))).close()
 
 
 def sweep(config: SweepConfig, display: Display) -> SweepResult:

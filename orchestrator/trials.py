@@ -28,7 +28,7 @@ from orchestrator.journal import EVENTS_FILE, Journal, parse
 from orchestrator.metrics import METRICS_FILE
 from orchestrator.space import expanded
 from orchestrator.sweep_results import LOG_FILE, TRIAL_FILE, TRIALS
-from orchestrator.trial_process import MODULE, Order
+from orchestrator.trial_process import MODULE, Order, policy_name
 
 POLL_S = 0.3  # how often it looks for new metrics
 GRACE_S = 60.0  # in which a process that is asked to stop must have ended
@@ -120,15 +120,23 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         return record if record["step"] < self._steps() else self._last(record)
 
     def cleanup(self) -> None:
-        """Asks the process to stop, as Ctrl-C would; it keeps its checkpoints."""
-        if self.process is None or self.process.poll() is not None:
+        """Asks the process to stop, as Ctrl-C would; it keeps its checkpoints. Tune calls it at every trial's end."""
+        if self.process is None:
             return
-        self.process.terminate()
+        if self.process.poll() is None:
+            self._stop(self.process)
+        if self.setting.engines is not None:  # a job that was killed still has its place
+            from orchestrator.shared_engines import SharedEngines  # here: it loads torch
+
+            SharedEngines.from_record(self.setting.engines).of(policy_name(self.number)).close()
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        process.terminate()
         try:
-            self.process.wait(GRACE_S)
+            process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            process.kill()
+            process.wait()
             self._tell("stopped", f"it did not end within {GRACE_S:g} s and was killed")
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

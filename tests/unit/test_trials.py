@@ -1,9 +1,17 @@
-"""How a trial's actor reads its job: records as they come, from a file that a resumed job replaces."""
+"""How a trial's actor reads its job, records as they come from a file that a resumed job replaces, and how it ends it."""
 
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from orchestrator.trials import Tail
+import pytest
+
+from orchestrator import sweeps
+from orchestrator.journal import parse
+from orchestrator.shared_engines import SharedEngines
+from orchestrator.trials import Setting, Tail, Trial
 
 
 def line(step: int) -> str:
@@ -37,3 +45,74 @@ def test_of_an_earlier_run_only_what_the_resumed_one_kept_is_read(tmp_path: Path
     (tmp_path / "new").write_text(line(1))  # workers that were started again take steps back
     (tmp_path / "new").replace(path)
     assert steps(tail) == [1]
+
+
+class Process:
+    """What a trial's actor knows of its job's process."""
+
+    def __init__(self, code: int | None = None, *, obeys: bool = True) -> None:
+        self.code, self.obeys = code, obeys
+        self.said: list[str] = []
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def terminate(self) -> None:
+        self.said.append("terminate")
+
+    def wait(self, timeout: float | None = None) -> None:
+        if self.code is None and not self.obeys:
+            raise subprocess.TimeoutExpired("job", timeout or 0)
+        self.code = 143 if self.code is None else self.code
+        self.said.append("ended")
+
+    def kill(self) -> None:
+        self.code = -9
+        self.said.append("kill")
+
+
+def made(sweep: Path, process: Process | None = None, **setting: Any) -> Any:
+    """A trial without Tune, whose job may have begun."""
+    trial: Any = object.__new__(Trial)
+    trial._trial_info = SimpleNamespace(trial_id="sweep_00003")
+    given: dict[str, Any] = {"sweep": str(sweep), "metric": "eval/loss", "mode": "min", "path": "base.yaml", "folders": ()}
+    given |= {"here": str(sweep), "environment": {}, "changes": {}, "engines": None}
+    trial.setup({"learning_rate": 0.1}, Setting(**{**given, **setting}))
+    trial.folder.mkdir(parents=True)
+    trial.process = process
+    return trial
+
+
+def last(trial: Any) -> dict[str, Any]:
+    *_, event = parse((trial.folder / "events.jsonl").read_text().splitlines())
+    return {key: value for key, value in event.items() if key != "time"}
+
+
+def test_a_job_that_does_not_stop_is_killed_and_that_is_told(tmp_path: Path) -> None:
+    trial = made(tmp_path, Process())
+    trial.cleanup()
+    assert trial.process.said == ["terminate", "ended"] and not (trial.folder / "events.jsonl").exists()
+    trial.process = Process(obeys=False)
+    trial.cleanup()
+    assert trial.process.said == ["terminate", "kill", "ended"]
+    assert last(trial) == {"kind": "end", "how": "stopped", "text": "it did not end within 60 s and was killed"}
+
+
+def test_its_place_on_shared_engines_is_free_once_its_job_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process()
+    monkeypatch.setattr(SharedEngines, "close", lambda engines: process.said.append(f"close {engines.policy}"))
+    trial = made(tmp_path, process, engines={"namespace": "here", "names": ["engine 0"], "policy": ""})
+    trial.cleanup()
+    assert process.said == ["terminate", "ended", "close trial 3"]
+
+
+def test_tune_frees_only_the_places_of_trials_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the others it tells while their jobs still sample."""
+    closed: list[str] = []
+    monkeypatch.setattr(SharedEngines, "close", lambda engines: closed.append(engines.policy))
+    monkeypatch.setattr(sweeps, "_shared", [SharedEngines("here", ("engine 0",))])
+    departure, trial = sweeps.Departure(), SimpleNamespace(trial_id="sweep_00003")
+    departure.on_trial_complete(1, [trial], trial)
+    assert closed == []
+    departure.on_trial_error(1, [trial], trial)
+    assert closed == ["trial 3"]
