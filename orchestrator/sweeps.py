@@ -66,7 +66,7 @@ class Interruption(tune.Callback):  # type: ignore[misc]  # Ray's annotations ar
         """Raises ActorError if the sweep is being interrupted."""
         if _stopping:
             (_stopping[0] / STOPPING).touch()
-            _wait_for_processes(_stopping[0], GRACE_S + POLL_S)
+            _wait_for_processes(_stopping[0], GRACE_S + CALLBACK_S)  # their actors stop them
             raise ActorError("the sweep was interrupted")
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         self.params = expanded(config)
         self.resume_from: str | None = None
         self.process: subprocess.Popen[bytes] | None = None
+        self.ending = threading.Lock()  # held while it is asked to end
         self.tail: Tail | None = None
         self.reported = -1  # the last step
         self.seen: dict[str, float] = {}
@@ -123,21 +125,32 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         """Asks the process to stop, as Ctrl-C would; it keeps its checkpoints. Tune calls it at every trial's end."""
         if self.process is None:
             return
-        if self.process.poll() is None:
-            self._stop(self.process)
+        self._stop(self.process)
         if self.setting.engines is not None:  # a job that was killed still has its place
             from orchestrator.shared_engines import SharedEngines  # here: it loads torch
 
             SharedEngines.from_record(self.setting.engines).of(policy_name(self.number)).close()
 
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        """Stops the process with the sweep, whose Tune then asks for no step any more, and waits for it."""
+        while process.poll() is None:
+            if self._is_stopping():
+                self._stop(process)
+            else:
+                time.sleep(POLL_S)
+
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
-        process.terminate()
-        try:
-            process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            self._tell("stopped", f"it did not end within {GRACE_S:g} s and was killed")
+        """Once: a job takes a second SIGTERM for a wish to end at once."""
+        with self.ending:
+            if process.poll() is not None:
+                return
+            process.terminate()
+            try:
+                process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                self._tell("stopped", f"it did not end within {GRACE_S:g} s and was killed")
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copies the job's newest checkpoint, once that is as new as what was reported."""
@@ -199,6 +212,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         assert self.process.stdin is not None
         self.process.stdin.write(order.json().encode())
         self.process.stdin.close()
+        threading.Thread(target=self._listen, args=(self.process,), name="stops with the sweep", daemon=True).start()
 
     def _read(self) -> None:
         assert self.tail is not None

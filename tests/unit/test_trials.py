@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from orchestrator import sweeps
 from orchestrator.journal import parse
 from orchestrator.shared_engines import SharedEngines
-from orchestrator.trials import Setting, Tail, Trial
+from orchestrator.trials import LAST, STOPPING, Setting, Tail, Trial
 
 
 def line(step: int) -> str:
@@ -50,8 +52,8 @@ def test_of_an_earlier_run_only_what_the_resumed_one_kept_is_read(tmp_path: Path
 class Process:
     """What a trial's actor knows of its job's process."""
 
-    def __init__(self, code: int | None = None, *, obeys: bool = True) -> None:
-        self.code, self.obeys = code, obeys
+    def __init__(self, code: int | None = None, *, obeys: bool = True, takes_s: float = 0.0) -> None:
+        self.code, self.obeys, self.takes_s = code, obeys, takes_s
         self.said: list[str] = []
 
     def poll(self) -> int | None:
@@ -61,6 +63,7 @@ class Process:
         self.said.append("terminate")
 
     def wait(self, timeout: float | None = None) -> None:
+        time.sleep(self.takes_s)
         if self.code is None and not self.obeys:
             raise subprocess.TimeoutExpired("job", timeout or 0)
         self.code = 143 if self.code is None else self.code
@@ -96,6 +99,19 @@ def test_a_job_that_does_not_stop_is_killed_and_that_is_told(tmp_path: Path) -> 
     trial.cleanup()
     assert trial.process.said == ["terminate", "kill", "ended"]
     assert last(trial) == {"kind": "end", "how": "stopped", "text": "it did not end within 60 s and was killed"}
+
+
+def test_a_sweep_that_stops_asks_each_job_once_whatever_tune_does(tmp_path: Path) -> None:
+    """Tune waits then, and asks for no step; a second SIGTERM would end the job at once."""
+    trial = made(tmp_path, process := Process(takes_s=0.5))
+    listening = threading.Thread(target=trial._listen, args=(process,))
+    listening.start()
+    (tmp_path / STOPPING).touch()
+    while not process.said:
+        time.sleep(0.01)
+    assert trial.step() == LAST and process.code == 143, "it waits for the end"
+    listening.join(10)
+    assert process.said == ["terminate", "ended"] and not listening.is_alive()
 
 
 def test_its_place_on_shared_engines_is_free_once_its_job_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
