@@ -14,8 +14,8 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +53,39 @@ FOREVER = 10**9  # steps: at the last one of its scheduler Tune would end a tria
 COPIES = 3  # of a trial's checkpoints that Tune keeps for others
 POLL_S = 0.5
 CALLBACK_S = 10.0  # in which Tune gets to its next step, unless it waits for a checkpoint
+STOP_S = GRACE_S + 5.0  # in which the trials' actors have ended all jobs that are to stop
 LEFT_OVER_S = 30.0  # in which the trials of a driver that was killed have ended
 
-_stopping: list[Path] = []  # the sweep that is being interrupted
-_shared: list[SharedEngines] = []  # of the sweep that runs; not in a callback, which Tune keeps on disk
+
+@dataclass
+class Live:
+    """What callbacks know of the sweep that runs; not in them, which Tune keeps on disk."""
+
+    folder: Path
+    engines: SharedEngines | None = None  # that its trials share
+    stopping: bool = False
+
+
+_live: list[Live] = []  # the one
 
 
 class Interruption(tune.Callback):  # type: ignore[misc]  # Ray's annotations are not read
-    """Ends Tune between two of its steps, when all trials have stopped: for Tune they still run, and so go on the next time."""
+    """Ends Tune between two of its steps, when all trials have stopped: for Tune they still run, and so go on the next time.
+
+    Nor does Tune end by itself before they have.
+    """
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Raises ActorError if the sweep is being interrupted."""
-        if _stopping:
-            (_stopping[0] / STOPPING).touch()
-            _wait_for_processes(_stopping[0], GRACE_S + CALLBACK_S)  # their actors stop them
+        if _live[0].stopping:
+            (_live[0].folder / STOPPING).touch()
+            _wait_for_processes(_live[0].folder, STOP_S)  # their actors stop them
             raise ActorError("the sweep was interrupted")
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Lets jobs that were stopped last save what they have: Tune may be done now, and ends their actors, and so them."""
+        if all(trial.is_finished() for trial in trials):
+            _wait_for_processes(_live[0].folder, STOP_S)
 
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
@@ -87,7 +105,7 @@ class Departure(tune.Callback):  # type: ignore[misc]  # Ray's annotations are n
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its job has ended."""
-        for engines in _shared:
+        if engines := _live[0].engines:
             engines.of(policy_name(number_of(trial.trial_id))).close()
 
 
@@ -120,6 +138,7 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
         display.header(f"sweep: {config.base.source.path} -> {folder}", [about, *lines, searched, f"dashboard   {here}"])
         if resumed:
             display.note(f"goes on with the sweep that {folder} holds")
+        engines = stack.enter_context(_shared_engines(config, fits.at_once, display))
         setting = Setting(
             sweep=str(folder),
             metric=config.metric,
@@ -129,25 +148,26 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
             here=str(Path.cwd()),
             environment={**os.environ, "RAY_ADDRESS": here.address},
             changes=fits.changes,
-            engines=stack.enter_context(_shared_engines(config, fits.at_once, display)),
+            engines=engines.record() if engines else None,
         )
+        live = stack.enter_context(_lived(Live(folder, engines)))
         with watching(folder):
-            _search(config, folder, fits.at_once, setting, display)
+            _search(config, live, fits.at_once, setting, display)
     return _result(folder, display)
 
 
+def _shared_engines(config: SweepConfig, places: int, display: Display) -> AbstractContextManager[SharedEngines | None]:
+    """The engines that all trials share, as long as the block runs; None = each has its own."""
+    return shared_engines.started(config.base, config.variants, places, display) if config.share_engines else nullcontext()
+
+
 @contextmanager
-def _shared_engines(config: SweepConfig, places: int, display: Display) -> Iterator[Mapping[str, Any] | None]:
-    """What each trial is told of the engines that all of them share, as long as the block runs; None = it has its own."""
-    if not config.share_engines:
-        yield None
-        return
-    with shared_engines.started(config.base, config.variants, places, display) as engines:
-        _shared.append(engines)
-        try:
-            yield engines.record()
-        finally:
-            _shared.remove(engines)
+def _lived(live: Live) -> Iterator[Live]:
+    _live.append(live)
+    try:
+        yield live
+    finally:
+        _live.remove(live)
 
 
 def _holds_this(config: SweepConfig, folder: Path) -> bool:
@@ -230,7 +250,7 @@ def _ensure_room(config: SweepConfig, fits: SweepPlan, display: Display) -> None
         display.warn(f"max_concurrent is {config.max_concurrent}, and the cluster has room for {fits.at_once} trials at a time")
 
 
-def _search(config: SweepConfig, folder: Path, at_once: int, setting: Setting, display: Display) -> None:
+def _search(config: SweepConfig, live: Live, at_once: int, setting: Setting, display: Display) -> None:
     """Ray Tune, until all trials have ended."""
     os.environ.update(TUNE_ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it has to say is told by the table
@@ -238,7 +258,7 @@ def _search(config: SweepConfig, folder: Path, at_once: int, setting: Setting, d
 
     def fit() -> None:
         try:
-            _tuner(config, folder, at_once, setting).fit()
+            _tuner(config, live.folder, at_once, setting).fit()
         except Exception as error:  # carried to the thread that tells the person
             errors.append(error)
 
@@ -249,11 +269,10 @@ def _search(config: SweepConfig, folder: Path, at_once: int, setting: Setting, d
             waits.pause(POLL_S)
     except waits.Interrupted:
         display.note("stopping the trials, which keep their checkpoints")
-        _stopping.append(folder)
+        live.stopping = True
         thread.join(CALLBACK_S)
-        (folder / STOPPING).touch()
+        (live.folder / STOPPING).touch()
         thread.join(2 * GRACE_S)
-        _stopping.clear()
         display.note("stopped; the same command goes on with the sweep")
         raise
     if errors:

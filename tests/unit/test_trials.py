@@ -126,9 +126,22 @@ def test_tune_frees_only_the_places_of_trials_that_failed(monkeypatch: pytest.Mo
     """Of the others it tells while their jobs still sample."""
     closed: list[str] = []
     monkeypatch.setattr(SharedEngines, "close", lambda engines: closed.append(engines.policy))
-    monkeypatch.setattr(sweeps, "_shared", [SharedEngines("here", ("engine 0",))])
+    monkeypatch.setattr(sweeps, "_live", [sweeps.Live(Path("sweep"), SharedEngines("here", ("engine 0",)))])
     departure, trial = sweeps.Departure(), SimpleNamespace(trial_id="sweep_00003")
     departure.on_trial_complete(1, [trial], trial)
     assert closed == []
     departure.on_trial_error(1, [trial], trial)
     assert closed == ["trial 3"]
+
+
+def test_tune_goes_on_after_its_last_step_when_the_jobs_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would give their actors 5 s, and a job that was stopped as the last one more to save what it has."""
+    left = [[SimpleNamespace(pid=1)], [SimpleNamespace(pid=1)], []]
+    monkeypatch.setattr(sweeps.trial_process, "processes", lambda folder: left.pop(0))
+    monkeypatch.setattr(sweeps, "_live", [sweeps.Live(tmp_path)])
+    monkeypatch.setattr(sweeps, "POLL_S", 0.0)
+    ended, runs = SimpleNamespace(is_finished=lambda: True), SimpleNamespace(is_finished=lambda: False)
+    sweeps.Interruption().on_step_end(1, [ended, runs])
+    assert len(left) == 3, "it does not keep a sweep that goes on"
+    sweeps.Interruption().on_step_end(1, [ended, ended])
+    assert not left
