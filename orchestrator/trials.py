@@ -97,6 +97,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         self.folder = trial_folder(self.sweep, self.number)
         self.params = expanded(config)
         self.resume_from: str | None = None
+        self.told = 0  # events of runs before the one of this process
         self.process: subprocess.Popen[bytes] | None = None
         self.ending = threading.Lock()  # held while it is asked to end
         self.tail: Tail | None = None
@@ -187,6 +188,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         self.folder.mkdir(parents=True, exist_ok=True)
         storage.write_json(self.folder / TRIAL_FILE, {"number": self.number, "params": self.params})
         self.tail = Tail(metrics, old=metrics.stat().st_ino if metrics.exists() else None)
+        self.told = len(_events(self.folder))
         order = Order(
             sweep=str(self.sweep),
             folder=str(self.folder),
@@ -234,7 +236,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
             missing = f"the job has ended without ever measuring {self.setting.metric}; {_remedy(self.setting.metric)}"
             self._tell("failed", missing)
             raise EaglerayError(f"trial {self.number}: {missing}")
-        if self._last_event().get("kind") != "end":
+        if all(event["kind"] != "end" for event in _events(self.folder)[self.told :]):
             killed = f"its process was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
             said = last_lines(self.folder, 1).removeprefix("eagleray: ")
             self._tell("failed", killed or said or f"its process ended with exit code {code}")

@@ -1,5 +1,6 @@
 """How a trial's actor reads its job, records as they come from a file that a resumed job replaces, and how it ends it."""
 
+import io
 import json
 import subprocess
 import threading
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from actors.errors import EaglerayError
 from orchestrator import sweeps
-from orchestrator.journal import parse
+from orchestrator.journal import Journal, parse
 from orchestrator.shared_engines import SharedEngines
 from orchestrator.trials import LAST, STOPPING, Setting, Tail, Trial
 
@@ -112,6 +114,23 @@ def test_a_sweep_that_stops_asks_each_job_once_whatever_tune_does(tmp_path: Path
     assert trial.step() == LAST and process.code == 143, "it waits for the end"
     listening.join(10)
     assert process.said == ["terminate", "ended"] and not listening.is_alive()
+
+
+def test_a_trial_that_fails_says_so_unless_its_job_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that went on and was killed before its journal had a word of that: the last one was of an earlier run."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: SimpleNamespace(stdin=io.BytesIO(), poll=lambda: -9))
+    trial = made(tmp_path)
+    journal = Journal(trial.folder)
+    journal.tell("end", how="stopped", text="")
+    trial._begin()
+    with pytest.raises(EaglerayError, match="trial 3 failed"):
+        trial._end(-9)
+    assert last(trial) == {"kind": "end", "how": "failed", "text": "its process was killed by signal 9 (SIGKILL)"}
+    trial._begin()
+    journal.tell("end", how="failed", text="out of memory")
+    with pytest.raises(EaglerayError, match="trial 3 failed"):
+        trial._end(1)
+    assert last(trial)["text"] == "out of memory"
 
 
 def test_its_place_on_shared_engines_is_free_once_its_job_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
