@@ -62,6 +62,7 @@ class Live:
     """What callbacks know of the sweep that runs; not in them, which Tune keeps on disk."""
 
     folder: Path
+    places: int  # trials at a time
     engines: SharedEngines | None = None  # that its trials share
     stopping: bool = False
 
@@ -86,6 +87,15 @@ class Interruption(tune.Callback):  # type: ignore[misc]  # Ray's annotations ar
         """Lets jobs that were stopped last save what they have: Tune may be done now, and ends their actors, and so them."""
         if all(trial.is_finished() for trial in trials):
             _wait_for_processes(_live[0].folder, STOP_S)
+
+
+class Draws(BasicVariantGenerator):  # type: ignore[misc]
+    """Draws as many trials as there is room for now. Tune's own goes on with as many as there was room for at the start."""
+
+    def next_trial(self) -> Any:
+        """None = not now."""
+        self.max_concurrent = _live[0].places
+        return super().next_trial()
 
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
@@ -149,10 +159,11 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
             environment={**os.environ, "RAY_ADDRESS": here.address},
             changes=fits.changes,
             engines=engines.record() if engines else None,
+            places=fits.at_once,
         )
-        live = stack.enter_context(_lived(Live(folder, engines)))
+        live = stack.enter_context(_lived(Live(folder, fits.at_once, engines)))
         with watching(folder):
-            _search(config, live, fits.at_once, setting, display)
+            _search(config, live, setting, display)
     return _result(folder, display)
 
 
@@ -250,7 +261,7 @@ def _ensure_room(config: SweepConfig, fits: SweepPlan, display: Display) -> None
         display.warn(f"max_concurrent is {config.max_concurrent}, and the cluster has room for {fits.at_once} trials at a time")
 
 
-def _search(config: SweepConfig, live: Live, at_once: int, setting: Setting, display: Display) -> None:
+def _search(config: SweepConfig, live: Live, setting: Setting, display: Display) -> None:
     """Ray Tune, until all trials have ended."""
     os.environ.update(TUNE_ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it has to say is told by the table
@@ -258,7 +269,7 @@ def _search(config: SweepConfig, live: Live, at_once: int, setting: Setting, dis
 
     def fit() -> None:
         try:
-            _tuner(config, live.folder, at_once, setting).fit()
+            _tuner(config, live.folder, setting).fit()
         except Exception as error:  # carried to the thread that tells the person
             errors.append(error)
 
@@ -279,7 +290,7 @@ def _search(config: SweepConfig, live: Live, at_once: int, setting: Setting, dis
         raise ActorError(f"Ray Tune failed: {waits.told(errors[0])}") from errors[0]
 
 
-def _tuner(config: SweepConfig, folder: Path, at_once: int, setting: Setting) -> Any:
+def _tuner(config: SweepConfig, folder: Path, setting: Setting) -> Any:
     trainable = tune.with_parameters(Trial, setting=setting)
     state = folder / TUNE_FOLDER
     if list(state.glob("experiment_state-*.json")):
@@ -292,7 +303,7 @@ def _tuner(config: SweepConfig, folder: Path, at_once: int, setting: Setting) ->
             metric=config.metric,
             mode=config.mode,
             num_samples=config.num_samples,
-            search_alg=BasicVariantGenerator(max_concurrent=at_once, random_state=config.seed),
+            search_alg=Draws(random_state=config.seed),
             scheduler=_scheduler(config),
             trial_dirname_creator=_name,
         ),

@@ -4,6 +4,7 @@ The process is a job (trial_process.py), which reserves what it needs itself. Th
 and the process ends with it.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ POLL_S = 0.3  # how often it looks for new metrics
 GRACE_S = 60.0  # in which a process that is asked to stop must have ended
 WORST = 1e30  # what Tune is told of a metric that is not finite, which it could not compare
 STOPPING = ".stopping"  # in the sweep's folder: it is being stopped, and no trial is to start or to go on
+PLACES = ".places"  # in the sweep's folder
 LOG_LINES = 12  # of a failed trial's log that its message has
 LAST = {RESULT_DUPLICATE: True}  # Tune's word for: what I reported last was the last
 
@@ -51,6 +54,7 @@ class Setting:
     here: str  # the current folder
     changes: Mapping[str, Any]  # to each job, so that trials share GPUs
     engines: Mapping[str, Any] | None  # that all trials share, for JSON; None = each has its own
+    places: int  # trials at a time
     environment: Mapping[str, str]  # of the driver, with the address of the cluster; an actor's own lacks its GPUs
 
 
@@ -97,6 +101,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         self.folder = trial_folder(self.sweep, self.number)
         self.params = expanded(config)
         self.resume_from: str | None = None
+        self.places = (self.sweep / PLACES).open("ab")  # a byte each, locked by the trial that has it
         self.told = 0  # events of runs before the one of this process
         self.process: subprocess.Popen[bytes] | None = None
         self.ending = threading.Lock()  # held while it is asked to end
@@ -112,6 +117,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
                 self.cleanup()
                 return LAST  # which nobody takes any more: see Interruption in sweeps.py
             if self.tail is None:
+                if not self._has_place():
+                    time.sleep(POLL_S)
+                    continue
                 self._begin()
             code = 0 if self.process is None else self.process.poll()  # before the last records are read
             self._read()
@@ -122,12 +130,20 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         record = self.found.pop(0)
         return record if record["step"] < self._steps() else self._last(record)
 
+    def _has_place(self) -> bool:
+        """Takes one of the sweep's places, until its process has ended: Tune starts all trials that it goes on with at once."""
+        for place in range(self.setting.places):
+            with suppress(BlockingIOError, PermissionError):  # another one has it
+                fcntl.lockf(self.places, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                return True
+        return False
+
     def cleanup(self) -> None:
         """Asks the process to stop, as Ctrl-C would; it keeps its checkpoints. Tune calls it at every trial's end."""
-        if self.process is None:
-            return
-        self._stop(self.process)
-        if self.setting.engines is not None:  # a job that was killed still has its place
+        if self.process is not None:
+            self._stop(self.process)
+        self.places.close()
+        if self.process is not None and self.setting.engines is not None:  # a job that was killed still has its place
             from orchestrator.shared_engines import SharedEngines  # here: it loads torch
 
             SharedEngines.from_record(self.setting.engines).of(policy_name(self.number)).close()

@@ -3,6 +3,7 @@
 import io
 import json
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -81,9 +82,9 @@ def made(sweep: Path, process: Process | None = None, **setting: Any) -> Any:
     trial: Any = object.__new__(Trial)
     trial._trial_info = SimpleNamespace(trial_id="sweep_00003")
     given: dict[str, Any] = {"sweep": str(sweep), "metric": "eval/loss", "mode": "min", "path": "base.yaml", "folders": ()}
-    given |= {"here": str(sweep), "environment": {}, "changes": {}, "engines": None}
+    given |= {"here": str(sweep), "environment": {}, "changes": {}, "engines": None, "places": 1}
     trial.setup({"learning_rate": 0.1}, Setting(**{**given, **setting}))
-    trial.folder.mkdir(parents=True)
+    trial.folder.mkdir(parents=True, exist_ok=True)
     trial.process = process
     return trial
 
@@ -145,7 +146,7 @@ def test_tune_frees_only_the_places_of_trials_that_failed(monkeypatch: pytest.Mo
     """Of the others it tells while their jobs still sample."""
     closed: list[str] = []
     monkeypatch.setattr(SharedEngines, "close", lambda engines: closed.append(engines.policy))
-    monkeypatch.setattr(sweeps, "_live", [sweeps.Live(Path("sweep"), SharedEngines("here", ("engine 0",)))])
+    monkeypatch.setattr(sweeps, "_live", [sweeps.Live(Path("sweep"), 1, SharedEngines("here", ("engine 0",)))])
     departure, trial = sweeps.Departure(), SimpleNamespace(trial_id="sweep_00003")
     departure.on_trial_complete(1, [trial], trial)
     assert closed == []
@@ -157,10 +158,42 @@ def test_tune_goes_on_after_its_last_step_when_the_jobs_have_ended(tmp_path: Pat
     """It would give their actors 5 s, and a job that was stopped as the last one more to save what it has."""
     left = [[SimpleNamespace(pid=1)], [SimpleNamespace(pid=1)], []]
     monkeypatch.setattr(sweeps.trial_process, "processes", lambda folder: left.pop(0))
-    monkeypatch.setattr(sweeps, "_live", [sweeps.Live(tmp_path)])
+    monkeypatch.setattr(sweeps, "_live", [sweeps.Live(tmp_path, 2)])
     monkeypatch.setattr(sweeps, "POLL_S", 0.0)
     ended, runs = SimpleNamespace(is_finished=lambda: True), SimpleNamespace(is_finished=lambda: False)
     sweeps.Interruption().on_step_end(1, [ended, runs])
     assert len(left) == 3, "it does not keep a sweep that goes on"
     sweeps.Interruption().on_step_end(1, [ended, ended])
     assert not left
+
+
+HOLDER = "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.lockf(file, fcntl.LOCK_EX, 1, 0); print(flush=True); input()"
+
+
+def test_a_trial_begins_once_there_is_a_place(tmp_path: Path) -> None:
+    """As on a cluster that is smaller than the one where the sweep began. Another trial is another process."""
+    waiting, second = made(tmp_path), made(tmp_path, places=2)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / ".places")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert not waiting._has_place() and second._has_place()
+        other.communicate(b"\n")
+    assert waiting._has_place()
+    waiting.cleanup()
+    second.cleanup()
+
+
+def test_a_sweep_that_goes_on_runs_as_many_trials_as_there_is_room_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = sweeps.Live(Path("sweep"), 3)
+    monkeypatch.setattr(sweeps, "_live", [live])
+    draws = sweeps.Draws()
+    draws.set_state({**draws.get_state(), "max_concurrent": 1})
+    draws._trial_generator = [SimpleNamespace(trial_id=f"sweep_{n}") for n in range(6)]
+    assert [draws.next_trial() is not None for _ in range(5)] == [True] * 3 + [False] * 2
+    live.places = 2
+    draws.on_trial_complete("sweep_0")
+    assert draws.next_trial() is None
+    draws.on_trial_complete("sweep_1")
+    assert draws.next_trial() is not None
