@@ -186,6 +186,10 @@ def _holds_this(config: SweepConfig, folder: Path) -> bool:
     if not (folder / SWEEP_FILE).is_file():
         if (folder / CONFIG).exists() or (folder / TRIALS).exists() or storage.steps_saved(folder):
             raise ConfigError(f"output_dir: {folder} holds a run; choose another folder for the sweep")
+        if (folder / BASE_FILE).exists():
+            raise ConfigError(
+                f"output_dir: {folder} holds a file {BASE_FILE}, which the sweep would overwrite; choose another folder"
+            )
         return False
     if not (folder / TRIALS).is_dir():  # nothing was begun, so nothing is lost
         return False
@@ -224,7 +228,6 @@ def _base_of(folder: Path, config: SweepConfig, display: Display) -> Any:
 def _begin(config: SweepConfig, folder: Path, planned: Planned) -> None:
     steps = planned.plan.total_steps if isinstance(planned.plan, Plan) else config.base.max_steps
     shutil.rmtree(folder / TUNE_FOLDER, ignore_errors=True)
-    (folder / BASE_FILE).write_text(dump(config.base), encoding="utf-8")
     storage.write_json(
         folder / SWEEP_FILE,
         {
@@ -235,6 +238,7 @@ def _begin(config: SweepConfig, folder: Path, planned: Planned) -> None:
             **_about(config),
         },
     )
+    (folder / BASE_FILE).write_text(dump(config.base), encoding="utf-8")  # last: without the other file it is a person's
 
 
 def _fitting(config: SweepConfig, found: Read, nodes: Sequence[Node]) -> SweepPlan:
