@@ -25,7 +25,7 @@ from ray import tune
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
 from actors import storage
-from actors.errors import EaglerayError
+from actors.errors import CheckpointError, EaglerayError
 from orchestrator.checkpoints import set_newer_aside
 from orchestrator.journal import EVENTS_FILE, Journal, parse
 from orchestrator.metrics import METRICS_FILE
@@ -319,12 +319,13 @@ def _params_of(trial: Path) -> Any:
 
 
 def _copied(checkpoint: Path, target: Path) -> bool:
-    """False where the job has removed it meanwhile, for a newer one."""
+    """False where the job removes it meanwhile, for a newer one. Raises CheckpointError where it is damaged."""
     try:
         shutil.copytree(checkpoint, target)
-    except (shutil.Error, FileNotFoundError):
+        storage.verify(target)
+    except (shutil.Error, FileNotFoundError, CheckpointError):
         shutil.rmtree(target, ignore_errors=True)
-        if checkpoint.exists():
+        if storage.newest_checkpoint(checkpoint.parent) == checkpoint:
             raise
         return False
     return True

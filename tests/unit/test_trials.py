@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from actors.errors import EaglerayError
+from actors import storage
+from actors.errors import CheckpointError, EaglerayError
 from orchestrator import sweeps
 from orchestrator.journal import Journal, parse
 from orchestrator.shared_engines import SharedEngines
@@ -197,3 +199,40 @@ def test_a_sweep_that_goes_on_runs_as_many_trials_as_there_is_room_for_now(monke
     assert draws.next_trial() is None
     draws.on_trial_complete("sweep_1")
     assert draws.next_trial() is not None
+
+
+def saved(trial: Any, step: int) -> Path:
+    path = storage.checkpoint_path(trial.folder, step)
+    with storage.new_folder(path) as folder:
+        (folder / "weights").write_text(f"of step {step}")
+        (folder / "optimizer").write_text("momenta")
+    return path
+
+
+def test_a_checkpoint_that_the_job_removes_meanwhile_is_not_copied_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = made(tmp_path, Process())
+    removed = saved(trial, 2)
+    copytree = shutil.copytree
+
+    def copied(source: Path, target: Path) -> None:
+        if source == removed:
+            saved(trial, 4)
+            (source / "optimizer").unlink()  # as rmtree does, a file at a time
+            monkeypatch.setattr(shutil, "copytree", copytree)
+        copytree(source, target)
+
+    monkeypatch.setattr(shutil, "copytree", copied)
+    (tmp_path / "copy").mkdir()
+    trial.save_checkpoint(str(tmp_path / "copy"))
+    (copy,) = (tmp_path / "copy").iterdir()
+    storage.verify(copy)
+    assert (copy / "weights").read_text() == "of step 4"
+
+
+def test_a_damaged_checkpoint_is_not_copied(tmp_path: Path) -> None:
+    trial = made(tmp_path, Process())
+    (saved(trial, 2) / "weights").write_text("else")
+    with pytest.raises(CheckpointError, match="weights is not what was written"):
+        trial.save_checkpoint(str(tmp_path / "copy"))
