@@ -50,6 +50,7 @@ TUNE_ENVIRONMENT = {  # it keeps what it goes on from, and shows and writes noth
     "RAY_AIR_NEW_OUTPUT": "0",  # whose silent mode prints a banner
 }
 FOREVER = 10**9  # steps: at the last one of its scheduler Tune would end a trial before it has saved its result
+AGAIN = "the same command goes on with the trials that failed"
 COPIES = 3  # of a trial's checkpoints that Tune keeps for others
 POLL_S = 0.5
 CALLBACK_S = 10.0  # in which Tune gets to its next step, unless it waits for a checkpoint
@@ -65,6 +66,7 @@ class Live:
     places: int  # trials at a time
     engines: SharedEngines | None = None  # that its trials share
     stopping: bool = False
+    lost: str = ""  # what happened to an engine, without which no trial can go on
 
 
 _live: list[Live] = []  # the one
@@ -77,11 +79,12 @@ class Interruption(tune.Callback):  # type: ignore[misc]  # Ray's annotations ar
     """
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Raises ActorError if the sweep is being interrupted."""
-        if _live[0].stopping:
-            (_live[0].folder / STOPPING).touch()
-            _wait_for_processes(_live[0].folder, STOP_S)  # their actors stop them
-            raise ActorError("the sweep was interrupted")
+        """Raises ActorError if the sweep is being interrupted, or has lost an engine."""
+        live = _live[0]
+        if live.stopping or live.lost:
+            (live.folder / STOPPING).touch()
+            _wait_for_processes(live.folder, STOP_S)  # their actors stop them
+            raise ActorError(live.lost or "the sweep was interrupted")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Lets jobs that were stopped last save what they have: Tune may be done now, and ends their actors, and so them."""
@@ -114,9 +117,13 @@ class Departure(tune.Callback):  # type: ignore[misc]  # Ray's annotations are n
     """
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its job has ended."""
+        """Its job has ended, perhaps because an engine has."""
         if engines := _live[0].engines:
             engines.of(policy_name(number_of(trial.trial_id))).close()
+            try:
+                engines.actors()
+            except ActorError as error:
+                _live[0].lost = str(error)
 
 
 def sweep(config: SweepConfig, display: Display) -> SweepResult:
@@ -290,6 +297,8 @@ def _search(config: SweepConfig, live: Live, setting: Setting, display: Display)
         thread.join(2 * GRACE_S)
         display.note("stopped; the same command goes on with the sweep")
         raise
+    if live.lost:
+        raise ActorError(f"shared engines: {live.lost}; {AGAIN}")
     if errors:
         raise ActorError(f"Ray Tune failed: {waits.told(errors[0])}") from errors[0]
 
@@ -298,7 +307,9 @@ def _tuner(config: SweepConfig, folder: Path, setting: Setting) -> Any:
     trainable = tune.with_parameters(Trial, setting=setting)
     state = folder / TUNE_FOLDER
     if list(state.glob("experiment_state-*.json")):
-        return tune.Tuner.restore(str(state), trainable=trainable, param_space=dict(config.space.domains))
+        return tune.Tuner.restore(
+            str(state), trainable=trainable, param_space=dict(config.space.domains), resume_errored=True
+        )
     shutil.rmtree(state, ignore_errors=True)  # of a driver that was killed before Tune knew of any trial
     return tune.Tuner(
         trainable,
@@ -355,12 +366,14 @@ def _result(folder: Path, display: Display) -> SweepResult:
     failed = [trial for trial in result.trials if trial.state in UNFIT]
     if failed and len(failed) == len(result.trials):
         last = failed[-1]
-        raise ActorError(f"all {len(failed)} trials have failed, trial {last.number} with: {last.message}\n  log {last.folder}")
+        raise ActorError(
+            f"all {len(failed)} trials have failed, trial {last.number} with: {last.message}\n  log {last.folder}\n  {AGAIN}"
+        )
     best = result.best
     if best is None:
         raise EaglerayError(f"no trial has a value of {result.metric}; {folder} has what they left")
     display.summary(
-        f"done: {len(result.trials)} trials" + (f", {len(failed)} of them failed" if failed else ""),
+        f"done: {len(result.trials)} trials" + (f", {len(failed)} of them failed; {AGAIN}" if failed else ""),
         [
             f"best     {best_told(result, best)}",
             f"it lies  in {best.folder}",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,11 +165,15 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_repeats_nothing(sweep: Calla
 
 @pytest.mark.slow
 def test_when_all_trials_fail_the_sweep_does(sweep: Callable[..., Path], tmp_path: Path) -> None:
-    """As with a file that a trial does not find, of which the trial's own message is told."""
+    """As with a file that a trial does not find, of which its own message is told; the same command goes on with it."""
     config = sweep({"max_steps": 2}, space={"datasets[0].path": ["none.jsonl"]})
     code, output = finish(start("sweep", config), 100)
     assert code == 1 and "Traceback" not in output, output
     assert "all 1 trials have failed, trial 0 with: " in output and "there is no file none.jsonl" in output
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    shutil.copy(base["datasets"][0]["path"], tmp_path / "none.jsonl")
+    code, output = finish(start("sweep", config), 100)
+    assert code == 0 and "done: 1 trials" in output, output
 
 
 @pytest.mark.usefixtures("no_ray")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from actors import storage
-from actors.errors import CheckpointError, EaglerayError
+from actors.errors import ActorError, CheckpointError, EaglerayError
 from orchestrator import sweeps
 from orchestrator.journal import Journal, parse
 from orchestrator.shared_engines import SharedEngines
@@ -152,8 +152,31 @@ def test_tune_frees_only_the_places_of_trials_that_failed(monkeypatch: pytest.Mo
     departure, trial = sweeps.Departure(), SimpleNamespace(trial_id="sweep_00003")
     departure.on_trial_complete(1, [trial], trial)
     assert closed == []
+    monkeypatch.setattr(SharedEngines, "actors", lambda engines: ())
     departure.on_trial_error(1, [trial], trial)
     assert closed == ["trial 3"]
+
+
+def test_a_sweep_ends_with_its_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all trials that are still to come would fail one after another."""
+    monkeypatch.setattr(sweeps, "_live", [sweeps.Live(tmp_path, 1, SharedEngines("here", ("engine 0",)))])
+    monkeypatch.setattr(sweeps.trial_process, "processes", lambda folder: [])
+    monkeypatch.setattr(SharedEngines, "close", lambda engines: None)
+    failures = iter([(), ActorError("there is no engine 0 any more")])
+
+    def actors(engines: SharedEngines) -> Any:
+        if isinstance(found := next(failures), ActorError):
+            raise found
+        return found
+
+    monkeypatch.setattr(SharedEngines, "actors", actors)
+    trial = SimpleNamespace(trial_id="sweep_00003")
+    sweeps.Departure().on_trial_error(1, [trial], trial)
+    sweeps.Interruption().on_step_begin(2, [trial])
+    sweeps.Departure().on_trial_error(2, [trial], trial)
+    with pytest.raises(ActorError, match="there is no engine 0 any more"):
+        sweeps.Interruption().on_step_begin(3, [trial])
+    assert (tmp_path / STOPPING).exists()
 
 
 def test_tune_goes_on_after_its_last_step_when_the_jobs_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
