@@ -73,12 +73,20 @@ class Space:
 
 def read_space(written: Mapping[str, Any]) -> tuple[Space, list[tuple[str, str]]]:
     """The space, and what is wrong with it: a key of it and a sentence each."""
-    domains, problems = {}, []
+    domains: dict[str, Any] = {}
+    problems = []
+    owners: dict[str, str] = {}  # of the job's keys
     for key, value in written.items():
         try:
-            domains[str(key)] = _domain(str(key), value)
+            domain = _domain(str(key), value)
         except ValueError as error:
             problems.append((str(key), str(error)))
+            continue
+        domains[str(key)] = domain
+        names = dict.fromkeys(name for sample in _samples(domain) for name in expanded({str(key): sample}))
+        if twice := [name for name in names if name in owners]:
+            problems.append((str(key), f"varies {twice[0]}, and so does {owners[twice[0]]}; leave it out of one of them"))
+        owners |= dict.fromkeys(names, str(key))
     return Space(domains), problems
 
 

@@ -99,3 +99,17 @@ def test_what_is_no_domain(value: Any, said: str) -> None:
 def test_keys_that_go_together_are_mappings() -> None:
     _, problems = read_space({"_": [1, 2]})
     assert problems == [("_", "takes a list of mappings: keys of the job that go together")]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"learning_rate": [0.1], "_": [{"lora_r": 8}, {"learning_rate": 0.2}]},
+        {"learning_rate": {"uniform": [0.1, 0.2]}, "_": [{"learning_rate": 0.2, "lora_r": 8}]},
+    ],
+)
+def test_a_key_that_is_varied_twice_is_told_of(written: dict[str, Any]) -> None:
+    """One of both would have no effect, and trials would be repeated."""
+    assert read_space(written)[1] == [("_", "varies learning_rate, and so does learning_rate; leave it out of one of them")]
+    again = {f"_{name}": [{"lora_r": 8, "lora_alpha": 16}, {"lora_r": 16, "lora_alpha": 16}] for name in ("one", "two")}
+    assert read_space(again)[1] == [("_two", "varies lora_r, and so does _one; leave it out of one of them")]
