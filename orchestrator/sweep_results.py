@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from orchestrator.schema import JobConfig
 
 SWEEP_FILE = "sweep.json"
+VERSION = 1  # of that file
 TRIALS = "trials"  # a folder a trial
 TRIAL_FILE = "trial.json"
 LOG_FILE = "trial.log"
@@ -150,7 +151,7 @@ def read(folder: Path) -> SweepResult:
     folder = folder.expanduser().resolve()
     if not is_sweep(folder):
         raise EaglerayError(f"{folder} holds no sweep: it has no {SWEEP_FILE}; give the output_dir of one")
-    about = _json(folder / SWEEP_FILE, ("metric", "mode"))
+    about = read_about(folder)
     found = [_trial(path.parent, about["metric"], about["mode"]) for path in sorted(folder.glob(f"{TRIALS}/*/{TRIAL_FILE}"))]
     return SweepResult(
         folder=folder,
@@ -161,6 +162,14 @@ def read(folder: Path) -> SweepResult:
         planned=about.get("trials"),
         steps=about.get("total_steps"),
     )
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What sweep.json says. Raises EaglerayError when it is damaged, or of another version."""
+    about = _json(folder / SWEEP_FILE, ("version", "metric", "mode"))
+    if about["version"] != VERSION:
+        raise EaglerayError(f"{folder / SWEEP_FILE} is of version {about['version']}; this Eagleray reads version {VERSION}")
+    return about
 
 
 def _json(path: Path, needed: Sequence[str]) -> dict[str, Any]:

@@ -35,12 +35,11 @@ from orchestrator.shared_engines import SharedEngines
 from orchestrator.sweep_config import SweepConfig
 from orchestrator.sweep_frame import best_told
 from orchestrator.sweep_plan import SweepPlan
-from orchestrator.sweep_results import SWEEP_FILE, TRIALS, UNFIT, SweepResult
+from orchestrator.sweep_results import SWEEP_FILE, TRIALS, UNFIT, VERSION, SweepResult
 from orchestrator.sweep_table import watching
 from orchestrator.trial_process import BASE_FILE, policy_name
 from orchestrator.trials import GRACE_S, STOPPING, Setting, Trial, number_of
 
-VERSION = 1  # of sweep.json
 TUNE_FOLDER = ".tune"
 TUNE_ENVIRONMENT = {  # it keeps what it goes on from, and shows and writes nothing else
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -200,7 +199,7 @@ def _holds_this(config: SweepConfig, folder: Path) -> bool:
         return False
     if not (folder / TRIALS).is_dir():  # nothing was begun, so nothing is lost
         return False
-    kept = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+    kept = sweep_results.read_about(folder)
     for key, value in _about(config).items():
         if kept.get(key) != value:
             raise ConfigError(

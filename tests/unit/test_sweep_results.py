@@ -94,7 +94,7 @@ def test_states_curves_and_the_best(folder: Path) -> None:
     assert found.trials[2].message == "GPU 0 is full"
     assert found.best is found.trials[0], "the failed trial's lower loss is not a result"
     assert [t.number for t in found.ranked] == [2, 0, 1, 3, 4]
-    (folder / "sweep.json").write_text(json.dumps({"metric": "eval/loss", "mode": "max"}))
+    (folder / "sweep.json").write_text(json.dumps({"version": 1, "metric": "eval/loss", "mode": "max"}))
     highest = read(folder).best
     assert highest is not None and highest.number == 0 and highest.value == 3.0, "of equals the first"
 
