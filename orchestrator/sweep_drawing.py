@@ -125,7 +125,8 @@ class Scale:
     def of(cls, values: Sequence[Any], space: str = "") -> Scale:
         """values: those that trials have. space: what they may be, as sweep.json says it."""
         if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            return cls("categories", tuple({value_told(value): value for value in sorted(values, key=value_told)}.values()))
+            ordered = sorted(values, key=value_told)
+            return cls("categories", tuple(value for i, value in enumerate(ordered) if value not in ordered[:i]))
         kind = space.partition(" ")[0]  # such as loguniform
         drawn = kind not in ("", "grid", "choice")  # from a range
         distinct = tuple(sorted(set(values)))

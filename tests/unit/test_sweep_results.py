@@ -268,6 +268,9 @@ def test_scales() -> None:
     assert listed.ticks() == [8, 16, 32] and listed.at(16) == 0.5
     mixed = Scale.of([True, "auto", False, "auto"])
     assert mixed.ticks() == ["auto", False, True] and mixed.at("auto") == 0.0
+    close = Scale.of([None, 0.1001, 0.10012, 0.1001])
+    assert sorted(map(close.at, (None, 0.1001, 0.10012))) == [0.0, 0.5, 1.0], "values that read alike are two"
+    assert Scale.of([["a"], None, ["a"]]).at(["a"]) == 0.0
     assert Scale.of([0.1], "uniform [0, 1]").at(0.1) == 0.5
     assert bounds([1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 1e6])[1] < 4, "one that exploded presses no other flat"
 
