@@ -14,7 +14,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,19 @@ class Journal:
 def linked(job_id: str, what: str) -> str:
     """The name in Ray's folder of logs. what: events | metrics."""
     return f"eagleray-{job_id}-{what}.jsonl"
+
+
+def read_events(output_dir: Path) -> list[dict[str, Any]]:
+    """Those of a run so far, oldest first; none where it has told none yet."""
+    try:
+        return parse((output_dir / EVENTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines())
+    except FileNotFoundError:
+        return []
+
+
+def steps_of(events: Sequence[Mapping[str, Any]]) -> int | None:
+    """Optimizer steps in all, as a run planned them last; None = it has not yet."""
+    return next((event["steps"] for event in reversed(events) if event["kind"] == "plan"), None)
 
 
 def parse(lines: Iterable[str]) -> list[dict[str, Any]]:

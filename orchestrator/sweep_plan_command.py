@@ -19,7 +19,7 @@ from orchestrator.display import duration
 from orchestrator.drawing import drawing
 from orchestrator.fit import gb
 from orchestrator.jobs import CONFIG
-from orchestrator.journal import EVENTS_FILE, parse
+from orchestrator.journal import read_events, steps_of
 from orchestrator.machines import machines
 from orchestrator.metrics import METRICS_FILE
 from orchestrator.plan import Plan
@@ -108,15 +108,14 @@ def earlier(config: JobConfig) -> Earlier:
     try:
         ran = load(folder / CONFIG)
         records = metrics.read(folder / METRICS_FILE)
-        events = parse((folder / EVENTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines())
+        steps = steps_of(read_events(folder))
     except (EaglerayError, OSError):
         return nothing
     if not _alike(config, ran, OF_A_STEP):
         return nothing
     seconds = [record["step_s"] for record in records if math.isfinite(record.get("step_s", math.nan))]
-    plans = [event["steps"] for event in events if event["kind"] == "plan"]
     as_long = _alike(config, ran, OF_A_LENGTH) and _files(config) == _files(ran)
-    return Earlier(config.output_dir, median(seconds) if seconds else None, plans[-1] if plans and as_long else None)
+    return Earlier(config.output_dir, median(seconds) if seconds else None, steps if as_long else None)
 
 
 def _files(config: JobConfig) -> list[str]:

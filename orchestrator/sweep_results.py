@@ -26,7 +26,7 @@ import psutil
 from actors.errors import EaglerayError
 from orchestrator import metrics
 from orchestrator.jobs import CONFIG, folders_of
-from orchestrator.journal import EVENTS_FILE, parse
+from orchestrator.journal import EVENTS_FILE, read_events, steps_of
 from orchestrator.metrics import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -184,8 +184,7 @@ def _json(path: Path, needed: Sequence[str]) -> dict[str, Any]:
 
 def _trial(folder: Path, metric: str, mode: Mode) -> TrialResult:
     about = _json(folder / TRIAL_FILE, ("number", "params"))
-    events = _events(folder / EVENTS_FILE)
-    plans = [event["steps"] for event in events if event["kind"] == "plan"]
+    events = _events(folder)
     state = _state(events)
     curve = _curve(folder / METRICS_FILE, metric)
     finite = [value for value in curve.values if math.isfinite(value)]
@@ -194,7 +193,7 @@ def _trial(folder: Path, metric: str, mode: Mode) -> TrialResult:
         params=about["params"],
         folder=folder,
         state=state,
-        steps=plans[-1] if plans else None,
+        steps=steps_of(events),
         curve=curve,
         value=(min if mode == "min" else max)(finite, default=None),
         message=_message(folder, events, state),
@@ -232,18 +231,31 @@ def _message(folder: Path, events: Sequence[Mapping[str, Any]], state: State) ->
         return ""
     if state == "failed" and events[-1].get("text"):
         return str(events[-1]["text"])
-    try:
-        lines = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return last_lines(folder, 1).strip()
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
+def last_lines(trial: Path, count: int) -> str:
+    """What a trial's process printed last, without empty lines."""
     try:
-        return parse(path.read_text(encoding="utf-8", errors="replace").splitlines())
+        lines = (trial / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        return []
+        return ""
+    return "\n".join([line for line in lines if line.strip()][-count:])
+
+
+def _events(folder: Path) -> Sequence[dict[str, Any]]:
+    try:
+        now = (folder / EVENTS_FILE).stat()
+    except FileNotFoundError:
+        return ()
+    return _events_of(folder, now.st_size, now.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)  # as _curve_of
+def _events_of(folder: Path, size: int, mtime_ns: int) -> Sequence[dict[str, Any]]:
+    """Without what is told at each step, unless it is the last word: what is kept of a trial stays small."""
+    events = read_events(folder)
+    return [event for event in events if event["kind"] != "phase" or event is events[-1]]
 
 
 def _curve(path: Path, metric: str) -> Curve:

@@ -27,10 +27,10 @@ from ray.tune.result import DONE, RESULT_DUPLICATE
 from actors import storage
 from actors.errors import CheckpointError, EaglerayError
 from orchestrator.checkpoints import set_newer_aside
-from orchestrator.journal import EVENTS_FILE, Journal, parse
+from orchestrator.journal import Journal, parse, read_events, steps_of
 from orchestrator.metrics import METRICS_FILE
 from orchestrator.space import expanded
-from orchestrator.sweep_results import LOG_FILE, TRIAL_FILE, TRIALS
+from orchestrator.sweep_results import LOG_FILE, TRIAL_FILE, TRIALS, last_lines
 from orchestrator.trial_process import MODULE, Order, policy_name
 
 POLL_S = 0.3  # how often it looks for new metrics
@@ -107,6 +107,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         self.ending = threading.Lock()  # held while it is asked to end
         self.tail: Tail | None = None
         self.reported = -1  # the last step
+        self.steps: int | None = None  # that the job will have
         self.seen: dict[str, float] = {}
         self.found: list[dict[str, float]] = []  # to report, oldest first
 
@@ -204,7 +205,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         self.folder.mkdir(parents=True, exist_ok=True)
         storage.write_json(self.folder / TRIAL_FILE, {"number": self.number, "params": self.params})
         self.tail = Tail(metrics, old=metrics.stat().st_ino if metrics.exists() else None)
-        self.told = len(_events(self.folder))
+        self.told = len(read_events(self.folder))
         order = Order(
             sweep=str(self.sweep),
             folder=str(self.folder),
@@ -252,7 +253,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
             missing = f"the job has ended without ever measuring {self.setting.metric}; {_remedy(self.setting.metric)}"
             self._tell("failed", missing)
             raise EaglerayError(f"trial {self.number}: {missing}")
-        if all(event["kind"] != "end" for event in _events(self.folder)[self.told :]):
+        if all(event["kind"] != "end" for event in read_events(self.folder)[self.told :]):
             killed = f"its process was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
             said = last_lines(self.folder, 1).removeprefix("eagleray: ")
             self._tell("failed", killed or said or f"its process ended with exit code {code}")
@@ -271,7 +272,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
 
     def _steps(self) -> float:
         """How many the job will have, once that is known."""
-        return next((event["steps"] for event in reversed(_events(self.folder)) if event["kind"] == "plan"), math.inf)
+        if self.steps is None:
+            self.steps = steps_of(read_events(self.folder))
+        return math.inf if self.steps is None else self.steps
 
     def _tell(self, how: str, text: str) -> None:
         """The end that the process itself could not tell."""
@@ -282,7 +285,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         return self._last_event().get("how") == "done" and _params_of(self.folder) == self.params
 
     def _last_event(self) -> dict[str, Any]:
-        return next(reversed(_events(self.folder)), {})
+        return next(reversed(read_events(self.folder)), {})
 
     def _is_stopping(self) -> bool:
         return (self.sweep / STOPPING).exists()
@@ -296,22 +299,6 @@ def number_of(trial_id: Any) -> int:
 def trial_folder(sweep: Path, number: int) -> Path:
     """The output_dir of a trial."""
     return sweep / TRIALS / f"{number:04d}"
-
-
-def last_lines(trial: Path, count: int) -> str:
-    """What a trial's process printed last."""
-    try:
-        lines = (trial / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return ""
-    return "\n".join([line for line in lines if line.strip()][-count:])
-
-
-def _events(trial: Path) -> list[dict[str, Any]]:
-    try:
-        return parse((trial / EVENTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines())
-    except FileNotFoundError:
-        return []
 
 
 def _params_of(trial: Path) -> Any:

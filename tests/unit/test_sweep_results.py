@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from actors.errors import EaglerayError
-from orchestrator import sweep_table
+from orchestrator import sweep_results, sweep_table
 from orchestrator.cli import main
-from orchestrator.journal import Journal
+from orchestrator.journal import Journal, read_events
 from orchestrator.sweep_drawing import Scale, bounds
 from orchestrator.sweep_frame import left_s, table
 from orchestrator.sweep_report import report
@@ -97,6 +97,16 @@ def test_states_curves_and_the_best(folder: Path) -> None:
     (folder / "sweep.json").write_text(json.dumps({"version": 1, "metric": "eval/loss", "mode": "max"}))
     highest = read(folder).best
     assert highest is not None and highest.number == 0 and highest.value == 3.0, "of equals the first"
+
+
+def test_only_what_has_changed_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is drawn each second would read all that all trials have ever told."""
+    before = read(folder)
+    asked: list[Path] = []
+    monkeypatch.setattr(sweep_results, "read_events", lambda path: asked.append(path) or read_events(path))
+    assert read(folder) == before and asked == []
+    Journal(folder / "trials" / "0000").tell("end", how="failed", text="out of memory")
+    assert read(folder).trials[0].message == "out of memory" and asked == [folder / "trials" / "0000"]
 
 
 def test_a_dataframe_has_a_row_a_trial(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -259,3 +260,12 @@ def test_a_damaged_checkpoint_is_not_copied(tmp_path: Path) -> None:
     (saved(trial, 2) / "weights").write_text("else")
     with pytest.raises(CheckpointError, match="weights is not what was written"):
         trial.save_checkpoint(str(tmp_path / "copy"))
+
+
+def test_how_many_steps_there_will_be_is_looked_up_once(tmp_path: Path) -> None:
+    trial = made(tmp_path)
+    assert trial._steps() == math.inf
+    Journal(trial.folder).tell("plan", steps=8)
+    assert trial._steps() == 8
+    (trial.folder / "events.jsonl").unlink()
+    assert trial._steps() == 8
