@@ -70,12 +70,14 @@ def _sweep(args: argparse.Namespace) -> int:
     from orchestrator.sweep_plan_command import show
     from orchestrator.sweeps import sweep
 
+    if args.cluster and not args.plan:
+        args.error("--cluster says what --plan plans for; add --plan, or leave it out")
     config = load(args.config, args.overrides)
     if not args.plan:
         return ended(lambda: sweep(config, Display()))
     options: dict[str, Any] = {"max_concurrent": config.max_concurrent, "share_engines": config.share_engines}
     scheduler = config.scheduler["name"]
-    return ended(lambda: show(config.base, args.cluster, config.trials, config.sizes, scheduler=scheduler, **options))
+    return ended(lambda: show(config.base, args.cluster or "auto", config.trials, config.sizes, scheduler=scheduler, **options))
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -189,7 +191,8 @@ def _add_jobs(commands: Any) -> None:
     job_command("run", _run, "Run a job: on the cluster of RAY_ADDRESS, or on this machine.")
     sweep = job_command("sweep", _sweep, "Run many jobs that differ in a few keys, and find the best; again: go on with them.")
     sweep.add_argument("--plan", action="store_true", help="print how many trials fit at once, and for how long; start nothing")
-    sweep.add_argument("--cluster", default="auto", metavar="8x80GB", help="GPUs to plan for, or auto: what is there")
+    sweep.add_argument("--cluster", metavar="8x80GB", help="GPUs to plan for; without it, what is there")
+    sweep.set_defaults(error=sweep.error)
     sweep.epilog = "The file names a base job and the space that is searched; overrides are of its own keys."
     plan = job_command("plan", _plan, "Print what a job would start, whether it fits, and what would make it fit.")
     plan.add_argument("--cluster", default="auto", metavar="8x80GB", help="GPUSxSIZE, NODESxGPUSxSIZE, or auto: what is there")

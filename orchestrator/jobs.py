@@ -47,7 +47,7 @@ class RunResult:
     def samples(self) -> list[dict[str, Any]]:
         """What was sampled, with its rewards, a completion each, by file; empty without trl.log_completions."""
         files = sorted((self.output_dir / "rollouts").glob("*.jsonl"))
-        return [{"file": file.stem, **json.loads(line)} for file in files for line in file.open(encoding="utf-8")]
+        return [{"file": path.stem, **json.loads(line)} for path in files for line in path.read_bytes().splitlines()]
 
 
 def with_absolute_paths(config: JobConfig) -> JobConfig:

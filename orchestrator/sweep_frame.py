@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, JustifyMethod, RenderableType
@@ -67,24 +67,17 @@ def _rows(sweep: SweepResult, shown: list[TrialResult], best: TrialResult | None
 
     Also returns the parameters that there was no room for.
     """
-    params = {key: [value_told(trial.params[key]) if key in trial.params else "-" for trial in shown] for key in sweep.keys}
-    cells: dict[str, list[str]] = {
-        "trial": [str(trial.number) for trial in shown],
-        "state": [trial.state for trial in shown],
-        **params,
-        "step": [f"{trial.step}/{trial.steps}" if trial.steps else str(trial.step) for trial in shown],
-        "last": [_value_told(sweep, trial.last) for trial in shown],
-        "best": [_value_told(sweep, trial.value) for trial in shown],
-    }
+    cells = columns(sweep, shown)
+    params = {key: cells[key] for key in sweep.keys}
     headings = {name: name.rpartition(".")[2] for name in cells}
     wide = {name: max(map(len, (headings[name], *column))) for name, column in cells.items()}
     _narrow(wide, params, width - len(STAR) - CURVES[0])
     curve = width - len(STAR) - sum(wide.values()) - GAP * len(wide)
     rows = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
     rows.add_column(width=1)
-    for name, columns in wide.items():
+    for name, letters in wide.items():
         side: JustifyMethod = "left" if name == "state" else "right"
-        rows.add_column(headings[name], width=columns, justify=side, no_wrap=True, overflow="ellipsis")
+        rows.add_column(headings[name], width=letters, justify=side, no_wrap=True, overflow="ellipsis")
     rows.add_column("curve", width=curve, no_wrap=True)
     for i, trial in enumerate(shown):
         rows.add_row(
@@ -94,6 +87,18 @@ def _rows(sweep: SweepResult, shown: list[TrialResult], best: TrialResult | None
             style="bold" if trial is best else "",
         )
     return rows, [key for key in params if key not in wide]
+
+
+def columns(sweep: SweepResult, trials: Sequence[TrialResult]) -> dict[str, list[str]]:
+    """What a table says of trials, by column."""
+    return {
+        "trial": [str(trial.number) for trial in trials],
+        "state": [trial.state for trial in trials],
+        **{key: [value_told(trial.params[key]) if key in trial.params else "-" for trial in trials] for key in sweep.keys},
+        "step": [f"{trial.step}/{trial.steps}" if trial.steps else str(trial.step) for trial in trials],
+        "last": [_value_told(sweep, trial.last) for trial in trials],
+        "best": [_value_told(sweep, trial.value) for trial in trials],
+    }
 
 
 def _narrow(wide: dict[str, int], params: Mapping[str, list[str]], width: int) -> None:

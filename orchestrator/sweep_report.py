@@ -17,8 +17,8 @@ from actors.errors import EaglerayError
 from orchestrator.display import written
 from orchestrator.report import DPI, GREY, RED, WIDTH_PX
 from orchestrator.sweep_drawing import Look, curves, parallel, scatter, short
-from orchestrator.sweep_frame import value_told
-from orchestrator.sweep_results import UNFIT, SweepResult, TrialResult, read
+from orchestrator.sweep_frame import columns
+from orchestrator.sweep_results import UNFIT, SweepResult, read
 
 PANEL_PX, ROW_PX, AROUND_TABLE_PX = 620, 34, 80
 LISTED = 15  # trials in the table of the best
@@ -81,8 +81,9 @@ def _draw_best(sweep: SweepResult, path: Path) -> Path:
     """The table of the best trials."""
     shown = [trial for trial in sweep.ranked if trial.state not in UNFIT][:LISTED]
     shown += [trial for trial in sweep.ranked if trial.state in UNFIT][: LISTED - len(shown)]
-    headings = ["trial", *(key.rpartition(".")[2] for key in sweep.keys), "state", "step", "last", "best"]
-    rows = [[short(text) for text in _row(sweep, trial)] for trial in shown]
+    told = columns(sweep, shown)
+    headings = [name.rpartition(".")[2] for name in told]
+    rows = [[short(text) for text in row] for row in zip(*told.values(), strict=True)]
     figure = _figure(AROUND_TABLE_PX + ROW_PX * (len(rows) + 1))
     figure.suptitle(_title(sweep), fontsize=15, fontweight="bold")
     axes = figure.subplots()
@@ -102,13 +103,6 @@ def _draw_best(sweep: SweepResult, path: Path) -> Path:
         elif shown[row - 1].state in UNFIT:
             cell.set_text_props(color=GREY)
     return _save(figure, path)
-
-
-def _row(sweep: SweepResult, trial: TrialResult) -> list[str]:
-    params = [value_told(trial.params[key]) if key in trial.params else "-" for key in sweep.keys]
-    step = f"{trial.step}/{trial.steps}" if trial.steps else str(trial.step)
-    values = ["-" if value is None else written(sweep.metric, value) for value in (trial.last, trial.value)]
-    return [str(trial.number), *params, trial.state, step, *values]
 
 
 def _write_csv(sweep: SweepResult, path: Path) -> Path:

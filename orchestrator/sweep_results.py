@@ -135,7 +135,7 @@ class SweepResult:
         return pandas.DataFrame(rows, columns=["trial", *keys, "state", "step", "best", "last", "output_dir"])
 
     def plot(self, path: str | Path) -> Path:
-        """Draws the curves and the parameters of all trials as one PNG; raises EaglerayError when no trial has a value."""
+        """Draws the curves and the parameters of all trials as one PNG; raises EaglerayError when there is no trial."""
         from orchestrator.sweep_report import draw
 
         return draw(self, Path(path))

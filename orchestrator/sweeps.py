@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +48,10 @@ TUNE_ENVIRONMENT = {  # it keeps what it goes on from, and shows and writes noth
     "TUNE_GLOBAL_CHECKPOINT_S": "2",
     "RAY_AIR_NEW_OUTPUT": "0",  # whose silent mode prints a banner
 }
+OF_A_LENGTH = {  # keys that decide how many steps a job has that does not say so
+    "num_epochs", "micro_batch_size", "gradient_accumulation_steps", "ray_num_workers", "sequence_len",
+    "sample_packing", "datasets", "test_datasets", "val_set_size", "trl.num_generations",
+}  # fmt: skip
 FOREVER = 10**9  # steps: at the last one of its scheduler Tune would end a trial before it has saved its result
 AGAIN = "the same command goes on with the trials that failed"
 COPIES = 3  # of a trial's checkpoints that Tune keeps for others
@@ -141,7 +145,7 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
         if not resumed:
             _begin(config, folder, planned)
         (folder / STOPPING).unlink(missing_ok=True)
-        if left := _wait_for_processes(folder, LEFT_OVER_S):
+        if left := _wait_for_processes(folder, LEFT_OVER_S, waits.pause):
             raise ConfigError(f"output_dir: {folder} has trials that still run: end the processes {', '.join(map(str, left))}")
         with display.phase("starting Ray"):
             here = stack.enter_context(cluster.connected())
@@ -168,7 +172,7 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
             places=fits.at_once,
         )
         live = stack.enter_context(_lived(Live(folder, fits.at_once, engines)))
-        with watching(folder):
+        with watching(folder), _quiet_tune():
             _search(config, live, setting, display)
     return _result(folder, display)
 
@@ -232,7 +236,6 @@ def _base_of(folder: Path, config: SweepConfig, display: Display) -> Any:
 
 
 def _begin(config: SweepConfig, folder: Path, planned: Planned) -> None:
-    steps = planned.plan.total_steps if isinstance(planned.plan, Plan) else config.base.max_steps
     shutil.rmtree(folder / TUNE_FOLDER, ignore_errors=True)
     storage.write_json(
         folder / SWEEP_FILE,
@@ -240,11 +243,19 @@ def _begin(config: SweepConfig, folder: Path, planned: Planned) -> None:
             "version": VERSION,
             "base": config.base.source.path,
             "folder": str(Path.cwd()),
-            "total_steps": None if "max_steps" in config.space.keys else steps,
+            "total_steps": _total_steps(config, planned),
             **_about(config),
         },
     )
     (folder / BASE_FILE).write_text(dump(config.base), encoding="utf-8")  # last: without the other file it is a person's
+
+
+def _total_steps(config: SweepConfig, planned: Planned) -> int | None:
+    """Of each trial; None = not known, or they differ."""
+    varied = {key.partition("[")[0] for key in config.space.keys}
+    if "max_steps" in varied or (config.base.max_steps is None and varied & OF_A_LENGTH):
+        return None
+    return planned.plan.total_steps if isinstance(planned.plan, Plan) else config.base.max_steps
 
 
 def _fitting(config: SweepConfig, found: Read, nodes: Sequence[Node]) -> SweepPlan:
@@ -271,10 +282,23 @@ def _ensure_room(config: SweepConfig, fits: SweepPlan, display: Display) -> None
         display.warn(f"max_concurrent is {config.max_concurrent}, and the cluster has room for {fits.at_once} trials at a time")
 
 
+@contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """What it has to say is told by the table. Around a sweep alone: a notebook's process lives on."""
+    logger = logging.getLogger("ray.tune")
+    before, level = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}, logger.level
+    os.environ.update(TUNE_ENVIRONMENT)
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def _search(config: SweepConfig, live: Live, setting: Setting, display: Display) -> None:
     """Ray Tune, until all trials have ended."""
-    os.environ.update(TUNE_ENVIRONMENT)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it has to say is told by the table
     errors: list[Exception] = []
 
     def fit() -> None:
@@ -351,11 +375,11 @@ def _scheduler(config: SweepConfig) -> Any:
     return FIFOScheduler()
 
 
-def _wait_for_processes(sweep: Path, timeout_s: float) -> list[int]:
-    """Until no trial of the sweep runs on this machine; returns the pids of those that still do."""
+def _wait_for_processes(sweep: Path, timeout_s: float, pause: Callable[[float], None] = time.sleep) -> list[int]:
+    """Until no trial of the sweep runs on this machine; returns the pids of those that still do. Raises as `pause` does."""
     deadline = time.monotonic() + timeout_s
     while (left := [process.pid for process in trial_process.processes(sweep)]) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+        pause(POLL_S)
     return left
 
 
