@@ -82,6 +82,7 @@ class Process:
 
 def made(sweep: Path, process: Process | None = None, **setting: Any) -> Any:
     """A trial without Tune, whose job may have begun."""
+    sweep.mkdir(exist_ok=True)
     trial: Any = object.__new__(Trial)
     trial._trial_info = SimpleNamespace(trial_id="sweep_00003")
     given: dict[str, Any] = {"sweep": str(sweep), "metric": "eval/loss", "mode": "min", "path": "base.yaml", "folders": ()}
@@ -269,3 +270,82 @@ def test_how_many_steps_there_will_be_is_looked_up_once(tmp_path: Path) -> None:
     assert trial._steps() == 8
     (trial.folder / "events.jsonl").unlink()
     assert trial._steps() == 8
+
+
+def test_a_job_that_ends_well_has_measured(tmp_path: Path) -> None:
+    trial = made(tmp_path)
+    with pytest.raises(EaglerayError, match="without ever measuring eval/loss; set val_set_size or test_datasets"):
+        trial._end(0)
+    assert last(trial)["how"] == "failed" and "without ever measuring eval/loss" in last(trial)["text"]
+    trial.reported = 4
+    assert trial._end(0) == LAST
+
+
+def test_why_a_trial_failed_is_the_last_line_of_its_log_where_its_job_says_nothing(tmp_path: Path) -> None:
+    trial = made(tmp_path)
+    (trial.folder / "trial.log").write_text("loading\neagleray: there is no file rows.jsonl\n\n")
+    with pytest.raises(EaglerayError, match="the end of trial.log:\nloading\neagleray: there is no file"):
+        trial._end(1)
+    assert last(trial) == {"kind": "end", "how": "failed", "text": "there is no file rows.jsonl"}
+
+
+def test_the_last_step_is_told_once_the_job_has_saved_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that hears of it ends the trial."""
+    codes = [None, None, 0]
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    trial = made(tmp_path, SimpleNamespace(poll=lambda: codes.pop(0)))
+    assert trial._last({"step": 8, "eval/loss": 0.5}) == {"step": 8, "eval/loss": 0.5, "done": True}
+    assert len(slept) == 2
+    trial.process = Process(-9)
+    with pytest.raises(EaglerayError, match="trial 3 failed"):
+        trial._last({"step": 8, "eval/loss": 0.5})
+    trial.process = Process()
+    (tmp_path / STOPPING).touch()
+    assert trial._last({"step": 8, "eval/loss": 0.5}) == LAST and trial.process.code == 143
+
+
+def test_a_trial_that_was_done_is_not_repeated_unless_it_is_another_one_now(tmp_path: Path) -> None:
+    """Its parameters are others where a population changed them, which a driver that was killed may not have known."""
+    trial = made(tmp_path)
+    assert not trial._is_done()
+    (trial.folder / "trial.json").write_text('{"number": 3, "params": {"learning_rate": 0.1}}')
+    Journal(trial.folder).tell("end", how="stopped", text="")
+    assert not trial._is_done()
+    Journal(trial.folder).tell("end", how="done", text="")
+    assert trial._is_done()
+    (trial.folder / "metrics.jsonl").write_text(line(1) + '{"kind": "eval", "step": 2, "eval/loss": 0.5}\n')
+    assert trial.step() == {"step": 2, "eval/loss": 0.5} and trial.step() == LAST and trial.process is None
+    trial.params = {"learning_rate": 0.2}
+    assert not trial._is_done()
+
+
+def test_a_trial_goes_on_from_a_copied_checkpoint(tmp_path: Path) -> None:
+    """What it had learnt itself after that step is set aside, whole."""
+    better, worse = made(tmp_path / "better"), made(tmp_path / "worse")
+    saved(better, 4)
+    own = [saved(worse, step) for step in (2, 4, 6)]
+    (own[1] / "weights").write_text("its own")
+    (tmp_path / "copy").mkdir()
+    better.save_checkpoint(str(tmp_path / "copy"))
+    worse.load_checkpoint(str(tmp_path / "copy"))
+    assert worse.resume_from == str(own[1]) and worse.reported == 4
+    storage.verify(own[1])
+    assert storage.steps_saved(worse.folder) == [4, 2]
+    aside = {path.name: (path / "weights").read_text() for path in worse.folder.glob("aside-*")}
+    assert aside == {"aside-1-checkpoint-4": "its own", "aside-1-checkpoint-6": "of step 6"}
+
+
+def test_a_trial_without_a_checkpoint_cannot_be_copied(tmp_path: Path) -> None:
+    with pytest.raises(EaglerayError, match="trial 3 has saved no checkpoint to be copied; set save_steps in the base"):
+        made(tmp_path).save_checkpoint(str(tmp_path / "copy"))
+
+
+def test_a_copy_is_as_new_as_what_was_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = made(tmp_path, Process())
+    saved(trial, 2)
+    trial.reported = 4
+    monkeypatch.setattr(time, "sleep", lambda seconds: saved(trial, 4))
+    (tmp_path / "copy").mkdir()
+    trial.save_checkpoint(str(tmp_path / "copy"))
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["checkpoint-4"]
