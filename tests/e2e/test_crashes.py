@@ -13,11 +13,10 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import finish, run, start
-from tests.e2e.test_dataset_jobs import Job, dataset_job
+from tests.e2e.test_dataset_jobs import Job
 from tests.e2e.test_run import children
 
 pytestmark = pytest.mark.slow
-__all__ = ["dataset_job"]
 
 
 def wait_for_steps(process: Any, output_dir: Path, count: int) -> None:
