@@ -67,15 +67,15 @@ def running(folder: Path, number: int) -> psutil.Process | None:
 def test_eight_trials_some_of_which_are_stopped_early(sweep: Callable[..., Path], tmp_path: Path) -> None:
     rates = [3e-2, 1e-2, 1e-6, 2e-6, 3e-6, 4e-6, 5e-6, 6e-6]
     scheduler = {"name": "asha", "grace_period": 2, "reduction_factor": 2}
-    config = sweep({"max_steps": 40, "max_grad_norm": 1.0}, space={"learning_rate": rates}, scheduler=scheduler)
-    code, output = finish(start("sweep", config), 400)
+    config = sweep({"max_steps": 20}, space={"learning_rate": rates}, scheduler=scheduler)
+    code, output = finish(start("sweep", config), 600)
     assert code == 0 and "Traceback" not in output, output
     folder = tmp_path / "sweep"
     result = read(folder)
     assert [trial.params["learning_rate"] for trial in result.trials] == rates
     states = [trial.state for trial in result.trials]
     assert states[0] == "done" and states.count("stopped") >= 2 and set(states) == {"done", "stopped"}
-    assert all(trial.step < 40 for trial in result.trials if trial.state == "stopped")
+    assert all(trial.step < 20 for trial in result.trials if trial.state == "stopped")
     assert result.best is not None and result.best.number in (0, 1), "the two that learn"
     assert "done: 8 trials" in output and f"it lies  in {result.best.folder}" in output
     for trial in result.trials:
@@ -83,8 +83,6 @@ def test_eight_trials_some_of_which_are_stopped_early(sweep: Callable[..., Path]
         assert yaml.safe_load((trial.folder / "config.yaml").read_text())["learning_rate"] == trial.params["learning_rate"]
         assert (trial.folder / "adapter_model.safetensors").exists() == (trial.state == "done")
     assert not list(trial_process.processes(folder))
-    code, output = finish(start("sweep", config), 100)
-    assert code == 0 and [starts(trial.folder) for trial in result.trials] == [1] * 8, "a sweep that is done runs nothing"
 
 
 @pytest.mark.slow
@@ -106,7 +104,10 @@ def test_a_population_copies_its_best(sweep: Callable[..., Path], tmp_path: Path
     assert losses[0][step + 1] == pytest.approx(losses[1][step + 1], abs=1e-5), "the same weights on the same rows"
     assert losses[0][step] != pytest.approx(losses[1][step], abs=1e-3)
     assert json.loads((copied / "trial.json").read_text())["params"]["learning_rate"] == pytest.approx(rates[10])
-    assert read(tmp_path / "sweep").trials[0].state == read(tmp_path / "sweep").trials[1].state == "done"
+    assert [trial.state for trial in read(tmp_path / "sweep").trials] == ["done", "done"]
+    before = [starts(trial) for trial in trials]
+    code, output = finish(start("sweep", config), 100)
+    assert code == 0 and [starts(trial) for trial in trials] == before, "a sweep that is done runs nothing"
 
 
 @pytest.mark.slow
