@@ -20,7 +20,7 @@
     hardware.py     the machines that a person says, and how large the GPUs of a cluster are
     planning.py     a job on a cluster, and the nearest changes with which it would fit
     sweep_config.py SWEEP.yaml: a base job, a space (space.py) and how it is searched
-    sweeps.py       a sweep: its folder and Ray Tune's search
+    sweeps.py       a sweep: its folder, and its end; sweep_search.py: Ray Tune's search in between
     trials.py       a trial as Ray Tune sees it; trial_process.py: the job's process
     api.py          load, plan, run and sweep from Python
     plan_command.py eagleray plan; drawing.py: its picture; memory_check.py: its numbers beside measured ones

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from actors.errors import ConfigError, EaglerayError
-from orchestrator import sweeps, waits
+from orchestrator import sweep_search, sweeps, waits
 from orchestrator.cli import main
 from orchestrator.plan import Plan
 
@@ -69,17 +69,17 @@ def test_a_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "60")
     monkeypatch.delenv("TUNE_DISABLE_AUTO_INIT", raising=False)
     level = logging.getLogger("ray.tune").level
-    with sweeps._quiet_tune():
+    with sweep_search.quiet_tune():
         assert os.environ["TUNE_GLOBAL_CHECKPOINT_S"] == "2" and os.environ["TUNE_DISABLE_AUTO_INIT"] == "1"
     assert os.environ["TUNE_GLOBAL_CHECKPOINT_S"] == "60" and "TUNE_DISABLE_AUTO_INIT" not in os.environ
     assert logging.getLogger("ray.tune").level == level
 
 
 def test_a_wait_for_what_is_left_hears_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps.trial_process, "processes", lambda folder: [SimpleNamespace(pid=1)])
+    monkeypatch.setattr(sweep_search.trial_process, "processes", lambda folder: [SimpleNamespace(pid=1)])
     monkeypatch.setattr(waits, "_signals", [signal.SIGINT])
     with pytest.raises(waits.Interrupted):
-        sweeps._wait_for_processes(tmp_path, 30, waits.pause)
+        sweep_search.wait_for_processes(tmp_path, 30, waits.pause)
 
 
 def test_a_cluster_is_only_planned_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from actors import storage
 from actors.errors import ActorError, CheckpointError, EaglerayError
-from orchestrator import sweeps
+from orchestrator import sweep_search
 from orchestrator.journal import Journal, parse
 from orchestrator.shared_engines import SharedEngines
 from orchestrator.trials import LAST, STOPPING, Setting, Tail, Trial
@@ -150,8 +150,8 @@ def test_tune_frees_only_the_places_of_trials_that_failed(monkeypatch: pytest.Mo
     """Of the others it tells while their jobs still sample."""
     closed: list[str] = []
     monkeypatch.setattr(SharedEngines, "close", lambda engines: closed.append(engines.policy))
-    monkeypatch.setattr(sweeps, "_live", [sweeps.Live(Path("sweep"), 1, SharedEngines("here", ("engine 0",)))])
-    departure, trial = sweeps.Departure(), SimpleNamespace(trial_id="sweep_00003")
+    monkeypatch.setattr(sweep_search, "_live", [sweep_search.Live(Path("sweep"), 1, SharedEngines("here", ("engine 0",)))])
+    departure, trial = sweep_search.Departure(), SimpleNamespace(trial_id="sweep_00003")
     departure.on_trial_complete(1, [trial], trial)
     assert closed == []
     monkeypatch.setattr(SharedEngines, "actors", lambda engines: ())
@@ -161,8 +161,8 @@ def test_tune_frees_only_the_places_of_trials_that_failed(monkeypatch: pytest.Mo
 
 def test_a_sweep_ends_with_its_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else all trials that are still to come would fail one after another."""
-    monkeypatch.setattr(sweeps, "_live", [sweeps.Live(tmp_path, 1, SharedEngines("here", ("engine 0",)))])
-    monkeypatch.setattr(sweeps.trial_process, "processes", lambda folder: [])
+    monkeypatch.setattr(sweep_search, "_live", [sweep_search.Live(tmp_path, 1, SharedEngines("here", ("engine 0",)))])
+    monkeypatch.setattr(sweep_search.trial_process, "processes", lambda folder: [])
     monkeypatch.setattr(SharedEngines, "close", lambda engines: None)
     failures = iter([(), ActorError("there is no engine 0 any more")])
 
@@ -173,24 +173,24 @@ def test_a_sweep_ends_with_its_engines(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(SharedEngines, "actors", actors)
     trial = SimpleNamespace(trial_id="sweep_00003")
-    sweeps.Departure().on_trial_error(1, [trial], trial)
-    sweeps.Interruption().on_step_begin(2, [trial])
-    sweeps.Departure().on_trial_error(2, [trial], trial)
+    sweep_search.Departure().on_trial_error(1, [trial], trial)
+    sweep_search.Interruption().on_step_begin(2, [trial])
+    sweep_search.Departure().on_trial_error(2, [trial], trial)
     with pytest.raises(ActorError, match="there is no engine 0 any more"):
-        sweeps.Interruption().on_step_begin(3, [trial])
+        sweep_search.Interruption().on_step_begin(3, [trial])
     assert (tmp_path / STOPPING).exists()
 
 
 def test_tune_goes_on_after_its_last_step_when_the_jobs_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would give their actors 5 s, and a job that was stopped as the last one more to save what it has."""
     left = [[SimpleNamespace(pid=1)], [SimpleNamespace(pid=1)], []]
-    monkeypatch.setattr(sweeps.trial_process, "processes", lambda folder: left.pop(0))
-    monkeypatch.setattr(sweeps, "_live", [sweeps.Live(tmp_path, 2)])
-    monkeypatch.setattr(sweeps, "POLL_S", 0.0)
+    monkeypatch.setattr(sweep_search.trial_process, "processes", lambda folder: left.pop(0))
+    monkeypatch.setattr(sweep_search, "_live", [sweep_search.Live(tmp_path, 2)])
+    monkeypatch.setattr(sweep_search, "POLL_S", 0.0)
     ended, runs = SimpleNamespace(is_finished=lambda: True), SimpleNamespace(is_finished=lambda: False)
-    sweeps.Interruption().on_step_end(1, [ended, runs])
+    sweep_search.Interruption().on_step_end(1, [ended, runs])
     assert len(left) == 3, "it does not keep a sweep that goes on"
-    sweeps.Interruption().on_step_end(1, [ended, ended])
+    sweep_search.Interruption().on_step_end(1, [ended, ended])
     assert not left
 
 
@@ -213,9 +213,9 @@ def test_a_trial_begins_once_there_is_a_place(tmp_path: Path) -> None:
 
 
 def test_a_sweep_that_goes_on_runs_as_many_trials_as_there_is_room_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    live = sweeps.Live(Path("sweep"), 3)
-    monkeypatch.setattr(sweeps, "_live", [live])
-    draws = sweeps.Draws()
+    live = sweep_search.Live(Path("sweep"), 3)
+    monkeypatch.setattr(sweep_search, "_live", [live])
+    draws = sweep_search.Draws()
     draws.set_state({**draws.get_state(), "max_concurrent": 1})
     draws._trial_generator = [SimpleNamespace(trial_id=f"sweep_{n}") for n in range(6)]
     assert [draws.next_trial() is not None for _ in range(5)] == [True] * 3 + [False] * 2
