@@ -64,8 +64,13 @@ def model(tmp_path_factory: pytest.TempPathFactory, base: str) -> str:
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[Executor]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_alone) as pool:
         yield pool
+
+
+def begin_alone() -> None:
+    """In the process; torch's own function cannot be sent there once vLLM has put another in its place here."""
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(

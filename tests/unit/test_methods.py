@@ -122,7 +122,7 @@ def test_sft(folder: str, tokenizer: Any, tmp_path: Path) -> None:
     compare(losses(trainer), losses(peer))
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", pytest.param("ipo", marks=pytest.mark.slow)])
 def test_dpo(folder: str, tokenizer: Any, tmp_path: Path, loss_type: str) -> None:
     rows = rows_of("dpo/direct-train.jsonl")
     encode = build_pairs(FormatSpec(type="chat_template.default"), tokenizer)
