@@ -11,6 +11,7 @@
     config.py       all of that as load() and dump()
     data.py         prompts: reading, checking, dealing to steps
     plan.py         configuration and cluster to roles, bundles and batch arithmetic: a pure function
+    description.py  the plan for a person
     dataset_plan.py the same for dataset jobs
     model_shape.py  a model's config.json to numbers of weights
     activations.py  what a micro-batch keeps alive in a model's layers, counted on tensors without data

@@ -10,8 +10,9 @@ from rich.text import Text
 from actors.errors import ConfigError
 from orchestrator.advise import WHY_ELSE, Advice, advise, name_of
 from orchestrator.advised_job import percentile
+from orchestrator.description import described_adapter
 from orchestrator.machines import machines
-from orchestrator.plan import described_adapter, trainer_dtype
+from orchestrator.plan import trainer_dtype
 from orchestrator.schema import JobConfig
 from orchestrator.sizing import described
 

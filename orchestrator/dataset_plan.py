@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from math import ceil
 
 from orchestrator import sharding
+from orchestrator.description import described_adapter
 from orchestrator.plan import (
     Bundle,
     Node,
     amount,
-    described_adapter,
     first_fit,
     hosts,
     shortages,

@@ -16,6 +16,7 @@ from orchestrator import checkpoints, cluster, sharding, starting_adapter, tenso
 from orchestrator.cluster import Actors
 from orchestrator.conversations import ensure_playable
 from orchestrator.data import PROBE_TOKENS, PromptSet, load_prompts, without_long_prompts
+from orchestrator.description import describe
 from orchestrator.display import Display
 from orchestrator.fit import warnings
 from orchestrator.grpo import Evaluation, Loop
@@ -30,7 +31,7 @@ from orchestrator.jobs import (
 )
 from orchestrator.metrics import MetricsLog
 from orchestrator.online_specs import engine_spec, model_spec, trainer_spec
-from orchestrator.plan import Node, Plan, completions_per_step, describe, ensure_placeable, make_plan
+from orchestrator.plan import Node, Plan, completions_per_step, ensure_placeable, make_plan
 from orchestrator.policies import Policies
 from orchestrator.rewards import ensure_rewards, reward_models, reward_specs
 from orchestrator.samples import Samples

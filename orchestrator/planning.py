@@ -15,7 +15,7 @@ from actors import device, model
 from actors.chat import prompt_token_ids
 from actors.errors import ConfigError
 from actors.specs import ModelSpec
-from orchestrator import dataset_plan, plan, prepare, sharding, tensor_parallel
+from orchestrator import dataset_plan, description, prepare, sharding, tensor_parallel
 from orchestrator.conversations import ensure_playable
 from orchestrator.data import PromptSet, load_prompts
 from orchestrator.dataset_plan import DatasetPlan, make_dataset_plan
@@ -113,7 +113,7 @@ def planned(config: JobConfig, nodes: Sequence[Node], read: Read) -> Planned:
 def describe(job: Planned) -> list[str]:
     """The plan for a person, a line each."""
     if isinstance(job.plan, Plan):
-        return plan.describe(job.config, job.plan)
+        return description.describe(job.config, job.plan)
     return dataset_plan.describe(job.config, job.plan)
 
 

@@ -116,7 +116,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray's annotations are not 
         while not self.found:
             if self._is_stopping():
                 self.cleanup()
-                return LAST  # which nobody takes any more: see Interruption in sweeps.py
+                return LAST  # which nobody takes any more: see Interruption in sweep_search.py
             if self.tail is None:
                 if not self._has_place():
                     time.sleep(POLL_S)

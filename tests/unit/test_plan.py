@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from actors.errors import ConfigError
-from orchestrator.plan import Node, describe, ensure_placeable, make_plan
+from orchestrator.description import describe
+from orchestrator.plan import Node, ensure_placeable, make_plan
 from orchestrator.schema import JobConfig, JudgeConfig
 
 LAPTOP = [Node("laptop", {"CPU": 2.0})]

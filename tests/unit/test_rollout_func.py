@@ -10,7 +10,8 @@ from actors.specs import RolloutFunctionSpec
 from orchestrator.config import load
 from orchestrator.conversations import ensure_playable, rollout_function_spec
 from orchestrator.data import Row
-from orchestrator.plan import Node, describe, make_plan
+from orchestrator.description import describe
+from orchestrator.plan import Node, make_plan
 from tests.job_files import GRPO, grpo, write
 
 CHAT = Row([{"role": "user", "content": "Hi"}], {}, "rows.jsonl:1")
