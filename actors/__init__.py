@@ -6,6 +6,7 @@
     device.py    the only module that knows which accelerator there is
     hub.py       a model's name to a local folder, with SmolLM2 carried along for machines without a hub
     chat.py      messages to tokens
+    prompts.py   transforms of rows that come with Eagleray
     model.py     the policy: base model, LoRA, tokenizer; log-probabilities of packed rows
     attention.py what a completion in a packed row looks at
     adapter.py   an adapter in a folder, and a policy that starts from it

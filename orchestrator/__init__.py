@@ -18,13 +18,18 @@
     head_memory.py  what comes after the layers
     memory.py       all that a rank needs; engine_memory.py: what an engine does
     fit.py          whether that is there, GPU by GPU
-    hardware.py     the machines that a person says, and how large the GPUs of a cluster are
+    tensor_parallel.py over how many GPUs an engine can cut a model
+    hardware.py     machines that a person says, such as 8x80GB, and how large the GPUs of a cluster are
+    machines.py     what --cluster means: these, or those that are there
     planning.py     a job on a cluster, and the nearest changes with which it would fit
+    plan_command.py eagleray plan; drawing.py: its picture; memory_check.py: its numbers beside measured ones
     sweep_config.py SWEEP.yaml: a base job, a space (space.py) and how it is searched
+    sweep_plan.py   how many trials fit at once; sweep_plan_command.py: eagleray sweep --plan
     sweeps.py       a sweep: its folder, and its end; sweep_search.py: Ray Tune's search in between
     trials.py       a trial as Ray Tune sees it; trial_process.py: the job's process
+    sweep_results.py what a sweep has found so far; sweep_frame.py: as text; sweep_table.py: while it goes
+    sweep_report.py its pictures and its table; sweep_drawing.py: their panels
     api.py          load, plan, run and sweep from Python
-    plan_command.py eagleray plan; drawing.py: its picture; memory_check.py: its numbers beside measured ones
     prepare.py      datasets to token ids on disk, by Ray Data
     sharding.py     deepspeed and fsdp_config, checked and as transformers takes them
     arguments.py    configuration to the arguments of TRL's trainers
@@ -39,6 +44,7 @@
     scoring.py      reward calls, with their time limit
     samples.py      what was sampled, on its way to files
     credit.py       rewards to advantages
+    tally.py        what sampled groups came to: rewards, advantages, and the numbers of a record
     shares.py       a batch to the shares of the trainer's ranks
     checkpoints.py  output folder: lock, checkpoints, resume
     grpo.py         the loop

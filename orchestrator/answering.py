@@ -100,7 +100,6 @@ class Engines:
             spec.model,
             name=name,
             quantization=spec.model.quantization if lora else None,  # what was quantized was the base of the adapter
-            chat_template=None if self.result.tokenizer else spec.model.chat_template,
         )
         return replace(
             spec,

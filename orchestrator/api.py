@@ -39,8 +39,8 @@ def load(path: str | Path, **overrides: Any) -> JobConfig:
 def plan(config: JobConfig, cluster: str = "auto") -> Planned:
     """What a job would start where, and whether it fits (`.problems` is empty then); `print` shows it. Starts nothing.
 
-    cluster: such as 8x80GB or 2x8x80GB; auto is the cluster of RAY_ADDRESS, else this machine. Raises ConfigError for a job
-    that no cluster can hold.
+    cluster: such as 8x80GB or 2x8x80GB; auto is the cluster that is joined already, or that of RAY_ADDRESS, else
+    this machine. Raises ConfigError for a job that no cluster can hold.
     """
     ensure_runnable(config)
     with machines(cluster) as nodes:
@@ -71,16 +71,17 @@ def sweep(
     space: by dotted key a domain of ray.tune, or a list, which is a grid. metric: a name of METRICS in metrics.py; mode: min or
     max. num_samples: draws of the random keys, and so often each combination of the grids. scheduler: none, asha, or pbt with
     its options, `{"name": "pbt", "perturbation_interval": 20}`. max_concurrent: trials at once, by default as many as there is
-    room for. output_dir: where an unfinished sweep that is the same goes on. seed: of the draws.
+    room for. share_engines: GRPO trials with an adapter sample on the same engines. output_dir: where an unfinished sweep that
+    is the same goes on. seed: of the draws.
     """
     from orchestrator import sweep_config, sweeps  # here: they load Ray Tune
 
     given = {
-        "space": dict(space),
+        "space": space,
         "metric": metric,
         "mode": mode,
         "num_samples": num_samples,
-        "scheduler": scheduler if isinstance(scheduler, str) else dict(scheduler),
+        "scheduler": scheduler,
         "max_concurrent": max_concurrent,
         "share_engines": share_engines,
         "output_dir": output_dir,

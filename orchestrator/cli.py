@@ -66,6 +66,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _sweep(args: argparse.Namespace) -> int:
     from orchestrator.display import Display
+    from orchestrator.hardware import AUTO
     from orchestrator.sweep_config import load
     from orchestrator.sweep_plan_command import show
     from orchestrator.sweeps import sweep
@@ -75,9 +76,7 @@ def _sweep(args: argparse.Namespace) -> int:
     config = load(args.config, args.overrides)
     if not args.plan:
         return ended(lambda: sweep(config, Display()))
-    options: dict[str, Any] = {"max_concurrent": config.max_concurrent, "share_engines": config.share_engines}
-    scheduler = config.scheduler["name"]
-    return ended(lambda: show(config.base, args.cluster or "auto", config.trials, config.sizes, scheduler=scheduler, **options))
+    return ended(lambda: show(config, args.cluster or AUTO))
 
 
 def _submit(args: argparse.Namespace) -> int:

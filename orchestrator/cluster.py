@@ -1,7 +1,7 @@
 """The only module that starts Ray, placement groups and actors of ours; waits.py waits for their answers.
 
-Ray Train's workers, Ray Data's tasks and Ray Serve's replicas are started by those libraries, from dataset_job.py, prepare.py
-and serve.py.
+Ray Train's workers, Ray Data's tasks, Ray Serve's replicas and Ray Tune's trials are started by those libraries, from
+dataset_job.py, prepare.py, serve.py and sweep_search.py.
 
 A new kind of actor gets a function here, and its role a word in ROLES of dashboard.py.
 """
@@ -49,7 +49,7 @@ class Connection:
     job_id: str  # Ray's, of this driver
     logs: Path  # Ray's folder of logs where the driver runs, which the dashboard shows
     dashboard: str | None  # its address, with http://
-    address: str = ""  # for RAY_ADDRESS of another driver
+    address: str  # for RAY_ADDRESS of another driver
 
     def __str__(self) -> str:
         return f"{self.dashboard} (its token: ray get-auth-token)" if self.dashboard else "no dashboard"
@@ -124,7 +124,8 @@ def connected() -> Iterator[Connection]:
 def _connection(context: Any) -> Connection:
     logs = Path(context.address_info["session_dir"], "logs")
     dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
-    return Connection(ray.get_runtime_context().get_job_id(), logs, dashboard, ray.get_runtime_context().gcs_address)
+    driver = ray.get_runtime_context()
+    return Connection(driver.get_job_id(), logs, dashboard, driver.gcs_address)
 
 
 @contextmanager
@@ -256,4 +257,3 @@ def keep(value: Any) -> Any:
 def stop(actor: Any) -> None:
     """Ends an actor's process at once, also one that hangs."""
     ray.kill(actor, no_restart=True)
-

@@ -97,10 +97,11 @@ def _head(seen: Sighting) -> list[Text]:
     elif phases:
         title.append(f"  {phases[-1]['text']}  {duration(seen.at - phases[-1]['time'])}")
     place = f"job {start.get('job_id', '-')}   {start.get('dashboard') or 'no dashboard'}   {start.get('output_dir', '')}"
-    return [_one_line(title), _one_line(Text(place, "dim"))]
+    return [one_line(title), one_line(Text(place, "dim"))]
 
 
-def _one_line(text: Text) -> Text:
+def one_line(text: Text) -> Text:
+    """Cut where the terminal ends."""
     text.no_wrap, text.overflow = True, "ellipsis"
     return text
 
@@ -205,11 +206,11 @@ def _machine(machine: Machine) -> Text:
     text = Text(f"{machine.name}  {gib(machine.memory_used)} of {gib(machine.memory_total)}", style)
     for index, (used, total) in enumerate(machine.gpu_memory):
         text.append(f"   GPU {index} {used / 1024:.0f}/{total / 1024:.0f} GiB", "dim")
-    return _one_line(text)
+    return one_line(text)
 
 
 def _warnings(seen: Sighting, count: int) -> list[Text]:
     return [
-        _one_line(Text(f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  {event['text'].partition(chr(10))[0]}"))
+        one_line(Text(f"{datetime.fromtimestamp(event['time']):%H:%M:%S}  {event['text'].partition(chr(10))[0]}"))
         for event in seen.told("warning")[-count:]
     ]

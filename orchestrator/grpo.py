@@ -12,9 +12,8 @@ their answers or by a time limit, which ends the job.
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from actors.specs import SamplingSpec
 from actors.types import RolloutHeader, Scores, TrainStats
@@ -102,15 +101,16 @@ class Loop:
         self.policies.publish()
         self.rollouts.send(self.in_flight)
 
-    def state(self) -> dict[str, Any]:
-        """What `resume` needs: batches asked for, and number and place of each group in flight."""
-        return {"sent": self.sent, "in_flight": [[group.number, group.place] for group in self.in_flight]}
+    def state(self) -> list[list[int]]:
+        """What `resume` needs: number and place of each group in flight."""
+        return [[group.number, group.place] for group in self.in_flight]
 
-    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+    def resume(self, step: int, state: Sequence[Sequence[int]]) -> None:
         """Goes on after `step` steps from a `state`; with more steps in all, too, than the job that left it had."""
-        self.step, self.sent = step, state["sent"]
-        batches = {number: self._batch(number) for number in {number for number, _ in state["in_flight"]}}
-        self.in_flight = [batches[number][place] for number, place in state["in_flight"]]
+        self.step = step
+        self.sent = step + len(state) // self.plan.prompts_per_step  # each step trains on as many groups as a batch has
+        batches = {number: self._batch(number) for number in {number for number, _ in state}}
+        self.in_flight = [batches[number][place] for number, place in state]
 
     def advance(self) -> Record:
         """One step; returns its record."""

@@ -59,8 +59,8 @@ def check(job: Planned, note: Callable[[str], Any]) -> Iterator[Measured]:
     """
     plan = job.plan
     with cluster.placed(plan) as group:
-        ranks = f"{len(plan.bundles)} worker(s)" if isinstance(plan, DatasetPlan) else "the trainer"
-        note(f"measuring two steps of {ranks} ...")
+        who = f"{len(plan.bundles)} worker(s)" if isinstance(plan, DatasetPlan) else "the trainer"
+        note(f"measuring two steps of {who} ...")
         yield from _ranks(job, group)
         if isinstance(plan, DatasetPlan) or job.fit.engine is None:
             return
@@ -70,9 +70,7 @@ def check(job: Planned, note: Callable[[str], Any]) -> Iterator[Measured]:
         note("measuring an engine ...")
         environment = actor_environment(ENGINE, plan, job.config.ray.kv_cache_gib)
         index = next(i for i, bundle in enumerate(plan.bundles) if bundle.role in (ENGINE, BOTH))
-        actor = cluster.start_measuring(
-            plan, group, index, environment, MeasuredEngine, engine_spec(job.config, plan)
-        )
+        actor = cluster.start_measuring(plan, group, index, environment, MeasuredEngine, engine_spec(job.config, plan))
         yield Measured("engine 0", job.fit.engine.awake, waits.fetch(actor.peak.remote(), "engine 0, measuring", MEASURING_S))
 
 

@@ -12,8 +12,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -130,6 +131,12 @@ def read(path: Path) -> list[dict[str, Any]]:
             raise EaglerayError(f"{path}, line {number} is not a metrics record; delete that line") from error
         records.append({name: math.nan if value is None else value for name, value in record.items()})
     return records
+
+
+def usual_step_s(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Median seconds of a step; None = there is none yet."""
+    seconds = [record["step_s"] for record in records if math.isfinite(record.get("step_s", math.nan))]
+    return median(seconds) if seconds else None
 
 
 class MetricsLog:

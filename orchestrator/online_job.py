@@ -225,7 +225,7 @@ class _Job:
                 saves = [trainer.save.remote(str(folder), *(older if rank == 0 else ())) for rank, trainer in ranks]
                 waits.fetch_ranks(saves, "saving a checkpoint", self.config.ray.rollout_timeout_s, loop.rollouts)
                 job = identity(self.config, self.prompts)
-                state = {"step": loop.step, "evaluations": self.evaluations, "rollouts": loop.state(), "job": job}
+                state = {"step": loop.step, "evaluations": self.evaluations, "in_flight": loop.state(), "job": job}
                 storage.write_json(folder / storage.STATE, state)
             checkpoints.prune(self.output_dir, self.config.save_total_limit)
         except (OSError, ActorError) as error:
@@ -241,7 +241,7 @@ class _Job:
         )
         for header, *buckets in older:
             loop.policies.add(header, *map(cluster.keep, buckets))
-        loop.resume(state["step"], state["rollouts"])
+        loop.resume(state["step"], state["in_flight"])
         self.evaluations = list(state["evaluations"])
         for past in self.evaluations:
             self.display.evaluation(past["label"], past["record"], past["solved"], past["total"])

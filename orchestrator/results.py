@@ -14,12 +14,11 @@ from safetensors import SafetensorError
 
 from actors import adapter, device, hub, merge, model, storage
 from actors.errors import EaglerayError
-from actors.formats.templates import CHAT_TEMPLATES, OWN
 from actors.specs import ModelSpec
 from orchestrator.checkpoints import RESULTS
 from orchestrator.config import load
 from orchestrator.display import Display
-from orchestrator.jobs import CONFIG, folders_of, lora_spec
+from orchestrator.jobs import CONFIG, folders_of, lora_spec, template_arguments
 from orchestrator.plan import policy_dtype, trainer_dtype
 from orchestrator.schema import JobConfig
 
@@ -107,7 +106,7 @@ def dtype_of(config: JobConfig) -> str:
 
 def base_of(config: JobConfig, dtype: str) -> ModelSpec:
     """The base model as the job read it, never quantized. A dataset job saves its template with the result."""
-    template = CHAT_TEMPLATES.get(config.chat_template or OWN) if config.rl == "grpo" else None
+    template = template_arguments(config).get("chat_template") if config.rl == "grpo" else None
     return ModelSpec(config.base_model, dtype, config.trust_remote_code, chat_template=template)
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from actors import device
-from actors.errors import ActorError
+from actors.errors import ActorError, ConfigError
 from actors.specs import EngineSpec, LoraSpec
 from orchestrator import cluster, waits
 from orchestrator.display import Display
@@ -18,6 +18,9 @@ from orchestrator.jobs import lora_spec
 from orchestrator.online_specs import engine_spec
 from orchestrator.plan import ENGINE, MAX_NUM_SEQS, Node, Plan, colocated, ensure_placeable, first_fit, make_plan
 from orchestrator.schema import JobConfig
+
+ENGINES = ("engines", "engine_gpus", "engine_cpus", "kv_cache_gib")  # keys of `ray:` that say which there are
+KINDS = (Node("CPUs", {"CPU": 1.0}), Node("a GPU", {"CPU": 1.0, "GPU": 1.0}))  # on which an engine may be another one
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,26 @@ def unshareable(config: JobConfig, others: Sequence[JobConfig]) -> str | None:
         return "vLLM cannot prove a policy beside others with LoRA on lm_head; train other modules, or leave it out"
     if any(map(colocated, (config, *others))):
         return "with trl.vllm_mode: colocate every rank has an engine of its own; use server, or leave it out"
-    if any(job.ray.sync == "fused" or job.ray.engines != config.ray.engines for job in (config, *others)):
-        return "engines that trials share are the base's (ray.engines), and each policy a LoRA slot on them (ray.sync: adapter)"
-    nodes = [Node("any", {"CPU": 1.0})]  # what jobs differ in does not depend on where they run
-    own = _shared_spec(config, _plan(config, nodes))
     for other in others:
-        spec = _shared_spec(other, _plan(other, nodes))
-        if different := [field.name for field in fields(EngineSpec) if getattr(own, field.name) != getattr(spec, field.name)]:
-            return (
-                f"trials that share engines cannot differ in what these are made of: {', '.join(different)}; take the keys "
-                "behind it out of the space, or leave it out"
-            )
+        if any(getattr(other.ray, key) != getattr(config.ray, key) for key in ENGINES):
+            return f"engines that trials share are the base's; take ray.{', ray.'.join(ENGINES)} out of the space"
+    if any(job.ray.sync == "fused" for job in (config, *others)):
+        return "each policy has LoRA slots on engines that trials share (ray.sync: adapter); leave ray.sync out"
+    if different := {name for other in others for node in KINDS for name in _differences(config, other, node)}:
+        return (
+            f"trials that share engines cannot differ in what these are made of: {', '.join(sorted(different))}; take the keys "
+            "behind it out of the space, or leave it out"
+        )
     return None
+
+
+def _differences(one: JobConfig, other: JobConfig, node: Node) -> list[str]:
+    """Fields in which the engines of two jobs differ on a kind of node; none where one of the jobs cannot run there."""
+    try:
+        specs = [_shared_spec(job, _plan(job, [node])) for job in (one, other)]
+    except ConfigError:
+        return []
+    return [field.name for field in fields(EngineSpec) if getattr(specs[0], field.name) != getattr(specs[1], field.name)]
 
 
 @contextmanager

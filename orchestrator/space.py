@@ -6,7 +6,8 @@
      "_": [{"micro_batch_size": 1, "sequence_len": 4096}, {"micro_batch_size": 2, "sequence_len": 2048}]}
 
 A list is a grid; a key that begins with `_` is a grid of mappings, whose keys go together, as in Axolotl's sweep files. From
-Python a value may also be one of ray.tune's domains. A new kind of domain is a line in KINDS.
+Python a value may also be one of ray.tune's domains. A new kind of domain is a line in KINDS, and
+in RANGES where it has ends.
 """
 
 import json
@@ -152,7 +153,8 @@ def _samples(domain: Any) -> list[Any]:
 
 def _ends(domain: Any) -> tuple[Any, Any]:
     """The lowest and the highest value that can be drawn."""
-    return domain.lower, domain.upper - (1 if isinstance(domain, Integer) else 0)
+    open_above = isinstance(domain, Integer) and not isinstance(domain.get_sampler(), Quantized)
+    return domain.lower, domain.upper - 1 if open_above else domain.upper
 
 
 def _text(domain: Any) -> str:

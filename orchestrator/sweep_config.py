@@ -15,7 +15,7 @@
 import difflib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from orchestrator.space import Space, read_space
 Scheduler = Mapping[str, Any]  # its name, and its options
 
 WHOLE = ((int,), "a whole number")
-NUMBER = ((int, float), "a number")
 TEXT = ((str,), "text")
 
 KEYS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -47,8 +46,8 @@ KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     "max_concurrent": WHOLE,
     "share_engines": ((bool,), "true or false"),
     "seed": WHOLE,
-    "scheduler": ((str, dict), "asha, pbt or none, or a mapping with that name"),
-    "space": ((str, dict), "a mapping of keys of the job, or the name of a file with one"),
+    "scheduler": ((str, Mapping), "asha, pbt or none, or a mapping with that name"),
+    "space": ((str, Mapping), "a mapping of keys of the job, or the name of a file with one"),
 }
 REQUIRED = {
     "base": "name a job file, which lies beside this one",
@@ -62,6 +61,12 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "none": {},
     "asha": {"grace_period": 1, "reduction_factor": 3},  # steps that no trial is stopped before; 1 of so many goes on
     "pbt": {"perturbation_interval": None, "quantile_fraction": 0.25},  # steps; share of the trials that copy the best ones
+}
+OPTIONS: dict[str, tuple[str, Callable[[float], bool]]] = {  # what each must be
+    "grace_period": ("a number of steps, 1 or more", lambda value: value >= 1),
+    "reduction_factor": ("above 1", lambda value: value > 1),
+    "perturbation_interval": ("a number of steps, 1 or more", lambda value: value >= 1),
+    "quantile_fraction": ("above 0 and at most 0.5", lambda value: 0 < value <= 0.5),
 }
 OF_A_SWEEP = {  # keys of a job that a sweep sets itself
     "output_dir": "each trial has a folder of its own in the sweep's",
@@ -153,7 +158,7 @@ def _keys(data: Mapping[str, Any]) -> Iterator[Problem]:
             continue
         kinds, words = KEYS[key]
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
-        if value is not None and wrong and not (key == "space" and isinstance(value, Mapping)):
+        if value is not None and wrong:
             yield Problem(key, f"takes {words}, not {value!r}; correct the value")
 
 
@@ -200,23 +205,9 @@ def _scheduler(written: Any) -> tuple[Scheduler, list[Problem]]:
         value = scheduler[key]
         if value is None:
             problems.append(Problem(f"scheduler.{key}", f"is missing; {name} needs it: a number of steps"))
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not _fits(key, value):
-            problems.append(Problem(f"scheduler.{key}", f"is {value!r}; it must be {OPTIONS[key]}"))
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not OPTIONS[key][1](value):
+            problems.append(Problem(f"scheduler.{key}", f"is {value!r}; it must be {OPTIONS[key][0]}"))
     return scheduler, problems
-
-
-OPTIONS = {
-    "grace_period": "a number of steps, 1 or more",
-    "reduction_factor": "above 1",
-    "perturbation_interval": "a number of steps, 1 or more",
-    "quantile_fraction": "above 0 and at most 0.5",
-}
-
-
-def _fits(option: str, value: float) -> bool:
-    if option == "quantile_fraction":
-        return 0 < value <= 0.5
-    return value > 1 if option == "reduction_factor" else value >= 1
 
 
 def _contradictions(config: SweepConfig) -> Iterator[Problem]:

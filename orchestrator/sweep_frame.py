@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.display import duration, written
-from orchestrator.frame import sparkline
+from orchestrator.frame import one_line, sparkline
 from orchestrator.sweep_results import UNFIT, SweepResult, TrialResult
 
 FAILURES = 3  # that are told below the table
@@ -38,11 +39,11 @@ def table(sweep: SweepResult, width: int, height: int) -> RenderableType:
     parts: list[RenderableType] = [*_head(sweep), rows]
     hidden = [f"{len(sweep.trials) - len(shown)} more trials"] if len(shown) < len(sweep.trials) else []
     if hidden := [*hidden, *left_out]:
-        parts.append(_one_line(Text(f"no room for {', '.join(hidden)}", "dim")))
+        parts.append(one_line(Text(f"no room for {', '.join(hidden)}", "dim")))
     unfit = [trial for trial in sweep.trials if trial.state in UNFIT]
-    parts += [_one_line(Text(f"trial {trial.number} {ended(trial, sweep)}", "red")) for trial in unfit[-FAILURES:]]
+    parts += [one_line(Text(f"trial {trial.number} {ended(trial, sweep)}", "red")) for trial in unfit[-FAILURES:]]
     leader = Text(f"best: {best_told(sweep, best)}", "bold") if best else Text("there is no best trial yet", "dim")
-    return Group(*parts, _one_line(leader))
+    return Group(*parts, one_line(leader))
 
 
 def _shown(sweep: SweepResult, best: TrialResult | None, rows: int) -> list[TrialResult]:
@@ -55,11 +56,11 @@ def _head(sweep: SweepResult) -> list[Text]:
     title = Text.assemble((sweep.folder.name, "bold"), f"  {sweep.metric} ({sweep.mode})")
     left = left_s(sweep)
     if left is not None:
-        title.append(f"  at most {duration(left)} left", "dim")
+        title.append(f"  about {duration(left)} left", "dim")
     counts = Counter({"waiting": _waiting(sweep)})
     counts.update(trial.state for trial in sweep.trials if trial.state != "waiting")
     counted = Text("  ").join(Text(f"{counts[state]} {state}", style) for state, style in STATES.items() if counts[state])
-    return [_one_line(title), _one_line(counted)]
+    return [one_line(title), one_line(counted)]
 
 
 def _rows(sweep: SweepResult, shown: list[TrialResult], best: TrialResult | None, width: int) -> tuple[Table, list[str]]:
@@ -129,11 +130,6 @@ def _value_told(sweep: SweepResult, value: float | None) -> str:
     return "-" if value is None else written(sweep.metric, value)
 
 
-def _one_line(text: Text) -> Text:
-    text.no_wrap, text.overflow = True, "ellipsis"
-    return text
-
-
 def ended(trial: TrialResult, sweep: SweepResult) -> str:
     """How a trial came to its end, for a person."""
     of = f" of {trial.steps}" if trial.steps else ""
@@ -157,7 +153,7 @@ def told(params: Mapping[str, Any]) -> str:
 def value_told(value: Any) -> str:
     """One parameter, with three digits of a number that was drawn."""
     if isinstance(value, bool) or value is None:
-        return str(value).lower() if value is not None else "null"
+        return json.dumps(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -4,13 +4,15 @@ What it packs is the largest trial: of each key of the space the value that need
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from orchestrator.plan import BOTH, ENGINE, TRAINER, Bundle, Node, Resources, colocated, hosts
+from actors.errors import ConfigError
+from orchestrator.plan import BOTH, ENGINE, TRAINER, Bundle, Node, Plan, Resources, colocated, hosts
 from orchestrator.planning import Changes, Planned, Read, planned, with_changes
 from orchestrator.schema import JobConfig
+from orchestrator.sweep_config import SweepConfig
 
 MOST_A_GPU = 4  # trials that share one: they take turns on it, and the more there are, the less each adds
 EXACT = 1e-4  # of a resource, as Ray counts
@@ -18,6 +20,10 @@ BYTES = "bytes"  # a machine's memory, as a resource; Ray does not count it
 Samples = Iterable[tuple[str, Changes]]  # a key of the space, and what one of its values makes of the job's keys
 OF_SHARES = ("resources_per_worker", "ray.engine_gpus")  # keys that sharing sets
 OF_PLACES = ("ray_num_workers", "vllm.tensor_parallel_size", "trl.vllm_mode")  # keys that it hangs on
+OF_A_LENGTH = {  # keys that decide how many steps a job has that does not say so
+    "num_epochs", "micro_batch_size", "gradient_accumulation_steps", "ray_num_workers", "sequence_len",
+    "sample_packing", "datasets", "test_datasets", "val_set_size", "trl.num_generations",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class SweepPlan:
     """Trials on machines."""
 
     job: Planned  # the largest trial, with the changes
+    values: Changes  # of the space's keys, that make it the largest
     trials: int
     at_once: int  # that run beside each other; 0 = not even one fits
     a_gpu: int  # actors that share a GPU
@@ -48,6 +55,31 @@ class SweepPlan:
         return self.a_gpu if self.job.plan.gpu else ceil(self.at_once / hosts(self.job.plan.nodes))
 
 
+def of_sweep(config: SweepConfig, nodes: Sequence[Node], found: Read) -> SweepPlan:
+    """The trials of a sweep on these nodes, as `make` packs them.
+
+    Raises ConfigError when trials that must run at the same time cannot.
+    """
+    shared = config.share_engines
+    plan = make(
+        found.config, nodes, found, config.trials, config.sizes, max_concurrent=config.max_concurrent, share_engines=shared
+    )
+    if not plan.job.plan.problems and plan.at_once < config.trials and config.scheduler["name"] == "pbt":
+        raise ConfigError(
+            f"pbt compares trials that run at the same time, here {config.trials}, and there is room for {plan.at_once}: "
+            "lower num_samples, or what a trial reserves"
+        )
+    return plan
+
+
+def steps_of_each(job: Planned, varied: Collection[str]) -> int | None:
+    """Of each trial, where one of them is `job`; None = not known, or they differ. varied: keys of the job in the space."""
+    names = {key.partition("[")[0] for key in varied}
+    if "max_steps" in names or (job.config.max_steps is None and names & OF_A_LENGTH):
+        return None
+    return job.plan.total_steps if isinstance(job.plan, Plan) else job.config.max_steps
+
+
 def make(
     config: JobConfig,
     nodes: Sequence[Node],
@@ -64,14 +96,15 @@ def make(
     memory of a GPU suffices for whatever actors Ray puts on it together. Raises ConfigError for what no cluster can hold.
     """
     samples = list(samples)
-    largest = _largest(config, nodes, found, samples)
+    values = _largest(config, nodes, found, samples)
+    largest = with_changes(config, values)
     most = min(trials, max_concurrent or trials)
 
     def packed(changes: Changes, a_gpu: int) -> SweepPlan:
         job = planned(with_changes(largest, changes), nodes, found)
         held, own = _dealt(job, share_engines)
         count = 0 if job.plan.problems else max(1, _fitting(own, nodes, most, held))
-        return SweepPlan(job, trials, count, a_gpu, changes, len(held))
+        return SweepPlan(job, values, trials, count, a_gpu, changes, len(held))
 
     best = packed({}, 1)
     for a_gpu in range(2, MOST_A_GPU + 1) if _may_share(largest, nodes, samples) else ():
@@ -107,8 +140,8 @@ def _has_room(plan: SweepPlan) -> bool:
     return all(place.capacity is not None and plan.a_gpu * plan.largest <= place.capacity for place in plan.job.fit.places)
 
 
-def _largest(config: JobConfig, nodes: Sequence[Node], found: Read, samples: Samples) -> JobConfig:
-    """The base job with the value of each key of the space that needs the most."""
+def _largest(config: JobConfig, nodes: Sequence[Node], found: Read, samples: Samples) -> Changes:
+    """Of each key of the space the value with which the base job needs the most."""
 
     def needs(changes: Changes) -> tuple[float, int]:
         job = planned(with_changes(config, changes), nodes, found)
@@ -119,7 +152,7 @@ def _largest(config: JobConfig, nodes: Sequence[Node], found: Read, samples: Sam
         needed = needs(changes)
         if key not in chosen or needed > chosen[key][0]:
             chosen[key] = (needed, changes)
-    return with_changes(config, {key: value for _, changes in chosen.values() for key, value in changes.items()})
+    return {key: value for _, changes in chosen.values() for key, value in changes.items()}
 
 
 def _bytes(job: Planned) -> dict[str, int]:

@@ -3,18 +3,17 @@
 It starts nothing. How long a step takes it knows from an earlier run of the base job, in that job's output_dir.
 """
 
-import math
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from rich.console import Console
 
 from actors.errors import ConfigError, EaglerayError
 from orchestrator import metrics
-from orchestrator.config import load
+from orchestrator.config import load, overrides_of
 from orchestrator.display import duration
 from orchestrator.drawing import drawing
 from orchestrator.fit import gb
@@ -22,12 +21,12 @@ from orchestrator.jobs import CONFIG
 from orchestrator.journal import read_events, steps_of
 from orchestrator.machines import machines
 from orchestrator.metrics import METRICS_FILE
-from orchestrator.plan import Plan
 from orchestrator.plan_command import WIDTH, told
 from orchestrator.planning import read
 from orchestrator.schema import JobConfig
 from orchestrator.sizing import described
-from orchestrator.sweep_plan import Samples, SweepPlan, make
+from orchestrator.sweep_config import SweepConfig
+from orchestrator.sweep_plan import OF_A_LENGTH, SweepPlan, of_sweep, steps_of_each
 from orchestrator.values import value_of
 
 # What an earlier run must have in common with the base job for its steps to take as long, and to be as many.
@@ -35,7 +34,6 @@ OF_A_STEP = (
     "base_model", "rl", "adapter", "lora_r", "sequence_len", "micro_batch_size", "gradient_accumulation_steps",
     "ray_num_workers", "gradient_checkpointing", "trl.num_generations", "trl.max_completion_length", "ray.engines",
 )  # fmt: skip
-OF_A_LENGTH = ("max_steps", "num_epochs", "val_set_size", "sample_packing")
 
 
 @dataclass(frozen=True)
@@ -47,49 +45,45 @@ class Earlier:
     steps: int | None  # in all
 
 
-def show(
-    config: JobConfig,
-    where: str,
-    trials: int,
-    samples: Samples,
-    *,
-    scheduler: str = "none",
-    max_concurrent: int | None = None,
-    share_engines: bool = False,
-) -> None:
-    """Prints the plan of a sweep. config: the base job. where: auto, or what is said, such as 8x80GB.
+def show(config: SweepConfig, where: str) -> None:
+    """Prints the plan of a sweep. where: auto, or what is said, such as 8x80GB.
 
-    Raises ConfigError when not one trial fits.
+    Raises ConfigError when not one trial fits, or when trials that must run at the same time cannot.
     """
     with machines(where) as nodes:
-        found = read(config)
-        plan = make(found.config, nodes, found, trials, samples, max_concurrent=max_concurrent, share_engines=share_engines)
+        found = read(config.base)
+        plan = of_sweep(config, nodes, found)
     console = Console(width=None if os.isatty(1) else WIDTH)
-    for line in text(plan, earlier(found.config), scheduler):
+    for line in text(plan, earlier(found.config), config.scheduler["name"], config.space.keys):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(drawing(plan.job))
     if problems := plan.job.problems:
-        base = f"`eagleray plan {config.source.path} --cluster {where}` says what would fit"
-        raise ConfigError("\n  ".join(["the cluster cannot hold a trial of this sweep:", *problems, base]))
+        command = ["eagleray", "plan", config.base.source.path, *overrides_of(plan.values), "--cluster", where]
+        helps = f"`{shlex.join(command)}` says what would fit"
+        raise ConfigError("\n  ".join(["the cluster cannot hold a trial of this sweep:", *problems, helps]))
 
 
-def text(plan: SweepPlan, before: Earlier, scheduler: str) -> list[str]:
-    """The plan for a person, a line each."""
+def text(plan: SweepPlan, before: Earlier, scheduler: str, varied: Collection[str] = ()) -> list[str]:
+    """The plan for a person, a line each. varied: keys of the job that the space has."""
     job = plan.job
     where = described(job.plan.nodes) if job.plan.gpu else f"{len(job.plan.nodes)} node(s) without GPUs"
-    known = job.plan.total_steps if isinstance(job.plan, Plan) else job.config.max_steps
-    steps = known or before.steps
-    total = f"{plan.trials:,} x {steps:,} = {plan.trials * steps:,}" if steps else "known once the rows are prepared"
+    alike = not {"max_steps", *OF_A_LENGTH} & {key.partition("[")[0] for key in varied}
+    steps = steps_of_each(job, varied) or (before.steps if alike else None)
+    unknown = "known once the rows are prepared" if alike else "not the same for all trials"
+    total = f"{plan.trials:,} x {steps:,} = {plan.trials * steps:,}" if steps else unknown
     lines = [f"trials      {plan.trials:,}, {plan.at_once:,} at once on {where}, so {plan.rounds:,} round(s)"]
     if plan.engines:
         lines.append(f"engines     {plan.engines}, which all trials share")
     if plan.changes:
         lines.append(f"sharing     {plan.a_gpu} actors a GPU: each trial with {told(plan.changes)}")
         lines.append(f"            the largest of them needs {gb(plan.largest)}; set these keys in the base for other shares")
-    return [*lines, f"steps       {total}", f"time        {_time(plan, before, steps, scheduler)}", "one trial   the largest:"]
+    time = _time(plan, before, steps, scheduler, varied)
+    return [*lines, f"steps       {total}", f"time        {time}", "one trial   the largest:"]
 
 
-def _time(plan: SweepPlan, before: Earlier, steps: int | None, scheduler: str) -> str:
+def _time(plan: SweepPlan, before: Earlier, steps: int | None, scheduler: str, varied: Collection[str]) -> str:
+    if other := [key for key in varied if key in OF_A_STEP]:
+        return f"not known: steps take longer or shorter with another {', '.join(other)}"
     if before.step_s is None:
         return f"not known: {before.folder} holds no steps of such a job; run the base job for a few, and plan again"
     each = f"steps of {before.step_s:.3g} s, as in {before.folder}"
@@ -113,14 +107,14 @@ def earlier(config: JobConfig) -> Earlier:
         return nothing
     if not _alike(config, ran, OF_A_STEP):
         return nothing
-    seconds = [record["step_s"] for record in records if math.isfinite(record.get("step_s", math.nan))]
-    as_long = _alike(config, ran, OF_A_LENGTH) and _files(config) == _files(ran)
-    return Earlier(config.output_dir, median(seconds) if seconds else None, steps if as_long else None)
+    simple = OF_A_LENGTH - {"datasets", "test_datasets"}
+    as_long = _alike(config, ran, ("max_steps", *simple)) and _files(config) == _files(ran)
+    return Earlier(config.output_dir, metrics.usual_step_s(records), steps if as_long else None)
 
 
 def _files(config: JobConfig) -> list[str]:
     return [dataset.path for dataset in config.datasets or []]
 
 
-def _alike(one: JobConfig, other: JobConfig, keys: Sequence[str]) -> bool:
+def _alike(one: JobConfig, other: JobConfig, keys: Iterable[str]) -> bool:
     return all(value_of(one, key) == value_of(other, key) for key in keys)

@@ -31,7 +31,6 @@ def report(folder: Path) -> list[Path]:
     Raises EaglerayError when the folder holds no sweep, or one without a trial.
     """
     sweep = read(folder)
-    _ensure_begun(sweep)
     return [
         draw(sweep, sweep.folder / "report.png"),
         _draw_best(sweep, sweep.folder / "report-best.png"),

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
@@ -270,10 +269,9 @@ def _curve(path: Path, metric: str) -> Curve:
 def _curve_of(path: Path, metric: str, size: int, mtime_ns: int) -> Curve:
     records = metrics.read(path)
     points = [(record["step"], record[metric]) for record in records if metric in record]
-    seconds = [record["step_s"] for record in records if math.isfinite(record.get("step_s", math.nan))]
     return Curve(
         step=max((record["step"] for record in records), default=0),
         steps=tuple(step for step, _ in points),
         values=tuple(value for _, value in points),
-        step_s=median(seconds) if seconds else None,
+        step_s=metrics.usual_step_s(records),
     )

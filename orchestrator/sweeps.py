@@ -10,7 +10,7 @@ The search itself is sweep_search.py's; a trial is an actor (trials.py) that sta
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,22 +22,17 @@ from orchestrator import checkpoints, cluster, planning, shared_engines, sweep_p
 from orchestrator.config import dump, load
 from orchestrator.display import Display
 from orchestrator.jobs import CONFIG
-from orchestrator.plan import Node, Plan, ensure_placeable
-from orchestrator.planning import Planned, Read
+from orchestrator.plan import ensure_placeable
+from orchestrator.planning import Planned
 from orchestrator.shared_engines import SharedEngines
 from orchestrator.sweep_config import SweepConfig
 from orchestrator.sweep_frame import best_told
-from orchestrator.sweep_plan import SweepPlan
 from orchestrator.sweep_results import SWEEP_FILE, TRIALS, UNFIT, VERSION, SweepResult
 from orchestrator.sweep_search import AGAIN, TUNE_FOLDER, Live, lived, quiet_tune, search, wait_for_processes
 from orchestrator.sweep_table import watching
 from orchestrator.trial_process import BASE_FILE
 from orchestrator.trials import STOPPING, Setting
 
-OF_A_LENGTH = {  # keys that decide how many steps a job has that does not say so
-    "num_epochs", "micro_batch_size", "gradient_accumulation_steps", "ray_num_workers", "sequence_len",
-    "sample_packing", "datasets", "test_datasets", "val_set_size", "trl.num_generations",
-}  # fmt: skip
 LEFT_OVER_S = 30.0  # in which the trials of a driver that was killed have ended
 
 
@@ -61,9 +56,10 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
             raise ConfigError(f"output_dir: {folder} has trials that still run: end the processes {', '.join(map(str, left))}")
         with display.phase("starting Ray"):
             here = stack.enter_context(cluster.connected())
-        fits = _fitting(config, found, cluster.nodes())
+        fits = sweep_plan.of_sweep(config, cluster.nodes(), found)
         ensure_placeable(fits.job.plan.problems)
-        _ensure_room(config, fits, display)
+        if fits.at_once < min(config.max_concurrent or 0, config.trials):
+            display.warn(f"max_concurrent is {config.max_concurrent}, and there is room for {fits.at_once} trials at a time")
         lines = [f"{key}: {text}" for key, text in config.space.texts().items()]
         about = f"{config.trials} trials, {fits.at_once} at a time; {config.metric}, {config.mode}"
         searched = f"scheduler   {_told(config.scheduler)}"
@@ -146,43 +142,11 @@ def _begin(config: SweepConfig, folder: Path, planned: Planned) -> None:
             "version": VERSION,
             "base": config.base.source.path,
             "folder": str(Path.cwd()),
-            "total_steps": _total_steps(config, planned),
+            "total_steps": sweep_plan.steps_of_each(planned, config.space.keys),
             **_about(config),
         },
     )
     (folder / BASE_FILE).write_text(dump(config.base), encoding="utf-8")  # last: without the other file it is a person's
-
-
-def _total_steps(config: SweepConfig, planned: Planned) -> int | None:
-    """Of each trial; None = not known, or they differ."""
-    varied = {key.partition("[")[0] for key in config.space.keys}
-    if "max_steps" in varied or (config.base.max_steps is None and varied & OF_A_LENGTH):
-        return None
-    return planned.plan.total_steps if isinstance(planned.plan, Plan) else config.base.max_steps
-
-
-def _fitting(config: SweepConfig, found: Read, nodes: Sequence[Node]) -> SweepPlan:
-    """How many trials run at a time, and how they share GPUs."""
-    return sweep_plan.make(
-        found.config,
-        nodes,
-        found,
-        config.trials,
-        config.sizes,
-        max_concurrent=config.max_concurrent,
-        share_engines=config.share_engines,
-    )
-
-
-def _ensure_room(config: SweepConfig, fits: SweepPlan, display: Display) -> None:
-    """Raises ConfigError when trials that must run at the same time cannot."""
-    if fits.at_once < config.trials and config.scheduler["name"] == "pbt":
-        raise ConfigError(
-            f"pbt compares trials that run at the same time, here {config.trials}, and there is room for {fits.at_once}: "
-            "lower num_samples, or what a trial reserves"
-        )
-    if fits.at_once < min(config.max_concurrent or 0, config.trials):
-        display.warn(f"max_concurrent is {config.max_concurrent}, and the cluster has room for {fits.at_once} trials at a time")
 
 
 def _result(folder: Path, display: Display) -> SweepResult:

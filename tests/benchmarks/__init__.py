@@ -11,6 +11,7 @@
     workers.py      SFT and DPO on two workers that cut the model into shards, against one worker
     recovery.py     a kill of each kind of process: until the message, until the same command trains again
     scale.py        the driver's own work by the number of engines, with the actors of idle.py, which do nothing
+    shared.py       GRPO trials that share an engine, against the same trials one after another
     sync.py         trainer to engines, against a memory copy and against a file
     decoding.py     sampling after a sync, against the untouched base model
     rollout.py      sampling through the actor, against vLLM alone

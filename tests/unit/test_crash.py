@@ -180,7 +180,7 @@ def test_a_dashboard_that_cannot_be_asked_is_said(tmp_path: Path, monkeypatch: p
         raise failure
 
     monkeypatch.setattr(crash, "Dashboard", raises)
-    found = crash.look(Connection("02000000", tmp_path, "http://127.0.0.1:9"), ActorError("gone"))
+    found = crash.look(Connection("02000000", tmp_path, "http://127.0.0.1:9", ""), ActorError("gone"))
     assert found == Evidence(missing=str(failure))
 
 
@@ -190,7 +190,7 @@ def config(output_dir: Path) -> JobConfig:
 
 def connection(tmp_path: Path) -> Connection:
     (tmp_path / "logs").mkdir()
-    return Connection("02000000", tmp_path / "logs", None)
+    return Connection("02000000", tmp_path / "logs", None, "")
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

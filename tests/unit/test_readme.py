@@ -41,3 +41,10 @@ def test_a_method_is_a_few_keys(tmp_path: Path, method: str) -> None:
     for section, keys in yaml.safe_load(METHODS[method]).items():
         job[section] = {**job.get(section, {}), **keys}
     ensure_runnable(load(write(tmp_path, yaml.safe_dump(job))))
+
+
+@pytest.mark.parametrize("package", ["actors", "orchestrator"])
+def test_a_package_names_all_its_modules(package: str) -> None:
+    folder = README.parent / package
+    text = (folder / "__init__.py").read_text(encoding="utf-8")
+    assert [path.name for path in folder.glob("[!_]*.py") if path.name not in text] == []

@@ -111,5 +111,15 @@ def test_keys_that_go_together_are_mappings() -> None:
 def test_a_key_that_is_varied_twice_is_told_of(written: dict[str, Any]) -> None:
     """One of both would have no effect, and trials would be repeated."""
     assert read_space(written)[1] == [("_", "varies learning_rate, and so does learning_rate; leave it out of one of them")]
+
+
+def test_two_groups_of_keys_have_none_in_common() -> None:
     again = {f"_{name}": [{"lora_r": 8, "lora_alpha": 16}, {"lora_r": 16, "lora_alpha": 16}] for name in ("one", "two")}
     assert read_space(again)[1] == [("_two", "varies lora_r, and so does _one; leave it out of one of them")]
+
+
+def test_the_ends_of_whole_numbers_are_those_that_are_drawn() -> None:
+    """The upper end of randint is never drawn, that of qrandint is."""
+    space, _ = read_space({"lora_r": tune.randint(4, 9), "max_steps": tune.qrandint(0, 10, 5)})
+    assert [params for _, params in space.samples()] == [{"lora_r": 4}, {"lora_r": 8}, {"max_steps": 0}, {"max_steps": 10}]
+    assert {tune.qrandint(0, 10, 5).sample() for _ in range(200)} == {0, 5, 10}

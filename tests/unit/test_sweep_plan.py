@@ -12,6 +12,8 @@ from orchestrator.hardware import GIB, said
 from orchestrator.plan import Node
 from orchestrator.planning import Read
 from orchestrator.schema import JobConfig
+from orchestrator.space import read_space
+from orchestrator.sweep_config import SweepConfig
 from orchestrator.sweep_plan import Samples, SweepPlan, make
 from orchestrator.sweep_plan_command import Earlier, earlier, show, text
 from tests.job_files import SFT, write
@@ -165,9 +167,27 @@ def test_show_prints_it_and_refuses_what_does_not_fit(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("orchestrator.sweep_plan_command.read", lambda config: Read(config, 0, (), None))
     config = small(models, output_dir=str(tmp_path), max_steps=10)
-    show(config, "2x80GB", 4, [("learning_rate", {"learning_rate": 1e-5})], scheduler="asha")
+    show(a_sweep(config, {"learning_rate": [1e-5]}, scheduler={"name": "asha"}), "2x80GB")
     printed = capsys.readouterr().out
     assert "trials      4, 4 at once on 2 x 80 GB, so 1 round(s)" in printed and "worker 0" in printed
     whole = model_job(models["Llama-3.1-8B"], None, output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="cannot hold a trial of this sweep:\n  worker 0 needs"):
-        show(whole, "1x24GB", 4, [])
+        show(a_sweep(whole, {"learning_rate": [1e-5]}), "1x24GB")
+    with pytest.raises(ConfigError, match="sequence_len=8192 micro_batch_size=64 --cluster 1x24GB`"):
+        show(a_sweep(config, {"sequence_len": [64, 8192], "micro_batch_size": [64]}), "1x24GB")
+    with pytest.raises(ConfigError, match="pbt compares trials that run at the same time, here 40, and there is room for 4"):
+        show(a_sweep(config, {"learning_rate": [1e-5]}, num_samples=40, scheduler={"name": "pbt"}), "1x80GB")
+
+
+def a_sweep(base: JobConfig, space: dict[str, Any], **changes: Any) -> SweepConfig:
+    given = {"output_dir": Path("out"), "metric": "loss", "mode": "min", "num_samples": 4, **changes}
+    return SweepConfig(base, read_space(space)[0], **given)
+
+
+def test_trials_that_differ_in_length_or_cost_have_no_time(models: dict[str, str]) -> None:
+    found, before = plan(small(models, max_steps=50), "8x80GB", 2), Earlier("outputs/base", step_s=3.0, steps=None)
+    for varied, line in {
+        "max_steps": "steps       not the same for all trials",
+        "sequence_len": "time        not known: steps take longer or shorter with another sequence_len",
+    }.items():
+        assert line in text(found, before, "none", [varied])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from actors.errors import ConfigError, EaglerayError
-from orchestrator import sweep_search, sweeps, waits
+from orchestrator import sweep_plan, sweep_search, sweeps, waits
 from orchestrator.cli import main
 from orchestrator.plan import Plan
 
@@ -60,8 +60,8 @@ def test_how_long_trials_are_is_said_where_all_are_alike(keys: list[str], max_st
     """50 steps are those of the base, which the others would have without these keys."""
     plan = object.__new__(Plan)
     object.__setattr__(plan, "total_steps", max_steps or 50)
-    given = config(space=SimpleNamespace(keys=keys), base=SimpleNamespace(max_steps=max_steps))
-    assert sweeps._total_steps(given, SimpleNamespace(plan=plan)) == expected  # type: ignore[arg-type]
+    job: Any = SimpleNamespace(plan=plan, config=SimpleNamespace(max_steps=max_steps))
+    assert sweep_plan.steps_of_each(job, keys) == expected
 
 
 def test_a_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
