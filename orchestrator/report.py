@@ -61,25 +61,36 @@ def report(output_dir: Path, out: Path | None = None) -> Path:
     if not any(record["kind"] == "train" for record in records):
         raise EaglerayError(f"{path} holds no training step yet; report again after the first step")
     curves = Curves(records)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     of_rows = any(curves.train(name)[0] for name in ("token_accuracy", "pair_accuracy", "reward_chosen"))
     panels = DATASET_PANELS if of_rows else PANELS
     rows = len(panels) // 2
-    figure = Figure(figsize=(WIDTH_PX / DPI, rows * ROW_PX / DPI), dpi=DPI, layout=layout)
-    FigureCanvasAgg(figure)
+    figure = new_figure(rows * ROW_PX)
     figure.suptitle(_title(output_dir), fontsize=17, fontweight="bold")
     last = max(record["step"] for record in records)
     for axes, (title, draw) in zip(figure.subplots(rows, 2).flat, panels.items(), strict=True):
-        _frame(axes, title, last)
+        frame(axes, title)
+        axes.set_xlabel("step")
+        axes.set_xlim(-0.02 * last - 0.5, 1.02 * last + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         draw(axes, curves)
         twins = axes.get_shared_x_axes().get_siblings(axes)
         if not any(one.has_data() for one in twins):
-            axes.text(0.5, 0.5, "no data", {"color": GREY, "size": 13, "ha": "center"}, transform=axes.transAxes)
-            axes.set_yticks([])
-    target = out or output_dir / "report.png"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, format="png", dpi=DPI)
-    return target
+            say(axes, "no data")
+    return save(figure, out or output_dir / "report.png")
+
+
+def new_figure(height_px: int) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(WIDTH_PX / DPI, height_px / DPI), dpi=DPI, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """As PNG, into a folder that need not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=DPI)
+    return path
 
 
 def _title(output_dir: Path) -> str:
@@ -90,14 +101,18 @@ def _title(output_dir: Path) -> str:
     return f"{name}: {model}" if model else name
 
 
-def _frame(axes: Axes, title: str, last_step: float) -> None:
+def frame(axes: Axes, title: str) -> None:
+    """How every panel looks."""
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
-    axes.set_xlabel("step")
-    axes.set_xlim(-0.02 * last_step - 0.5, 1.02 * last_step + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def say(axes: Axes, text: str) -> None:
+    """In a panel that has nothing to show."""
+    axes.text(0.5, 0.5, text, {"color": GREY, "size": 13, "ha": "center"}, transform=axes.transAxes)
+    axes.set_yticks([])
 
 
 def _line(axes: Axes, points: Points, label: str, color: str, width: float = 1.8) -> None:

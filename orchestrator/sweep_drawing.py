@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from orchestrator.display import written
-from orchestrator.report import BLUE, GREY, MARK_UP_TO, RED
+from orchestrator.report import BLUE, GREY, MARK_UP_TO, RED, frame, say
 from orchestrator.sweep_frame import told, value_told
 from orchestrator.sweep_results import UNFIT, SweepResult, TrialResult
 
@@ -72,7 +72,7 @@ def bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def curves(axes: Axes, sweep: SweepResult, look: Look) -> None:
-    _frame(axes, "Curves")
+    frame(axes, "Curves")
     axes.set_xlabel("step")
     axes.set_ylabel(sweep.metric)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -92,7 +92,7 @@ def curves(axes: Axes, sweep: SweepResult, look: Look) -> None:
         if trial.state in UNFIT:
             axes.plot(steps[-1:], values[-1:], "x", color=GREY, markersize=9, markeredgewidth=2, zorder=4)
     if not seen:
-        _say(axes, "no trial has a value yet")
+        say(axes, "no trial has a value yet")
         return
     low, high = bounds(seen)
     axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
@@ -100,18 +100,6 @@ def curves(axes: Axes, sweep: SweepResult, look: Look) -> None:
     if any(trial.state in UNFIT for trial in sweep.trials):
         handles.append(Line2D([], [], color=GREY, linestyle=DASHES, marker="x", label="failed"))
     axes.legend(handles=handles, loc="best", framealpha=0.85, edgecolor="none", fontsize=9)
-
-
-def _frame(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
-    axes.grid(True, color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, {"color": GREY, "size": 13, "ha": "center"}, transform=axes.transAxes)
-    axes.set_yticks([])
 
 
 @dataclass(frozen=True)
@@ -159,7 +147,7 @@ class Scale:
 def scatter(axes: Axes, sweep: SweepResult, look: Look) -> None:
     """The metric over the one parameter that there is."""
     (key,) = sweep.keys
-    _frame(axes, f"{sweep.metric} by {key}")
+    frame(axes, f"{sweep.metric} by {key}")
     scale = _scale(sweep, key)
     for trial in sweep.trials:
         if trial.value is None or key not in trial.params:
@@ -175,7 +163,7 @@ def scatter(axes: Axes, sweep: SweepResult, look: Look) -> None:
         low, high = bounds(values)
         axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     else:
-        _say(axes, "no trial has a value yet")
+        say(axes, "no trial has a value yet")
 
 
 def parallel(axes: Axes, sweep: SweepResult, look: Look) -> None:

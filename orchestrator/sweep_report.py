@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import Bbox
 
 from actors.errors import EaglerayError
 from orchestrator.display import written
-from orchestrator.report import DPI, GREY, RED, WIDTH_PX
+from orchestrator.report import DPI, GREY, RED, WIDTH_PX, new_figure, save
 from orchestrator.sweep_drawing import Look, curves, parallel, scatter, short
 from orchestrator.sweep_frame import columns
 from orchestrator.sweep_results import UNFIT, SweepResult, read
@@ -42,30 +39,17 @@ def draw(sweep: SweepResult, path: Path) -> Path:
     """Draws report.png to any path. Raises EaglerayError for a sweep without a trial."""
     _ensure_begun(sweep)
     panels = [curves, *([scatter] if len(sweep.keys) == 1 else [parallel] if sweep.keys else [])]
-    figure = _figure(len(panels) * PANEL_PX)
+    figure = new_figure(len(panels) * PANEL_PX)
     figure.suptitle(_title(sweep), fontsize=17, fontweight="bold")
     look = Look.of(sweep)
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
         panel(axes, sweep, look)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _ensure_begun(sweep: SweepResult) -> None:
     if not sweep.trials:
         raise EaglerayError(f"{sweep.folder} holds no trial yet; report again when one has started")
-
-
-def _figure(height_px: int) -> Figure:
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    figure = Figure(figsize=(WIDTH_PX / DPI, height_px / DPI), dpi=DPI, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DPI)
-    return path
 
 
 def _title(sweep: SweepResult) -> str:
@@ -83,7 +67,7 @@ def _draw_best(sweep: SweepResult, path: Path) -> Path:
     told = columns(sweep, shown)
     headings = [name.rpartition(".")[2] for name in told]
     rows = [[short(text) for text in row] for row in zip(*told.values(), strict=True)]
-    figure = _figure(AROUND_TABLE_PX + ROW_PX * (len(rows) + 1))
+    figure = new_figure(AROUND_TABLE_PX + ROW_PX * (len(rows) + 1))
     figure.suptitle(_title(sweep), fontsize=15, fontweight="bold")
     axes = figure.subplots()
     axes.axis("off")
@@ -101,7 +85,7 @@ def _draw_best(sweep: SweepResult, path: Path) -> Path:
             cell.set_text_props(color=RED, fontweight="bold")
         elif shown[row - 1].state in UNFIT:
             cell.set_text_props(color=GREY)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _write_csv(sweep: SweepResult, path: Path) -> Path:

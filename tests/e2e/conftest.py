@@ -14,12 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import requests
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from orchestrator import trial_process
 from tests.tiny import save_llama
 
 REPOSITORY = Path(__file__).parents[2]
@@ -207,3 +209,10 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
         command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     return finish(process, 400)
+
+
+def running(folder: Path, number: int) -> psutil.Process | None:
+    """The process of a trial, once its job runs."""
+    found = [one for one in trial_process.processes(folder) if one.cmdline()[-1] == str(folder / "trials" / f"{number:04d}")]
+    log = folder / "trials" / f"{number:04d}" / "metrics.jsonl"
+    return found[0] if found and log.exists() else None

@@ -12,10 +12,10 @@ import psutil
 import pytest
 import ray
 
-from orchestrator import trial_process
 from orchestrator.api import load, run, sweep
 from orchestrator.metrics import read
 from orchestrator.sweep_results import SweepResult
+from tests.e2e.conftest import running
 
 RATES = [3e-2, 1e-2, 1e-3, 1e-4]
 
@@ -75,11 +75,10 @@ def test_a_killed_trial_leaves_its_place_to_the_next(job: Callable[..., Path], t
 
 def process_of(folder: Path, number: int) -> psutil.Process:
     """Of a trial that has trained."""
-    trial = folder / "trials" / f"{number:04d}"
+    metrics = folder / "trials" / f"{number:04d}" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
-        found = [one for one in trial_process.processes(folder) if one.cmdline()[-1] == str(trial)]
-        if found and (trial / "metrics.jsonl").exists() and (trial / "metrics.jsonl").stat().st_size:
-            return found[0]
+        if (found := running(folder, number)) and metrics.stat().st_size:
+            return found
         time.sleep(0.1)
     raise AssertionError(f"trial {number} has not trained")

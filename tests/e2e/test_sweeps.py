@@ -19,7 +19,7 @@ import yaml
 from actors import storage
 from orchestrator import trial_process
 from orchestrator.sweep_results import read
-from tests.e2e.conftest import REPOSITORY, finish, start
+from tests.e2e.conftest import REPOSITORY, finish, running, start
 from tests.e2e.test_run import command, records
 
 Job = Callable[..., Path]
@@ -54,13 +54,6 @@ def wait_until(what: Callable[[], bool], process: Any, timeout_s: float = 200) -
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def running(folder: Path, number: int) -> psutil.Process | None:
-    """The process of a trial, once its job runs."""
-    found = [one for one in trial_process.processes(folder) if one.cmdline()[-1] == str(folder / "trials" / f"{number:04d}")]
-    log = folder / "trials" / f"{number:04d}" / "metrics.jsonl"
-    return found[0] if found and log.exists() else None
 
 
 @pytest.mark.slow
