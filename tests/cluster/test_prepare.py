@@ -339,9 +339,14 @@ def test_a_stream_gives_rows_before_it_is_read(tmp_path: Path, tokenizer: Any) -
     rows = jsonl(tmp_path / "a.jsonl", [{"text": f"row {i} " * 20} for i in range(count)])
     config = job(DatasetConfig(path=str(rows), type="completion"), streaming=True, max_steps=5)
     quarantine = ray.remote(num_cpus=0)(Quarantine).remote()
-    batches = iter(stream(config, [], quarantine, readers=1).iter_batches(batch_size=2, batch_format="pyarrow"))
-    first = next(batches).to_pylist()
-    read, bad, error = ray.get(quarantine.so_far.remote())
+
+    @ray.remote(num_cpus=0)
+    def first_batch() -> tuple[list[dict[str, Any]], int, int, str | None]:
+        """In a worker, as in a job: Ray ends a process in which Ray Data's threads still drop objects when it shuts down."""
+        batches = iter(stream(config, [], quarantine, readers=1).iter_batches(batch_size=2, batch_format="pyarrow"))
+        return next(batches).to_pylist(), *ray.get(quarantine.so_far.remote())
+
+    first, read, bad, error = ray.get(first_batch.remote())
     assert read < count / 2 and not bad and error is None
     expected = tokenizer("row 0 " * 20)["input_ids"] + [tokenizer.eos_token_id]
     assert first[0] == {"input_ids": expected, "labels": expected}
