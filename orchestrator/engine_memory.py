@@ -38,7 +38,7 @@ def engine_memory(config: JobConfig, plan: Plan, capacity: int | None) -> Engine
     kv_of_token = shape.kv_per_token * size // min(cut, shape.kv_heads)
     if plan.sync == "adapter":
         lora = read_shape(source_of(config), trained_lora(config))
-        weights += 2 * lora.trained * size // cut  # two slots: a new policy is proven before the old one leaves
+        weights += (plan.policies + 1) * lora.trained * size // cut  # a new version is proven before the old one leaves
     if not plan.gpu:
         given = config.ray.kv_cache_gib * GIB if config.ray.kv_cache_gib is not None else None
         if given is None and capacity is not None:

@@ -75,6 +75,7 @@ class Plan:
     reward_models: tuple[str, ...] = ()  # of trl.reward_funcs
     reward_threads: int | None = None  # CPU threads of each reward model
     shared: bool = False  # whether its engines serve other jobs too, and are none of its bundles
+    policies: int = 1  # of jobs like this one, that each of its engines serves at once
 
     @property
     def problems(self) -> list[str]:

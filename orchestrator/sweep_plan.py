@@ -4,12 +4,14 @@ What it packs is the largest trial: of each key of the space the value that need
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from actors.errors import ConfigError
-from orchestrator.plan import BOTH, ENGINE, TRAINER, Bundle, Node, Plan, Resources, colocated, hosts
+from orchestrator.fit import fit
+from orchestrator.plan import BOTH, ENGINE, MAX_NUM_SEQS, TRAINER, Bundle, Node, Plan, Resources, colocated, hosts
 from orchestrator.planning import Changes, Planned, Read, planned, with_changes
 from orchestrator.schema import JobConfig
 from orchestrator.sweep_config import SweepConfig
@@ -97,13 +99,16 @@ def make(
     """
     samples = list(samples)
     values = _largest(config, nodes, found, samples)
-    largest = with_changes(config, values)
+    largest = with_changes(config, {**values, **({"ray.sync": "adapter"} if share_engines else {})})
     most = min(trials, max_concurrent or trials)
 
     def packed(changes: Changes, a_gpu: int) -> SweepPlan:
         job = planned(with_changes(largest, changes), nodes, found)
         held, own = _dealt(job, share_engines)
         count = 0 if job.plan.problems else max(1, _fitting(own, nodes, most, held))
+        if held and count:
+            count = max(1, bisect_left(range(1, count + 1), True, key=lambda jobs: bool(_served(job, jobs).fit.problems)))
+            job = _served(job, count)
         return SweepPlan(job, values, trials, count, a_gpu, changes, len(held))
 
     best = packed({}, 1)
@@ -114,6 +119,13 @@ def make(
         if tried.at_once > best.at_once and _has_room(tried):
             best = tried
     return best
+
+
+def _served(job: Planned, jobs: int) -> Planned:
+    """The job beside others like it on its engines: each has a LoRA slot there, and completions in their batches."""
+    assert isinstance(job.plan, Plan)
+    plan = replace(job.plan, policies=jobs, max_num_seqs=min(jobs * job.plan.max_num_seqs, MAX_NUM_SEQS))
+    return Planned(job.config, plan, fit(job.config, plan))
 
 
 def _may_share(config: JobConfig, nodes: Sequence[Node], samples: Samples) -> bool:
