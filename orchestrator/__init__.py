@@ -30,7 +30,8 @@
     sweep_results.py what a sweep has found so far; sweep_frame.py: as text; sweep_table.py: while it goes
     sweep_report.py its pictures and its table; sweep_drawing.py: their panels
     api.py          load, plan, run and sweep from Python
-    prepare.py      datasets to token ids on disk, by Ray Data
+    prepare.py      datasets to token ids on disk, by Ray Data; prepared.py: what is there of them then
+    row_sources.py  what their rows are read from and how
     sharding.py     deepspeed and fsdp_config, checked and as transformers takes them
     arguments.py    configuration to the arguments of TRL's trainers
     environment.py  the environment each actor starts with

@@ -38,7 +38,9 @@ from orchestrator.jobs import (
 )
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
-from orchestrator.prepare import Prepared, chat_template_text, check, fingerprint, prepare, stream
+from orchestrator.prepare import check, prepare, stream
+from orchestrator.prepared import Prepared
+from orchestrator.row_sources import chat_template_text, fingerprint
 from orchestrator.schema import JobConfig
 from orchestrator.sharding import kind
 from orchestrator.watch import watched

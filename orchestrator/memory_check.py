@@ -19,7 +19,7 @@ from orchestrator.memory import Memory, longest_rows, trainer_memory
 from orchestrator.online_specs import engine_spec, trainer_spec
 from orchestrator.plan import BOTH, ENGINE, TRAINER, ranks
 from orchestrator.planning import Changes, Planned, with_changes
-from orchestrator.prepare import Prepared, Split
+from orchestrator.prepared import Prepared, Split
 from orchestrator.schema import JobConfig
 
 TOLERANCE = 0.15

@@ -24,6 +24,7 @@ FIGURES = {
     "decoding": "Decoding after a sync",
     "kl": "How far the engine is from the trainer",
     "rollout": "Sampling through the actor",
+    "training": "Steps of SFT and DPO",
     "preparing": "Preparing rows: a chat file to token ids",
 }
 NOT_ON_ONE_GPU = ("two_gpus", "workers")

@@ -9,6 +9,7 @@ padding and DPO's reference come on top, on all sides.
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +39,7 @@ def run(pairs: int) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as name, conftest.head_node(max(4, CORES)) as head:
         folder = Path(name)
+        there = {**head.environment, "RAY_ADDRESS": head.gcs}
         sft = conversations.write(folder / "sft.jsonl", conversations.conversations(ROWS, WORDS))
         dpo = conversations.write(folder / "dpo.jsonl", conversations.pairs(ROWS // 2, WORDS))
         pair = [{"path": str(dpo), "type": "chat_template.default"}]
@@ -47,27 +49,28 @@ def run(pairs: int) -> list[Row]:
         }
         for method, (file, keys) in methods.items():
             given = {"sequence_len": 1024, "max_steps": steps, **keys}
-            one_s, one_loss, tokens = _train(head, folder, file, **given, **ONE)
+            one_s, one_loss, tokens = train(there, folder, file, **given, **ONE)
             for sharding, cut in SHARDED.items():
-                ours_s, ours_loss, _ = _train(head, folder, file, **given, **cut)
+                ours_s, ours_loss, _ = train(there, folder, file, **given, **cut)
                 what = f"{method}, 2 workers, {sharding}"
-                rows.append(Row(what, "1 worker", ours_s, one_s, tokens=tokens))
+                rows.append(Row(what, "1 worker", ours_s[WARM_UP:], one_s[WARM_UP:], tokens=tokens))
                 rows.append(Row(f"loss of {what}", "1 worker", ours_loss, one_loss, "cost", unit="nats"))
     return rows
 
 
-def _train(head: conftest.Head, folder: Path, file: Path, **keys: Any) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Seconds of the steps after WARM_UP, losses of all steps, tokens of a step."""
+def train(
+    environment: Mapping[str, str], folder: Path, file: Path, **keys: Any
+) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """Runs a job. Returns seconds and losses of its steps, and the tokens of its rows."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         config = conversations.job(Path(name), file, **keys)
         command = [sys.executable, "-m", "orchestrator", "run", str(Path(name) / "job.yaml")]
-        code, output = conftest.run(command, {**head.environment, "RAY_ADDRESS": head.gcs})
+        code, output = conftest.run(command, dict(environment))
         found = SAID.search(output)
         if code != 0 or not found:
             raise RuntimeError(f"a job ended with exit code {code}:\n{output}")
         records = [r for r in metrics.read(Path(config.output_dir) / metrics.METRICS_FILE) if r["kind"] == "train"]
     seconds, losses = (tuple(record[name] for record in records) for name in ("step_s", "loss"))
-    rate = int(found[1]) / median(seconds[WARM_UP:])
     said = {key: value for key, value in keys.items() if key != "datasets"}
-    print(f"{said}: {rate:,.0f} tok/s, loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
-    return seconds[WARM_UP:], losses, int(found[1])
+    print(f"{said}: {median(seconds):.3f} s a step, loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
+    return seconds, losses, int(found[1])

@@ -19,7 +19,9 @@ from actors.formats.base import IGNORED
 from actors.reading import BadRow
 from actors.streaming import Quarantine
 from orchestrator import prepare as module
-from orchestrator.prepare import Prepared, Split, format_spec, prepare, stream
+from orchestrator.prepare import prepare, stream
+from orchestrator.prepared import Prepared, Split
+from orchestrator.row_sources import format_spec
 from orchestrator.schema import DatasetConfig, JobConfig
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -192,7 +194,7 @@ def test_bad_rows_are_named_and_counted(tmp_path: Path, tokenizer: Any, monkeypa
         BadRow(f"{file}:4", "has no `text`; its fields are texts"),
         BadRow(f"{file}:6", "is a list, not an object with fields"),
     )
-    assert (made.bad_rows, made.raw_rows, made.bad_share) == (3, 5, 0.6)
+    assert (made.bad_rows, made.raw_rows) == (3, 5)
 
 
 def test_long_rows_are_bad_rows_and_nothing_left_is_an_error(tmp_path: Path) -> None:

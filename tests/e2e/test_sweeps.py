@@ -19,7 +19,7 @@ import yaml
 from actors import storage
 from orchestrator import trial_process
 from orchestrator.sweep_results import read
-from tests.e2e.conftest import REPOSITORY, finish, running, start
+from tests.e2e.conftest import RAY, REPOSITORY, finish, head_node, run, running, start
 from tests.e2e.test_run import command, records
 
 Job = Callable[..., Path]
@@ -205,3 +205,38 @@ def test_the_python_of_the_readme(dataset_job: Job, tmp_path: Path) -> None:
     assert {trial.state for trial in result.trials} <= {"done", "stopped"} and result.best is not None
     assert str(result.best.folder) in done.stdout.splitlines()[-1]
     assert (tmp_path / "rates.png").stat().st_size > 10_000
+
+
+SWEEPS = """
+import sys
+from pathlib import Path
+
+from orchestrator.api import load, sweep
+
+folder = Path(sys.argv[1])
+for method in ("dpo", "kto", "orpo", "reward_trainer"):
+    job, rates = load(folder / f"{method}.yaml"), {"learning_rate": [2e-2, 1e-6]}
+    found = sweep(job, rates, "eval/loss", "min", output_dir=folder / method)
+    print(method, found.best.params, sorted(trial.state for trial in found.trials))
+"""
+
+
+@pytest.mark.slow
+def test_the_other_methods_from_a_script_that_is_submitted(dataset_job: Job, tmp_path: Path) -> None:
+    """Inside `ray job submit`, on a cluster that others have started, from a script."""
+    rows = [
+        {"prompt": f"w{3 + i % 40} ", "completion": f"w{4 + i % 40} w{'5' if i % 2 else '9'}", "label": i % 2 == 1}
+        for i in range(40)
+    ]
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for method in ("dpo", "kto", "orpo", "reward_trainer"):
+        file = tmp_path / ("judged.jsonl" if method == "kto" else "pairs.jsonl")
+        entry = {"path": str(file), "type": "passthrough"}
+        dataset_job(f"{method}.yaml", rl=method, datasets=[entry], output_dir=str(tmp_path / "base"))
+    (tmp_path / "rates.py").write_text(SWEEPS)
+    with head_node(cpus=2) as head:
+        entrypoint = ["--working-dir", str(REPOSITORY), "--", "python", str(tmp_path / "rates.py"), str(tmp_path)]
+        code, output = run([*RAY, "job", "submit", "--address", head.dashboard, *entrypoint], head.environment)
+    assert code == 0, output
+    for method in ("dpo", "kto", "orpo", "reward_trainer"):
+        assert f"{method} {{'learning_rate': 0.02}} ['done', 'done']" in output, output
