@@ -3,8 +3,8 @@
 # make check   ruff and mypy
 # make bench   the benchmarks; make bench-NAME for one of them
 PYTHON ?= python3.11
-KIND ?= cpu
 VENV := .venv
+KIND ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(KIND)
 

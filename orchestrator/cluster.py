@@ -106,7 +106,7 @@ def connected() -> Iterator[Connection]:
             log_to_driver=False,  # actors' output is in the dashboard and in Ray's log folder
             logging_level=logging.ERROR,
             configure_logging=True,
-            **({"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}),
+            **(_of_this_machine() if address == "local" else {}),
         )
     except Exception as error:  # Ray raises a bare one when its processes are not up in time
         where = "started on this machine" if address == "local" else f"reached at RAY_ADDRESS={address}"
@@ -119,6 +119,11 @@ def connected() -> Iterator[Connection]:
         yield _connection(context)
     finally:
         ray.shutdown()
+
+
+def _of_this_machine() -> dict[str, Any]:
+    """How Ray is started here. It would count GPUs for which the build of torch that is installed has no use."""
+    return {"include_dashboard": True, "dashboard_host": "127.0.0.1", "num_gpus": device.gpu_count()}
 
 
 def _connection(context: Any) -> Connection:

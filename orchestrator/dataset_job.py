@@ -47,6 +47,7 @@ from orchestrator.watch import watched
 
 MAX_RESTARTS = 5  # of a job with a range of workers
 WATCHDOG_PATIENCE = 3  # records with too high a loss, as Axolotl has it
+QUARANTINE = "quarantine.json"
 POLL_S = 0.5  # how often the driver asks for new records
 
 
@@ -98,16 +99,23 @@ def prepared_rows(config: JobConfig, output_dir: Path, display: Display) -> Iter
     """Prepares the rows, and removes them at its end unless dataset_prepared_path keeps them."""
     folder = output_dir / ".prepared"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    if not config.streaming:
+        (output_dir / QUARANTINE).unlink(missing_ok=True)  # its rows may have been mended
+
+    def unusable(count: int, bad: Sequence[BadRow]) -> None:
+        _write_quarantine(output_dir, bad)
+        display.warn(f"{count} rows cannot be used; {QUARANTINE} in output_dir has their places and reasons")
+
     try:
         with display.phase("preparing rows"):
-            rows = prepare(config, folder, config.source.folders, display.note, display.progress)
-        _tell(rows, output_dir, display, config.streaming)
+            rows = prepare(config, folder, config.source.folders, display.note, display.progress, unusable)
+        _tell(rows, display, config.streaming)
         yield rows
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _tell(rows: Prepared, output_dir: Path, display: Display, streaming: bool) -> None:
+def _tell(rows: Prepared, display: Display, streaming: bool) -> None:
     train, held_out = rows.train, rows.held_out
     packed = f" (of {train.documents} documents)" if train.documents != train.rows else ""
     besides = f", {held_out.rows} held out" if held_out.rows else ""
@@ -116,13 +124,10 @@ def _tell(rows: Prepared, output_dir: Path, display: Display, streaming: bool) -
         display.note(f"rows to train on are read as training goes on{besides}")
     else:
         display.note(f"{train.rows} rows{packed} to train on{besides}; {lengths}")
-    if rows.bad_rows:
-        _write_quarantine(output_dir, rows.bad)
-        display.warn(f"{rows.bad_rows} rows were left out; quarantine.json has their places and reasons")
 
 
 def _write_quarantine(output_dir: Path, bad: Sequence[BadRow]) -> None:
-    storage.write_json(output_dir / "quarantine.json", [{"place": row.place, "reason": row.reason} for row in bad])
+    storage.write_json(output_dir / QUARANTINE, [{"place": row.place, "reason": row.reason} for row in bad])
 
 
 class _Training:

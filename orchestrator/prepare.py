@@ -29,11 +29,11 @@ from orchestrator.row_sources import digest, ensure_types, tokenizer_of, what_to
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
-PIECE_BYTES = 4 * 2**20  # about a million tokens: a second or two of work
+PIECE_BYTES = 2**20  # about 250,000 tokens, half a second of work: the last one holds nobody up; starting a worker takes longer
+LARGEST_PIECE_BYTES = 16 * 2**20  # where a dataset would have too many others, each of which becomes a file
 PIECE_ROWS = 5000  # of files that are cut by rows
-BLOCKS = 1000  # tasks of Ray Data at most; with more pieces than this, each takes several
+BLOCKS = 1000  # tasks of Ray Data at most, and pieces, as long as these do not get too large
 STREAM_BLOCK_BYTES = 2**16  # of a stream: small, so that the first one comes soon
-BLOCK_BYTES = 2**20  # of files a task at least: a worker process takes longer to start than to encode less
 TIMEOUT_S = 24 * 3600
 SAMPLED, SAMPLED_BYTES = 64, 2**18  # rows, and bytes, of a file of which the plan learns how long rows are
 
@@ -44,27 +44,28 @@ def prepare(
     search_paths: Sequence[str],
     note: Callable[[str], None],
     progress: Callable[[int, int], None],
+    unusable: Callable[[int, Sequence[BadRow]], None],
 ) -> Prepared:
     """Reads and encodes `datasets` and `test_datasets` into Arrow files. Needs a connected Ray.
 
-    progress: told how many rows of how many are done.
-    They lie in `folder`, or under dataset_prepared_path, where they are found again. Raises ConfigError for a type that
-    the method does not have, DataError for a missing file, no rows, or too many bad ones.
+    progress: told how many rows of how many are done. unusable: told how many cannot be used, if any, and the first of them,
+    also where that is why it raises. The files lie in `folder`, or under dataset_prepared_path, where they are found again.
+    Raises ConfigError for a type that the method does not have, DataError for a missing file, no rows, or too many bad ones.
     """
     spec, files = what_to_read(config, search_paths)
     tokenizer = ensure_types(spec)
     if config.streaming:
         files = [file for file in files if spec.sources[file.source].held_out]
     if config.dataset_prepared_path is None:
-        return _checked(config, _prepared(config, spec, files, folder.absolute(), tokenizer, progress))
+        return _checked(config, _prepared(config, spec, files, folder.absolute(), tokenizer, progress), unusable)
     folder = Path(config.dataset_prepared_path).expanduser().absolute() / digest(config, spec, files)
     ready = read_manifest(folder)
     if ready is not None:
         note(f"datasets: the rows in {folder} were prepared before, and are used again")
-        return _checked(config, ready)
+        return _checked(config, ready, unusable)
     prepared = _prepared(config, spec, files, folder, tokenizer, progress)
     write_manifest(folder, prepared)
-    return _checked(config, prepared)
+    return _checked(config, prepared, unusable)
 
 
 def stream(config: JobConfig, search_paths: Sequence[str], quarantine: Any, readers: int) -> ray.data.Dataset:
@@ -128,7 +129,7 @@ def _prepared(
     progress: Callable[[int, int], None],
 ) -> Prepared:
     tasks = _tasks(files)
-    cut_all = partial(cut_file, sources=spec.sources, piece_bytes=PIECE_BYTES, piece_rows=PIECE_ROWS)
+    cut_all = partial(cut_file, sources=spec.sources, piece_bytes=_piece_bytes(files), piece_rows=PIECE_ROWS)
     found = sorted(_on_workers(cut_all, files, tasks), key=lambda piece: (piece.source, piece.file, piece.begin))
     pieces = _with_held_out(config, spec, found)
     total = sum(piece.rows for piece in pieces)
@@ -148,7 +149,15 @@ def _for_workers(spec: PrepareSpec, tokenizer: Any) -> bytes | None:
 def _tasks(files: Sequence[SourceFile]) -> int:
     if any(file.kind == "hub" for file in files):
         return BLOCKS  # its size is not known here
-    return min(BLOCKS, 1 + sum(Path(file.path).stat().st_size for file in files) // BLOCK_BYTES)
+    return min(BLOCKS, 1 + _bytes(files) // PIECE_BYTES)
+
+
+def _piece_bytes(files: Sequence[SourceFile]) -> int:
+    return min(max(_bytes(files) // BLOCKS, PIECE_BYTES), LARGEST_PIECE_BYTES)
+
+
+def _bytes(files: Sequence[SourceFile]) -> int:
+    return sum(Path(file.path).stat().st_size for file in files if file.kind != "hub")
 
 
 def _with_held_out(config: JobConfig, spec: PrepareSpec, pieces: Sequence[Piece]) -> list[Piece]:
@@ -180,7 +189,9 @@ def _on_workers(function: Callable[[Any], list[Any]], items: Sequence[Any], task
         yield one
 
 
-def _checked(config: JobConfig, prepared: Prepared) -> Prepared:
+def _checked(config: JobConfig, prepared: Prepared, unusable: Callable[[int, Sequence[BadRow]], None]) -> Prepared:
+    if prepared.bad_rows:
+        unusable(prepared.bad_rows, prepared.bad)
     kept = 1 if config.streaming else prepared.train.rows  # of a stream, nobody knows yet
     ensure_usable(config, "rows", kept, prepared.raw_rows, prepared.bad_rows, prepared.bad)
     asked = "test_datasets" if config.test_datasets else "val_set_size"

@@ -64,8 +64,8 @@ class SharedEngines:
 
 def unshareable(config: JobConfig, others: Sequence[JobConfig]) -> str | None:
     """Why engines of this job cannot serve the others too; None = they can. others: what its trials may look like."""
-    if any(job.rl != "grpo" or not job.adapter for job in (config, *others)):
-        return "only jobs of rl: grpo with adapter: lora or qlora can share engines; leave it out"
+    if any(job.rl != "grpo" or job.adapter != "lora" or job.load_in_8bit for job in (config, *others)):
+        return "only jobs of rl: grpo with adapter: lora on a base that is not quantized can share engines; leave it out"
     if any("lm_head" in (job.lora_target_modules or ()) for job in (config, *others)):
         return "vLLM cannot prove a policy beside others with LoRA on lm_head; train other modules, or leave it out"
     if any(map(colocated, (config, *others))):

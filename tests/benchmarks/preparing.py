@@ -42,7 +42,7 @@ def run(pairs: int) -> list[Row]:
 
         def ours(rows: Path = file) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory(dir=folder) as out:
-                prepared = prepare(job(folder, rows), Path(out), [], print, lambda done, total: None)
+                prepared = prepare(job(folder, rows), Path(out), [], print, lambda *_: None, lambda *_: None)
                 return list(dataset_of(prepared.train.files).select(range(CHECKED)))
 
         cold_theirs = common.wall(lambda: subprocess.run([sys.executable, "-m", __name__, str(file)], check=True))()

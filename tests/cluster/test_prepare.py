@@ -45,7 +45,10 @@ def job(*entries: DatasetConfig | Path | str, **changes: Any) -> JobConfig:
 
 
 def prepared(config: JobConfig, folder: Path, search_paths: Sequence[str] = ()) -> Prepared:
-    return prepare(config, folder / "prepared", search_paths, note=lambda text: None, progress=lambda done, total: None)
+    def nobody(*_: object) -> None:
+        pass
+
+    return prepare(config, folder / "prepared", search_paths, nobody, nobody, nobody)
 
 
 def jsonl(path: Path, rows: Sequence[Any]) -> Path:
@@ -255,6 +258,7 @@ def test_prepared_rows_are_used_again_while_nothing_changed(tmp_path: Path, toke
             [],
             notes.append,
             lambda done, total: seen.append((done, total)),
+            lambda count, bad: None,
         )
 
     first = again()

@@ -31,7 +31,7 @@ def test_sft_from_rows_to_adapter(dataset_job: Job, tmp_path: Path, llama: Path)
     code, output = finish(start("run", config))
     assert code == 0, output
     out = tmp_path / "out"
-    assert "Traceback" not in output and "2 rows were left out" in output and f"adapter  {out}" in output
+    assert "Traceback" not in output and "2 rows cannot be used" in output and f"adapter  {out}" in output
     bad = json.loads((out / "quarantine.json").read_text())
     assert sorted(row["place"] for row in bad) == [f"{tmp_path}/texts.jsonl:41", f"{tmp_path}/texts.jsonl:42"]
     train, held_out = records(out, "train"), records(out, "eval")
@@ -195,6 +195,8 @@ def test_too_many_bad_rows_stop_the_job(dataset_job: Job, tmp_path: Path) -> Non
     code, output = finish(start("run", config), 200)
     assert code == 1 and "Traceback" not in output
     assert f"{tmp_path}/texts.jsonl:2" in output and "ray.max_bad_rows" in output
+    (bad,) = json.loads((tmp_path / "out" / "quarantine.json").read_text())
+    assert bad["place"] == f"{tmp_path}/texts.jsonl:2"
 
 
 @pytest.mark.slow

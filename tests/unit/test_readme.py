@@ -31,6 +31,17 @@ def test_every_command_is_there() -> None:
     assert written == set(re.findall(r"^    (\w+) ", make_parser().format_help(), re.MULTILINE))
 
 
+def test_the_whole_job_is_one(tmp_path: Path) -> None:
+    text = README.read_text(encoding="utf-8")
+    (whole,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "base_model" in block)
+    config = load(write(tmp_path, whole))
+    ensure_runnable(config)
+    assert config.rl == "grpo"
+    as_sft = {key: value for key, value in yaml.safe_load(whole).items() if key not in ("rl", "trl")}
+    as_sft["datasets"] = [{"path": "rows.jsonl", "type": "chat_template"}]
+    ensure_runnable(load(write(tmp_path, yaml.safe_dump(as_sft))))
+
+
 def test_the_table_of_methods_is_there() -> None:
     assert set(METHODS) == {"Dr. GRPO", "DAPO", "GSPO", "CISPO", "RLOO", "GDPO"}
 

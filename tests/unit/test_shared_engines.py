@@ -46,7 +46,9 @@ def test_trials_may_not_differ_in_what_an_engine_is_made_of(tmp_path: Path, over
     ("text", "message"),
     [
         (SFT, "only jobs of rl: grpo"),
-        (FULL_GRPO, "adapter: lora or qlora"),
+        (FULL_GRPO, "adapter: lora on a base that is not quantized"),
+        (GRPO.replace("adapter: lora", "adapter: qlora\nload_in_4bit: true"), "adapter: lora on a base that is not quantized"),
+        (GRPO + "load_in_8bit: true\n", "adapter: lora on a base that is not quantized"),
         (GRPO.replace("trl:\n", "trl:\n  vllm_mode: colocate\n"), "every rank has an engine of its own"),
     ],
 )
