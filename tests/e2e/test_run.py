@@ -64,6 +64,7 @@ def test_the_demo_recipe_end_to_end(tmp_path: Path) -> None:
     assert solved == round(records(out, "eval")[-1]["eval/accuracy"] * len(held_out))
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(job: Callable[..., Path], tmp_path: Path) -> None:
     """With batches in flight: Ctrl-C after the checkpoint of step 2, then the same command goes on to the same losses."""
     code, output = finish(start("run", job("a.yaml", output_dir=str(tmp_path / "a"), ray__max_staleness=1)))

@@ -88,7 +88,8 @@ def test_two_ranks_learn_what_one_does(folder: str, tmp_path: Path, kind: str) -
     learn_alike(folder, tmp_path, kind, adapter.WEIGHTS_FILE)
 
 
-@pytest.mark.parametrize("kind", ["fsdp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("whole", *SLOW))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "fsdp", *SLOW])
 def test_two_ranks_train_all_weights_as_one_does(tmp_path: Path, kind: str) -> None:
     """Of a model whose head is its embedding, which must stay one weight."""
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
