@@ -61,7 +61,7 @@ def test_jobs_are_listed_followed_and_stopped(head: Head, job: Callable[..., Pat
         return run([*EAGLERAY, *words], {**environment, **changes})
 
     (tmp_path / "mine").mkdir()
-    for path in (job(max_steps=100_000, save_strategy="no"), tmp_path / "tiny_rewards.py"):
+    for path in (job(max_steps=100_000, save_steps=100_000), tmp_path / "tiny_rewards.py"):
         path.rename(tmp_path / "mine" / path.name)
     code, output = eagleray("submit", f"{tmp_path}/mine/job.yaml", "trl.temperature=0.9", "--no-wait")
     assert code == 0, output
