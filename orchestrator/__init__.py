@@ -10,6 +10,7 @@
     runnable.py     what this version acts on; the tables are in online_keys.py and dataset_keys.py
     config.py       all of that as load() and dump()
     data.py         prompts: reading, checking, dealing to steps
+    dataset_files.py the local files that an entry of datasets names
     plan.py         configuration and cluster to roles, bundles and batch arithmetic: a pure function
     description.py  the plan for a person
     dataset_plan.py the same for dataset jobs

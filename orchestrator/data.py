@@ -1,7 +1,8 @@
 """Prompts of an online job: read, checked row by row, dealt to steps.
 
 A row is a `prompt` (text, or chat messages) and columns for the reward functions. A row that cannot be used goes to
-quarantine with its place and reason; too many of them stop the job. A new file format is a line in READERS.
+quarantine with its place and reason; too many of them stop the job. A new file format is a line in READERS, and a name in
+dataset_files.KINDS.
 """
 
 import importlib
@@ -11,13 +12,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 from actors.errors import DataError
-from actors.reading import BadRow, HubSpec, arrow_rows, csv_rows, hub_rows, json_rows, jsonl_rows, parquet_rows
+from actors.reading import BadRow, arrow_rows, csv_rows, hub_rows, json_rows, jsonl_rows, parquet_rows
 from actors.snapshot import digest
+from orchestrator.dataset_files import hub_spec, local_files
 from orchestrator.schema import DatasetConfig, JobConfig
 
 log = logging.getLogger("eagleray")
@@ -211,56 +212,6 @@ def _read(entry: DatasetConfig, search_paths: Sequence[str]) -> Iterator[tuple[s
             yield from READERS[kind](file)
         except (OSError, ValueError) as error:
             raise DataError(f"datasets: {file} cannot be read: {error}") from error
-
-
-def local_files(entry: DatasetConfig, search_paths: Sequence[str]) -> list[tuple[Path, str]] | None:
-    """Files of a local dataset and their kinds in READERS; None for a name that can only be the hub's.
-
-    Raises DataError for files that are not there or of no known kind.
-    """
-    files = _local_files(entry, search_paths)
-    if files is None:
-        return None
-    asked = {"name": entry.name, "split": entry.split if entry.split != "train" else None, "revision": entry.revision}
-    if unused := [name for name, value in asked.items() if value]:
-        log.warning("datasets: %s not used: %s lies on this machine, not on the hub", ", ".join(unused), entry.path)
-    kinds = [entry.ds_type or file.suffix.lstrip(".").lower() for file in files]
-    for file, kind in zip(files, kinds, strict=True):
-        if kind not in READERS:
-            raise DataError(
-                f"datasets: {file} is of no known kind; use one of {', '.join(sorted(READERS))}, or ds_type"
-            )
-    return list(zip(files, kinds, strict=True))
-
-
-def hub_spec(entry: DatasetConfig, streaming: bool = False) -> HubSpec:
-    """A dataset of the hub, as an entry names it."""
-    files = tuple(entry.data_files) if isinstance(entry.data_files, list) else entry.data_files
-    return HubSpec(entry.path, entry.name, entry.split or "train", files, entry.revision, streaming)
-
-
-def _local_files(entry: DatasetConfig, search_paths: Sequence[str]) -> list[Path] | None:
-    """Files of a local dataset, sorted; None for a name that can only be the hub's."""
-    names = entry.data_files or []
-    for base in ["", *search_paths]:
-        path = Path(base) / Path(entry.path).expanduser()
-        if path.is_file():
-            return [path]
-        if path.is_dir():
-            found = [path / n for n in ([names] if isinstance(names, str) else names)]
-            files = found or sorted(f for f in path.iterdir() if f.suffix.lstrip(".").lower() in READERS)
-            if not files:
-                raise DataError(f"datasets: the folder {path} holds no file of a known kind")
-            return files
-        if any(c in entry.path for c in "*?[") and (matches := sorted(glob(str(path)))):
-            return [Path(name) for name in matches]
-    if (
-        entry.path.startswith((".", "/", "~"))
-        or entry.path.count("/") > 1
-        or Path(entry.path).suffix.lstrip(".") in READERS
-    ):
-        raise DataError(f"datasets: there is no file {entry.path}; looked in {', '.join(['.', *search_paths])}")
-    return None
 
 
 def _text(file: Path) -> Iterator[tuple[str, Any]]:

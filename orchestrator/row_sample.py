@@ -10,7 +10,7 @@ from typing import Any
 from actors.errors import DataError
 from actors.formats.base import FormatSpec
 from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut, read
-from orchestrator.data import hub_spec, local_files
+from orchestrator.dataset_files import hub_spec, local_files
 from orchestrator.schema import DatasetConfig
 
 LOOKED_AT = 500  # rows

@@ -18,7 +18,7 @@ from actors.model import load_tokenizer
 from actors.preparing import BUILDERS, PrepareSpec, ensure_type
 from actors.reading import SourceFile, SourceSpec
 from actors.specs import ModelSpec
-from orchestrator.data import hub_spec, local_files
+from orchestrator.dataset_files import hub_spec, local_files
 from orchestrator.jobs import special_tokens
 from orchestrator.schema import DatasetConfig, JobConfig
 

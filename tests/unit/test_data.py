@@ -66,6 +66,54 @@ def test_parquet_folder_and_glob(tmp_path: Path) -> None:
         assert {row.prompt for row in load_prompts(job(path), []).train} == {"p", "q"}
 
 
+def test_of_a_folder_the_rows_of_its_split_are_read(tmp_path: Path) -> None:
+    """Told by the files' names as the datasets library tells them; with rows of the test split a job would train on them."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test", "my_dev_rows", "notes"):
+        jsonl(folder / f"{name}.jsonl", [{"prompt": name}])
+
+    def read(split: str | None) -> set[str]:
+        config = job(folder)
+        assert config.datasets
+        config.datasets[0].split = split
+        return {str(row.prompt) for row in load_prompts(config, []).train}
+
+    assert read(None) == read("train") == {"train-00000-of-00002", "train-00001-of-00002"}
+    assert read("test") == {"test"} and read("validation") == {"my_dev_rows"}
+    (folder / "test.jsonl").unlink()
+    with pytest.raises(DataError, match=r"no file in .*rows is of split test; it has my_dev_rows.jsonl, notes.jsonl, train-"):
+        read("test")
+    with pytest.raises(DataError, match=r"no share can be taken \(split: train\[:10%\]\)"):
+        read("train[:10%]")
+
+
+def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    splits = {name: Dataset.from_list([{"prompt": f"{name} {i}"} for i in range(4)]) for name in ("train", "test")}
+    splits["train"].save_to_disk(tmp_path / "one", num_shards=2)
+    DatasetDict(splits).save_to_disk(tmp_path / "both")
+    for name in ("one", "both"):
+        assert sorted(str(row.prompt) for row in load_prompts(job(tmp_path / name), []).train) == [f"train {i}" for i in range(4)]
+    config = job(tmp_path / "both")
+    assert config.datasets
+    config.datasets[0].split = "dev"
+    with pytest.raises(DataError, match="has no split dev; it has test, train"):
+        load_prompts(config, [])
+
+
+def test_files_named_beside_their_kind_are_local(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", [{"prompt": "p"}])
+    config = job(Path("json"))
+    assert config.datasets
+    config.datasets[0].data_files = "a.jsonl"
+    assert [row.prompt for row in load_prompts(config, [str(tmp_path)]).train] == ["p"]
+    config.datasets[0].data_files = ["b.jsonl"]
+    with pytest.raises(DataError, match=r"there is no file b\.jsonl \(data_files\)"):
+        load_prompts(config, [str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
