@@ -108,6 +108,9 @@ class Conversation:
         self._waits_since = None
         try:
             output = await self._speaker.output([*self._ids, *said], params)
+        except asyncio.CancelledError:  # the function's own time limit, say: it may go on
+            self._waits_since = asyncio.get_running_loop().time()
+            raise
         except Exception as error:
             self._broken = error
             raise
@@ -179,13 +182,15 @@ class RolloutFunction:
         playing = asyncio.gather(*tasks)
         late = asyncio.create_task(self._late(conversations))
         first: list[asyncio.Future[Any]] = [playing, late]
-        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-        error = playing.exception() if playing.done() else late.exception()
-        for task in (late, *tasks):
-            task.cancel()
-        for conversation in conversations:
-            conversation._over = True  # for a function that does not let itself be cancelled
-        await asyncio.wait(tasks, timeout=CLEAN_UP_S)
+        try:
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            error = playing.exception() if playing.done() else late.exception()
+        finally:  # also where the group is cancelled, whose policy may be gone in a moment
+            for task in (late, *tasks):
+                task.cancel()
+            for conversation in conversations:
+                conversation._over = True  # for a function that does not let itself be cancelled
+            await asyncio.wait(tasks, timeout=CLEAN_UP_S)
         if broken := next((c._broken for c in conversations if c._broken), None):
             raise broken
         if error:

@@ -7,6 +7,7 @@ stepped for as long as anybody waits, and who asks later joins the batch.
 import asyncio
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,13 @@ class Decoder:
             while self.waiting:
                 await asyncio.sleep(0)  # those who were answered go on, and new requests come in
                 for output in self.engine.step():
-                    # After a step that failed nobody waits for the engine's older requests.
                     future = self.waiting.pop(output.request_id, None) if output.finished else None
                     if future is not None and not future.done():
                         future.set_result(output)
         except Exception as error:  # whatever it is, nobody may wait for ever
             waiting, self.waiting = self.waiting, {}
+            with suppress(Exception):  # an engine that is not whole any more fails at the next step too
+                self.engine.abort_request(list(waiting))  # or one that cannot be decoded would fail every later step
             for future in waiting.values():
                 if not future.done():
                     future.set_exception(error)

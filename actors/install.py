@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from actors import snapshot
+from actors import hub, snapshot
 from actors.snapshot import Bucket
 from actors.types import TensorEntry
 
@@ -145,7 +145,7 @@ def merged_weights(
     from safetensors import safe_open
 
     pending = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
-    for file in sorted(Path(base.folder).glob("*.safetensors")):
+    for file in hub.weight_files(Path(base.folder)):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
                 weight = weights.get_tensor(name)

@@ -131,9 +131,9 @@ def text_of(part: Completion) -> str:
 def reward_of(answer: str, low: float, high: float) -> float | None:
     """The last number of the answer as a share of the scale; None where there is none, or it is outside.
 
-    In "8/10" and "8 out of 10" that is the 8.
+    In "8/10", "8 of 10.0" and "8 out of 10" that is the 8.
     """
-    numbers = NUMBER.findall(re.sub(rf"(?:/|\bout of)\s*{re.escape(f'{high:g}')}(?![\d.]*\d)", "", answer))
+    numbers = NUMBER.findall(re.sub(rf"(?:/|\bof)\s*{re.escape(f'{high:g}')}(?:\.0+)?(?![\d.]*\d)", "", answer))
     if not numbers or not low <= float(numbers[-1]) <= high:
         return None
     return (float(numbers[-1]) - low) / (high - low)

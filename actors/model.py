@@ -225,9 +225,8 @@ def ensure_checkpoint_names(model: ModelSpec) -> None:
     """Raises ConfigError unless transformers calls weights as the model's own files do, which is what vLLM loads."""
     from safetensors import safe_open
 
-    folder = Path(hub.resolve(model.name))
     stored: set[str] = set()
-    for file in folder.glob("*.safetensors"):
+    for file in hub.weight_files(Path(hub.resolve(model.name))):
         with safe_open(file, "pt") as weights:
             stored.update(weights.keys())
     if other := sorted(expected_shapes(model, None).keys() - stored):
@@ -293,7 +292,7 @@ class _TokenLogprobs(torch.autograd.Function):
         scratch_kV, exps_kV = (_scratch(logits_KV) for _ in range(2))
         for logits_kV in logits_KV.split(len(scratch_kV)):
             scaled_kV, exp_kV = scratch_kV[: len(logits_kV)], exps_kV[: len(logits_kV)]
-            torch.div(logits_kV, temperature, out=scaled_kV)
+            scaled_kV.copy_(logits_kV).div_(temperature)  # torch.div would round to the logits' dtype, and then copy
             top_k1 = scaled_kV.amax(-1, keepdim=True)
             torch.exp(scaled_kV.sub_(top_k1), out=exp_kV)
             norm_k = exp_kV.sum(-1)
@@ -316,13 +315,16 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_KV = torch.empty_like(logits_KV)
         scratch_kV = _scratch(logits_KV)
         size = len(scratch_kV)
-        for out_kV, logits_kV, log_norm_k, grad_k in zip(
-            grad_KV.split(size), logits_KV.split(size), log_norm_K.split(size), grad_K.split(size), strict=True
-        ):
-            prob_kV = torch.div(logits_kV, ctx.temperature, out=scratch_kV[: len(logits_kV)])
-            prob_kV.sub_(log_norm_k[:, None]).exp_()
-            out_kV.copy_(prob_kV.mul_(-grad_k[:, None]))
-        grad_KV.index_put_((positions_N, tokens_N), grad_N.to(grad_KV.dtype), accumulate=True)
+        for start, out_kV, logits_kV, log_norm_k, grad_k in zip(
+            range(0, len(logits_KV), size),
+            grad_KV.split(size), logits_KV.split(size), log_norm_K.split(size), grad_K.split(size), strict=True,
+        ):  # fmt: skip
+            prob_kV = scratch_kV[: len(logits_kV)].copy_(logits_kV).div_(ctx.temperature)
+            wide_kV = prob_kV.sub_(log_norm_k[:, None]).exp_().mul_(-grad_k[:, None])
+            here = (positions_N >= start) & (positions_N < start + size)
+            # In fp32: of a token that is nearly certain, the two nearly cancel, and what is left would be rounding.
+            wide_kV.index_put_((positions_N[here] - start, tokens_N[here]), grad_N[here], accumulate=True)
+            out_kV.copy_(wide_kV)
         return grad_KV, None, None, None
 
 

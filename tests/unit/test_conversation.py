@@ -342,6 +342,18 @@ async def will_not_end(conversation: Conversation) -> None:
     await conversation.answer()
 
 
+async def gives_up_and_sleeps(conversation: Conversation) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(conversation.answer(), 0.001)
+    await sleeps(conversation)
+
+
+async def asks_again(conversation: Conversation) -> dict[str, Any]:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(conversation.answer(), 0.001)
+    return {"said": await conversation.answer()}
+
+
 async def two_at_once(conversation: Conversation) -> None:
     await asyncio.gather(conversation.answer(), conversation.answer())
 
@@ -355,6 +367,7 @@ async def two_at_once(conversation: Conversation) -> None:
         (needs, "TypeError: needs() missing 1 required positional argument: 'secret'"),
         (rewrites, "AttributeError: 'tuple' object has no attribute 'append'"),
         (two_at_once, "RuntimeError: conversation.answer() came while the model writes a turn of it"),
+        (gives_up_and_sleeps, "TimeoutError: it took longer than ray.reward_timeout_s = 0.3 s between two turns of the model"),
         (sleeps, "TimeoutError: it took longer than ray.reward_timeout_s = 0.3 s between two turns of the model"),
         (sleeps_in_a_thread, "TimeoutError: it took longer than ray.reward_timeout_s = 0.3 s between two turns of the model"),
         (will_not_end, "TimeoutError: it took longer than ray.reward_timeout_s = 0.3 s between two turns of the model"),
@@ -381,6 +394,31 @@ def test_a_function_that_fails_costs_its_group(
     (group, failure), (_, other), waited = asyncio.run(both())
     assert failure == reason and other is None and waited < 1.5
     assert (len(group.texts), group.columns) == (2, {})
+
+
+def test_a_function_may_give_up_waiting_and_ask_again(tokenizer: Any) -> None:
+    group, failure = played(asks_again, Scripted(tokenizer, "Yes").speaker(size=2))
+    assert failure is None and group.columns == {"said": ["Yes", "Yes"]}
+    assert group.messages is not None and [len(said) for said in group.messages] == [1, 1]
+
+
+def test_a_group_that_is_cancelled_leaves_nobody_behind(tokenizer: Any) -> None:
+    """Its policy may be gone from the engine in the next moment."""
+    scripted = Scripted(tokenizer, "Yes")
+
+    async def cancelled() -> None:
+        function = RolloutFunction(RolloutFunctionSpec(f"{__name__}.three_turns", (), 60.0))
+        group = asyncio.create_task(function.group(scripted.speaker(size=2), PROMPT, {}, SEED, VERSION))
+        await asyncio.sleep(0.015)
+        group.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await group
+        asked = len(scripted.asked)
+        assert asked and asyncio.all_tasks() == {asyncio.current_task()}
+        await asyncio.sleep(0.05)
+        assert (len(scripted.asked), scripted.decoding) == (asked, 0)
+
+    asyncio.run(cancelled())
 
 
 async def swallows(conversation: Conversation) -> None:

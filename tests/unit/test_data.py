@@ -95,7 +95,8 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
     splits["train"].save_to_disk(tmp_path / "one", num_shards=2)
     DatasetDict(splits).save_to_disk(tmp_path / "both")
     for name in ("one", "both"):
-        assert sorted(str(row.prompt) for row in load_prompts(job(tmp_path / name), []).train) == [f"train {i}" for i in range(4)]
+        rows = load_prompts(job(tmp_path / name), []).train
+        assert sorted(str(row.prompt) for row in rows) == [f"train {i}" for i in range(4)]
     config = job(tmp_path / "both")
     assert config.datasets
     config.datasets[0].split = "dev"

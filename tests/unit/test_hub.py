@@ -71,7 +71,7 @@ def test_a_plan_needs_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     """What lies in the hub's cache without weights is enough for it, and never for a job."""
     asked: list[object] = []
 
-    def download(name: str, local_files_only: bool = False, allow_patterns: object = None) -> str:
+    def download(name: str, local_files_only: bool = False, allow_patterns: object = None, **_: object) -> str:
         if not local_files_only:
             asked.append(allow_patterns)
         return str(tmp_path)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from actors import model
@@ -52,6 +53,22 @@ def test_the_engine_has_the_weights_of_the_quantized_trainer(folder: str, quanti
         assert not torch.allclose(by_the_trainer(layer), whole[f"{name}.weight"], atol=tolerance), "nothing was rounded"
     for name in set(merged) - base.quantized:
         assert torch.equal(merged[name], whole[name])
+
+
+@pytest.mark.parametrize("in_parts", [True, False])
+def test_the_same_weights_in_another_naming_are_left_alone(tmp_path: Path, in_parts: bool) -> None:
+    """As in Mistral's repositories. vLLM knows both namings, takes what comes first, and leaves out the merged ones."""
+    folder = Path(save_smollm2_llama(tmp_path, **SHAPE))
+    own = AutoModelForCausalLM.from_pretrained(folder)
+    own.save_pretrained(folder, max_shard_size="40KB" if in_parts else "1GB")
+    if in_parts:
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+    other = {"layers.0.attention.wq.weight": torch.zeros(64, 64)}
+    save_file(other, folder / "consolidated.safetensors")
+    names = [name for name, _ in merged_weights(BaseWeights(str(folder)), {}, 1.0, torch.float32, torch.device("cpu"))]
+    assert set(names) | {"lm_head.weight"} == set(own.state_dict()) and len(names) == len(set(names))
+    assert not set(names) & set(other)
 
 
 def test_a_module_without_a_weight_is_named(tmp_path: Path) -> None:

@@ -71,6 +71,23 @@ def test_packed_logprobs_and_gradients_are_those_of_each_completion_alone(
         torch.testing.assert_close(of_packed[name], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
+def test_logits_of_few_bits_are_scaled_with_many(temperature: float) -> None:
+    """Rounded to bfloat16 after the division, log-probabilities would be off by some hundredths, and some above 0."""
+    torch.manual_seed(0)
+    logits_KV = (8 * torch.randn(16, 5000)).bfloat16()
+    logits_KV[3, 7] += 60  # a token that is nearly certain
+    logits_KV.requires_grad_()
+    positions_N, tokens_N = torch.arange(16), logits_KV.argmax(-1)
+    logprobs_N, _ = model._TokenLogprobs.apply(logits_KV, positions_N, tokens_N, temperature)
+    expected_N = torch.log_softmax(logits_KV.detach().float() / temperature, -1)[positions_N, tokens_N]
+    torch.testing.assert_close(logprobs_N, expected_N, rtol=0, atol=1e-5)
+    logprobs_N.sum().backward()
+    exact_KV = logits_KV.detach().float().requires_grad_()
+    torch.log_softmax(exact_KV / temperature, -1)[positions_N, tokens_N].sum().backward()
+    torch.testing.assert_close(logits_KV.grad.float(), exact_KV.grad, rtol=2**-8, atol=1e-5)
+
+
 def test_entropy_is_that_of_the_distribution(policy: Any, groups: list[RolloutGroup]) -> None:
     for row, samples in packed(groups, 4):
         _, entropy_BT = model.completion_logprobs(model.row_logits(policy, row), row, TEMPERATURE)
