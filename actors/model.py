@@ -321,9 +321,10 @@ class _TokenLogprobs(torch.autograd.Function):
         ):  # fmt: skip
             prob_kV = scratch_kV[: len(logits_kV)].copy_(logits_kV).div_(ctx.temperature)
             wide_kV = prob_kV.sub_(log_norm_k[:, None]).exp_().mul_(-grad_k[:, None])
-            here = (positions_N >= start) & (positions_N < start + size)
+            at_N = (positions_N - start).clamp(0, len(logits_kV) - 1)
+            here_N = torch.where(at_N == positions_N - start, grad_N, 0)
             # In fp32: of a token that is nearly certain, the two nearly cancel, and what is left would be rounding.
-            wide_kV.index_put_((positions_N[here] - start, tokens_N[here]), grad_N[here], accumulate=True)
+            wide_kV.index_put_((at_N, tokens_N), here_N, accumulate=True)
             out_kV.copy_(wide_kV)
         return grad_KV, None, None, None
 

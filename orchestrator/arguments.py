@@ -5,6 +5,7 @@ What a method's trainer needs beside these, it sets itself (actors/methods). A k
 
 from typing import Any
 
+from orchestrator.jobs import warmup_steps
 from orchestrator.schema import JobConfig
 from orchestrator.sharding import checkpoints_activations, sharding_arguments
 
@@ -40,7 +41,7 @@ def training_arguments(config: JobConfig, *, gpu: bool, dtype: str, steps_per_ep
         "lr_scheduler_type": config.lr_scheduler if config.cosine_min_lr_ratio is None else "cosine_with_min_lr",
         "lr_scheduler_kwargs": {} if config.cosine_min_lr_ratio is None else {"min_lr_rate": config.cosine_min_lr_ratio},
         "restore_callback_states_from_checkpoint": stops_early,  # how long nothing has got better
-        "warmup_steps": config.warmup_steps if config.warmup_steps is not None else config.warmup_ratio or 0,
+        "warmup_steps": warmup_steps(config, total_steps),
         "optim": OPTIMIZERS.get(config.optimizer, config.optimizer),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
@@ -90,7 +91,7 @@ def _of_method(config: JobConfig) -> dict[str, Any]:
             "undesirable_weight": config.kto_undesirable_weight,
         }
     if config.rl == "orpo":
-        weight = config.orpo_alpha if config.orpo_alpha is not None else beta
+        weight = beta if beta is not None else config.orpo_alpha  # Axolotl's order
         return {"beta": 0.1 if weight is None else weight, "max_length": config.sequence_len}
     if config.rl == "reward_trainer":
         return {"center_rewards_coefficient": config.center_rewards_coefficient}

@@ -6,6 +6,7 @@ from math import ceil
 
 from orchestrator import sharding
 from orchestrator.description import described_adapter
+from orchestrator.jobs import attention
 from orchestrator.plan import (
     Bundle,
     Node,
@@ -69,9 +70,6 @@ def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str =
     gpu = "GPU" in resources
     bundles = tuple(Bundle("worker", index, resources) for index in range(workers))
     cpus = int(max((node.resources.get("CPU", 1) for node in nodes), default=1))
-    attention = config.attn_implementation
-    if attention and attention.startswith("flash") and not gpu:
-        attention = "sdpa"  # its kernels are for GPUs; the result is the same
     return DatasetPlan(
         bundles=bundles,
         min_workers=fewest,
@@ -79,7 +77,7 @@ def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str =
         placement=first_fit(bundles, nodes),
         gpu=gpu,
         dtype=trainer_dtype(config, gpu, cpu_dtype),
-        attention=attention,
+        attention=attention(config, gpu),
         threads=None if gpu else max(1, cpus // ceil(workers / hosts(nodes))),
         readers=max(1, int(sum(node.resources.get("CPU", 0) for node in nodes)) // 2),
         rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * workers,

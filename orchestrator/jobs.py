@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,26 @@ def lora_spec(config: JobConfig) -> LoraSpec:
         modules_to_save=tuple(config.lora_modules_to_save or ()),
         start=config.lora_model_dir,
     )
+
+
+def warmup_steps(config: JobConfig, total_steps: int) -> int:
+    """Of total_steps optimizer steps. A file that says nothing has Axolotl's default, 3 % of them and 100 at most."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    if config.warmup_ratio is not None:
+        return ceil(config.warmup_ratio * total_steps)
+    return min(int(0.03 * total_steps), 100)
+
+
+def attention(config: JobConfig, gpu: bool) -> str | None:
+    """Of a dataset job's model, by transformers' name; None = its default.
+
+    flash attention's kernels are for GPUs and in a package that few have. The result is the same without.
+    """
+    asked = config.attn_implementation
+    if asked and asked.startswith("flash") and not (gpu and find_spec("flash_attn")):
+        return "sdpa"
+    return asked
 
 
 def quantization(config: JobConfig) -> str | None:

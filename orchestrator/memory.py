@@ -15,7 +15,7 @@ from orchestrator import sharding
 from orchestrator.activations import PackedRows, PaddedRows, Setting, alive
 from orchestrator.hardware import GIB
 from orchestrator.head_memory import HEADS, Task
-from orchestrator.jobs import quantization, trained_lora
+from orchestrator.jobs import attention, quantization, trained_lora
 from orchestrator.model_shape import ModelSource, read_shape
 from orchestrator.schema import JobConfig
 
@@ -60,7 +60,7 @@ def source_of(config: JobConfig) -> ModelSource:
     return ModelSource(config.base_model, config.trust_remote_code, task_of(config.rl))
 
 
-def longest_rows(config: JobConfig) -> PaddedRows | PackedRows:
+def longest_rows(config: JobConfig, *, gpu: bool) -> PaddedRows | PackedRows:
     """A micro-batch of the longest rows that the configuration allows."""
     size, length = config.micro_batch_size, config.sequence_len
     if config.rl == "grpo":
@@ -68,7 +68,7 @@ def longest_rows(config: JobConfig) -> PaddedRows | PackedRows:
         return PackedRows(-(-size // config.trl.num_generations), length - longest, size, longest)
     packed = config.rl is None and config.sample_packing
     sequences = size if config.rl in (None, "kto") else 2 * size  # chosen and rejected go through the model together
-    flash = (config.attn_implementation or "").startswith("flash")  # needs no mask
+    flash = (attention(config, gpu) or "").startswith("flash")  # needs no mask
     return PaddedRows(sequences, length, masked=(packed or sequences > 1) and not flash)
 
 
@@ -101,7 +101,7 @@ class _Rank:
         self.lora = trained_lora(config)
         self.full = self.lora is None
         self.shape = read_shape(source_of(config), self.lora)
-        self.rows = longest_rows(config)
+        self.rows = longest_rows(config, gpu=gpu)
 
     def moments(self) -> Iterator[Memory]:
         """The moments at which a rank may need the most."""

@@ -88,7 +88,7 @@ def _ranks(job: Planned, group: Any) -> Iterator[Measured]:
         rows: tuple[int, ...] = (config.micro_batch_size * config.gradient_accumulation_steps, config.sequence_len)
     else:
         cls, environment, spec = MeasuredTrainer, actor_environment(TRAINER, plan, None), trainer_spec(config, plan)
-        more, longest = (), longest_rows(config)
+        more, longest = (), longest_rows(config, gpu=plan.gpu)
         assert isinstance(longest, PackedRows)
         rows = (max(1, plan.prompts_per_step // ranks(config)), longest.prompt, config.trl.num_generations, longest.length)
     actors = [

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from actors.errors import ConfigError
+from orchestrator.jobs import warmup_steps
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
@@ -116,9 +117,6 @@ def make_plan(
     prompts = completions // config.trl.num_generations
     steps_per_epoch = rows / prompts
     total_steps = config.max_steps or max(1, ceil(config.num_epochs * steps_per_epoch))
-    warmup = config.warmup_steps or 0
-    if config.warmup_ratio:
-        warmup = ceil(config.warmup_ratio * total_steps)
     per_engine = ceil(prompts / engines(config))
     max_num_seqs = min(per_engine * config.trl.num_generations, MAX_NUM_SEQS)
     engine_share = min(1.0, _engine_gpus(config, gpu))
@@ -145,7 +143,7 @@ def make_plan(
         gpu_memory_utilization=config.vllm.gpu_memory_utilization * (engine_share if gpu else 1.0),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        warmup_steps=warmup,
+        warmup_steps=warmup_steps(config, total_steps),
         save_steps=_every(config.save_steps, config.saves_per_epoch or 1, steps_per_epoch, total_steps),
         eval_steps=_every(config.eval_steps, config.evals_per_epoch, steps_per_epoch, total_steps)
         if config.eval_steps or config.evals_per_epoch

@@ -21,6 +21,7 @@ FSDP_STRATEGIES: dict[str, dict[str, Any]] = {
     "offload": {"offload_params": True},
     "shard_grad_op": {"reshard_after_forward": False},
 }
+PROMPT_ROOM = 512  # tokens, where a file does not say how many there may be
 
 
 def respell(data: dict[str, Any], source: Source) -> list[Translation]:
@@ -100,6 +101,7 @@ def _values(data: dict[str, Any]) -> Iterator[Translation]:
             yield Translation(flag, f"read as attn_implementation: {name}")
     yield from _eval_strategy(data)
     yield from _fsdp_strategies(data)
+    yield from _sequence_len(data)
 
 
 def _eval_strategy(data: dict[str, Any]) -> Iterator[Translation]:
@@ -113,6 +115,20 @@ def _eval_strategy(data: dict[str, Any]) -> Iterator[Translation]:
         elif data.get(key) == "steps" and every:
             del data[key]
             yield Translation(key, f"follows from {every[0]}")
+
+
+def _sequence_len(data: dict[str, Any]) -> Iterator[Translation]:
+    """Axolotl's default is no limit of a GRPO job, whose engines need one."""
+    if data.get("rl") != "grpo" or data.get("sequence_len") is not None:
+        return
+    sections = [section if isinstance(section, dict) else {} for section in (data.get("vllm"), data.get("trl"))]
+    limit, longest = sections[0].get("max_model_len"), sections[1].get("max_completion_length")
+    if isinstance(limit, int):
+        data["sequence_len"] = limit
+        yield Translation("sequence_len", f"not written: {limit}, as vllm.max_model_len")
+    elif isinstance(longest, int) and longest > PROMPT_ROOM // 2:
+        data["sequence_len"] = longest + PROMPT_ROOM
+        yield Translation("sequence_len", f"not written: trl.max_completion_length and {PROMPT_ROOM} for the prompt")
 
 
 def _fsdp_strategies(data: dict[str, Any]) -> Iterator[Translation]:

@@ -14,6 +14,7 @@ from orchestrator.values import out_of_range, value_of
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the slots that vLLM 0.32 can make
 CODE = "actors.verifiers.passes_tests"
+NO_LINEAR_LAYERS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")  # that PEFT's all-linear would take
 EOS_CHOICES = ("all", "turn", "last")
 
 
@@ -64,6 +65,10 @@ def _model(config: JobConfig) -> Iterator[Problem]:
                 "lora_target_modules",
                 f"adapter: {config.adapter} needs layers; add lora_target_linear: true",
             )
+    named = config.lora_target_modules if isinstance(config.lora_target_modules, list) else []
+    if config.lora_target_linear and (outside := [name for name in named if name in NO_LINEAR_LAYERS]):
+        text = f"{', '.join(outside)} is not among the layers that lora_target_linear: true means; name all that you want"
+        yield Problem("lora_target_modules", f"{text}, without it, or train {outside[0]} whole with lora_modules_to_save")
     if config.fp16 and config.bf16 in (True, "full"):
         yield Problem("fp16", "fp16 and bf16 are both on; keep one")
     if config.flash_attention and config.sdp_attention:

@@ -141,6 +141,20 @@ def test_trl_beta_wins_over_rl_beta(tmp_path: Path, text: str, beta: float) -> N
 
 
 @pytest.mark.parametrize(
+    ("text", "length"),
+    [
+        ("", 512),
+        ("  max_completion_length: 256\n", 512),
+        ("  max_completion_length: 1024\n", 1536),
+        ("  max_completion_length: 1024\nvllm: {max_model_len: 2048}\n", 2048),
+        ("  max_completion_length: 1024\nsequence_len: 1100\n", 1100),
+    ],
+)
+def test_an_online_job_that_says_no_length_has_room_for_prompt_and_completion(tmp_path: Path, text: str, length: int) -> None:
+    assert grpo(tmp_path, text).sequence_len == length
+
+
+@pytest.mark.parametrize(
     ("written", "meant"), [("true", "group"), ("false", "none"), ("batch", "batch"), ("none", "none")]
 )
 def test_scale_rewards_accepts_the_old_boolean(tmp_path: Path, written: str, meant: str) -> None:
@@ -299,7 +313,7 @@ def test_loading_needs_no_framework() -> None:
         ),
         ("ray_num_workers: [4, 2]\n", [":14: ray_num_workers: is [4, 2]", "[min, max]"]),
         ("resources_per_worker: {GPU: -1}\n", [":14: resources_per_worker.GPU: is -1; it must be 0 or more"]),
-        ("vllm: {max_model_len: 100}\n", [":14: vllm.max_model_len: 100 is below sequence_len: 512"]),
+        ("vllm: {max_model_len: 100}\nsequence_len: 512\n", [":14: vllm.max_model_len: 100 is below sequence_len: 512"]),
         ("vllm: {gpu_memory_utilization: 1.5}\n", [":14: vllm.gpu_memory_utilization: is 1.5; it must be above 0"]),
         ("vllm: {dtype: float32}\nbf16: true\n", [":14: vllm.dtype: float32 contradicts bf16: true"]),
         ("vllm: {dtype: int8}\n", [":14: vllm.dtype: 'int8' is not one of auto, bfloat16"]),
@@ -319,7 +333,7 @@ def test_loading_needs_no_framework() -> None:
         ("  temperature: 0\n", [":14: trl.temperature: is 0; it must be greater than 0"]),
         ("  num_generations: 1\n", [":14: trl.num_generations: is 1; it must be 2 or more"]),
         ("  reward_weights: [1, 2]\n", [":14: trl.reward_weights: 2 weights for 1 reward_funcs"]),
-        ("  max_completion_length: 512\n", [":14: trl.max_completion_length: 512 leaves no room", "sequence_len 512"]),
+        ("  max_completion_length: 512\nsequence_len: 512\n", [":14: trl.max_completion_length: 512 leaves no room"]),
         ("a: [1\n", [":15: is not valid YAML"]),
         ("ray: &r\n  engines: *r\n", [":15: ray.engines: refers to itself"]),
     ],
@@ -348,6 +362,11 @@ def test_message_names_file_line_key_and_remedy(tmp_path: Path, extra: str, expe
         ("lora_target_linear: true\n", "", ": lora_target_modules: adapter: lora needs layers"),
         ("lora_r: 16", "ray: {sync: adapter}\nlora_r: 24", ":5: lora_r: ray.sync: adapter needs a rank that vLLM has"),
         ("  reward_funcs: [sums.exact]", "  beta: 0", ": trl.reward_funcs: rl: grpo needs rewards"),
+        (
+            "lora_target_linear: true\n",
+            "lora_target_linear: true\nlora_target_modules: [q_proj, lm_head]\n",
+            ":7: lora_target_modules: lm_head is not among",
+        ),
         ("datasets:\n  - path: sums.jsonl\n    type: sums.prompts\n", "", ": datasets: names no data"),
     ],
 )  # fmt: skip

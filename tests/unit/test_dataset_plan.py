@@ -13,6 +13,7 @@ from actors.dataset_loop import as_of_now
 from actors.specs import DatasetTrainSpec, ModelSpec
 from orchestrator.arguments import training_arguments
 from orchestrator.dataset_plan import describe, make_dataset_plan
+from orchestrator.jobs import attention, warmup_steps
 from orchestrator.plan import Node
 from orchestrator.schema import DatasetConfig, JobConfig
 
@@ -107,12 +108,28 @@ def test_save_and_eval_intervals() -> None:
 
 def test_what_a_person_wrote_arrives() -> None:
     found = arguments(warmup_ratio=0.1, cosine_min_lr_ratio=0.2, optimizer="adamw_8bit", weight_decay=0.3, seed=7)
-    assert (found["warmup_steps"], found["optim"], found["weight_decay"], found["seed"]) == (0.1, "adamw_bnb_8bit", 0.3, 7)
+    assert (found["warmup_steps"], found["optim"], found["weight_decay"], found["seed"]) == (4, "adamw_bnb_8bit", 0.3, 7)
     assert (found["lr_scheduler_type"], found["lr_scheduler_kwargs"]) == ("cosine_with_min_lr", {"min_lr_rate": 0.2})
     assert arguments(rl="kto", kto_undesirable_weight=0.0)["undesirable_weight"] == 0.0, "0 is a value, not an absence"
     assert arguments(rl="dpo", trl__beta=0.0)["beta"] == 0.0
     assert arguments(rl="ipo")["loss_type"] == "ipo"
     assert arguments(rl="orpo", orpo_alpha=0.3)["beta"] == 0.3
+    assert arguments(rl="orpo", orpo_alpha=0.3, trl__beta=0.2)["beta"] == 0.2
+
+
+def test_without_a_word_a_job_warms_up_as_axolotl_has_it() -> None:
+    found = {steps: warmup_steps(job(), steps) for steps in (20, 40, 1000, 100_000)}
+    assert found == {20: 0, 40: 1, 1000: 30, 100_000: 100}
+    assert (warmup_steps(job(warmup_steps=0), 1000), warmup_steps(job(warmup_ratio=0.0), 1000)) == (0, 0)
+
+
+def test_flash_attention_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = job(attn_implementation="flash_attention_2")
+    monkeypatch.setattr("orchestrator.jobs.find_spec", lambda name: None)
+    assert [attention(asked, gpu) for gpu in (True, False)] == ["sdpa", "sdpa"]
+    monkeypatch.setattr("orchestrator.jobs.find_spec", lambda name: name == "flash_attn")
+    assert [attention(asked, gpu) for gpu in (True, False)] == ["flash_attention_2", "sdpa"]
+    assert attention(job(attn_implementation="eager"), True) == "eager" and attention(job(), True) is None
 
 
 @pytest.mark.parametrize(

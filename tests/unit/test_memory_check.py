@@ -96,7 +96,7 @@ def peak_of_a_worker(spec: DatasetTrainSpec, rows: int, length: int) -> int:
 def test_ranks(process: Executor, model: str, adapter: str | None, changes: dict[str, Any]) -> None:
     config = model_job(model, adapter, **{**GRPO, **changes})
     plan = make_plan(config, LAPTOP, 8)
-    rows: Any = longest_rows(config)
+    rows: Any = longest_rows(config, gpu=False)
     shape = (plan.prompts_per_step, rows.prompt, config.trl.num_generations, rows.length)
     measured = process.submit(peak_of_a_rank, trainer_spec(config, plan), *shape).result()
     compare(trainer_memory(config, plan.dtype, 1, gpu=False), measured)

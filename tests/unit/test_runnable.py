@@ -111,7 +111,7 @@ def test_what_dataset_methods_do_not_do_is_named(tmp_path: Path, extra: str, exp
         ("lora_modules_to_save: [lm_head]\n", "lora_modules_to_save: only LoRA weights are synchronized"),
         ("  generation_kwargs: {n: 3}\n", "trl.generation_kwargs: takes stop, "),
         ("test_datasets: [{path: x, type: alpaca}]\n", "test_datasets[0].type: alpaca: rl: grpo does not read it"),
-        ("lora_target_modules: [embed_tokens]\n", "lora_target_modules: embeddings cannot be synchronized"),
+        ("lora_target_modules: embed_tokens\n", "lora_target_modules: embeddings cannot be synchronized"),
         (
             "test_datasets: [{path: x, roles: {user: [u]}}]\n",
             "test_datasets[0].roles: rl: grpo does not read it",
