@@ -66,6 +66,7 @@ class PrepareSpec:
     special_tokens: tuple[tuple[str, str], ...] = ()  # as of ModelSpec
     packing: bool = False  # several documents a row; sft only
     eval_packing: bool = False  # the same of the held-out rows
+    cut: bool = False  # rows that are too long, instead of leaving them out; sft only
     tokenizer_digest: str = ""  # of its files: a process must not use the one that it loaded before they changed
 
 
@@ -82,7 +83,8 @@ class PartStats:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0  # tokens of the longest row
-    bad_rows: int = 0
+    bad_rows: int = 0  # those that are too long among them
+    long_rows: int = 0
     bad: list[BadRow] = field(default_factory=list)  # the first BAD_ROWS_KEPT of them
 
 
@@ -106,6 +108,7 @@ class RowEncoder:
     def __init__(self, spec: PrepareSpec, source: SourceSpec, tokenizer: Any) -> None:
         self.encode = BUILDERS[spec.method](source.format, tokenizer)
         self.sequence_len = spec.sequence_len
+        self.cut = spec.cut
         self.cuts_long_rows = spec.method == "sft" and source.format.type == "completion"
 
     def rows(self, place: str, raw: Any) -> list[EncodedRow] | BadRow:
@@ -120,15 +123,14 @@ class RowEncoder:
             return BadRow(place, str(error))
         except Exception as error:  # rows are anyone's, and a tokenizer raises what it likes about text that is none
             return BadRow(place, f"cannot be encoded ({type(error).__name__}: {error})")
-        rows = cut_document(row, self.sequence_len) if self.cuts_long_rows else [row]
-        return rows if (why := self._refusal(rows)) is None else BadRow(place, why)
-
-    def _refusal(self, rows: Sequence[EncodedRow]) -> str | None:
+        rows = cut_document(row, self.sequence_len) if self.cuts_long_rows or self.cut else [row]
+        if not self.cuts_long_rows:
+            del rows[1:]
         if not any(trained_tokens(row) for row in rows):
-            return "has no token to train"
+            return BadRow(place, "has no token to train")
         if (longest := max(max(sequences(row)) for row in rows)) > self.sequence_len:
-            return f"has {longest} tokens; sequence_len is {self.sequence_len}"
-        return None
+            return BadRow(place, f"has {longest} tokens; sequence_len is {self.sequence_len}", too_long=True)
+        return rows
 
 
 _encoders: dict[str, list[RowEncoder]] = {}
@@ -264,6 +266,7 @@ class Part:
         self.stats.raw_rows += 1
         if isinstance(outcome, BadRow):
             self.stats.bad_rows += 1
+            self.stats.long_rows += outcome.too_long
             if self.stats.bad_rows <= BAD_ROWS_KEPT:
                 self.stats.bad.append(outcome)
             return

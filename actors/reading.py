@@ -23,6 +23,7 @@ class BadRow:
 
     place: str  # file:line, or file[row]
     reason: str
+    too_long: bool = False  # whole, but of more tokens than a row may have
 
 
 @dataclass(frozen=True)

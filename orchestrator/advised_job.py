@@ -96,8 +96,8 @@ def keys_of(found: Found, method: str, fit: Fit) -> Keys:
             "log_completions": True,
         }
         own = {} if found.gpu else {"kv_cache_gib": 1}
-    if (share := _left_out(fit, found.sample, job["sequence_len"] - _added(found, method))) is not None:
-        own["max_bad_rows"] = share
+    if fit.bad:  # half as many again as in the sample
+        own["max_bad_rows"] = max(1, ceil(150 * len(fit.bad) / (len(fit.lengths) + len(fit.bad)))) / 100
     job |= {"ray": own} if own else {}
 
     def placed(way: Way) -> Keys:
@@ -163,18 +163,6 @@ def batches_of(method: str, length: int, rows: int, way: Way) -> Keys:
     if method == "kto":
         micro = max(2, micro)  # each answer is compared with the others of its batch
     return {"micro_batch_size": micro, "gradient_accumulation_steps": max(1, step // (micro * ranks))}
-
-
-def _left_out(fit: Fit, sample: Sample, room: int) -> float | None:
-    """ray.max_bad_rows: half as much again as in the sample. None where all rows are known to be good.
-
-    room: tokens that a row, or a prompt, may have.
-    """
-    long = 0 if fit.layout.type == "completion" else sum(one > room for one in fit.lengths)
-    bad = len(fit.bad) + long
-    if not bad and sample.total <= len(sample.rows):
-        return None
-    return max(1, ceil(150 * bad / (len(fit.lengths) + len(fit.bad)))) / 100
 
 
 def _merged(keys: Mapping[str, Any], more: Mapping[str, Any]) -> Keys:

@@ -274,7 +274,6 @@ REFUSED: dict[str, str] = {
     "max_prompt_len": "use sequence_len, which bounds prompt and completion together",
     "max_packed_sequence_len": "use sequence_len",
     "min_sample_len": _PREPARE,
-    "excess_length_strategy": "use sequence_len",
     "eval_sequence_len": "use sequence_len",
     "sample_packing_sequentially": "use sample_packing",
     "curriculum_sampling": "use shuffle_merged_datasets: false",

@@ -9,7 +9,7 @@ import importlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -84,7 +84,7 @@ def without_long_prompts(config: JobConfig, prompts: PromptSet, count_tokens: Ca
         if tokens > room:
             bad.append(
                 BadRow(row.place, f"the prompt has {tokens} tokens; sequence_len {config.sequence_len} less "
-                f"max_completion_length {config.trl.max_completion_length} leaves {room}")
+                f"max_completion_length {config.trl.max_completion_length} leaves {room}", too_long=True)
             )  # fmt: skip
         return tokens <= room
 
@@ -121,24 +121,35 @@ def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 def _checked(config: JobConfig, prompts: PromptSet) -> PromptSet:
     total = len(prompts.train) + len(prompts.held_out) + len(prompts.bad)
-    ensure_usable(config, "prompts", len(prompts.train), total, len(prompts.bad), prompts.bad)
+    too_long = sum(row.too_long for row in prompts.bad)
+    ensure_usable(config, "prompts", len(prompts.train), total, len(prompts.bad), too_long, prompts.bad)
     return prompts
 
 
-def ensure_usable(config: JobConfig, what: str, kept: int, total: int, bad_rows: int, bad: Sequence[BadRow]) -> None:
+def ensure_usable(
+    config: JobConfig, what: str, kept: int, total: int, bad_rows: int, long_rows: int, bad: Sequence[BadRow]
+) -> None:
     """Raises DataError for more bad rows than ray.max_bad_rows allows, or when nothing to train on is kept.
 
-    bad: the first of the bad rows.
+    long_rows: of the bad ones, too long; any number of them is left out, as Axolotl does, unless excess_length_strategy is
+    raise. bad: the first of the bad rows.
     """
-    first = f"; the first: {bad[0].place}: {bad[0].reason}" if bad else ""
-    if bad_rows > config.ray.max_bad_rows * total:
-        raise DataError(
-            f"{bad_rows} of {total} rows cannot be used{first}. "
-            "Mend them, or let a share of rows be left out with ray.max_bad_rows"
-        )
+
+    def first(rows: Iterable[BadRow]) -> str:
+        return next((f"; the first: {row.place}: {row.reason}" for row in rows), "")
+
+    if long_rows and config.excess_length_strategy == "raise":
+        named = first(row for row in bad if row.too_long)
+        text = "Raise sequence_len, or use excess_length_strategy: drop"
+        raise DataError(f"{long_rows} of {total} rows are too long{named}. {text}")
+    wrong = bad_rows - long_rows
+    if wrong > config.ray.max_bad_rows * total:
+        named = first(row for row in bad if not row.too_long)
+        text = "Mend them, or let a larger share of rows be left out with ray.max_bad_rows"
+        raise DataError(f"{wrong} of {total} rows cannot be used{named}. {text}")
     if not kept:
         names = ", ".join(entry.path for entry in config.datasets or [])
-        raise DataError(f"datasets: no {what} in {names}{first}")
+        raise DataError(f"datasets: no {what} in {names}{first(bad)}")
 
 
 def _read_all(

@@ -221,7 +221,7 @@ class _Training:
             _write_quarantine(self.output_dir, bad)
         if error is not None:
             raise error
-        ensure_usable(self.config, "rows", 1, raw_rows, len(bad), bad)
+        ensure_usable(self.config, "rows", 1, raw_rows, len(bad), sum(row.too_long for row in bad), bad)
 
     def _trained(self, reports: Any, quarantine: Any, resume: Path | None, marker: str) -> "_Fit":
         import ray.train

@@ -105,5 +105,5 @@ def _ranks(job: Planned, group: Any) -> Iterator[Measured]:
 def worker_spec(config: JobConfig, plan: DatasetPlan) -> DatasetTrainSpec:
     """Of a worker that is measured: it makes its own rows, and neither saves nor evaluates."""
     rows = plan.rows_per_step
-    prepared = Prepared(Split(rows=rows), Split(), rows, 0, ())
+    prepared = Prepared(Split(rows=rows), Split(), rows, bad_rows=0, long_rows=0, bad=())
     return dataset_job.train_spec(with_changes(config, STEPS_ALONE), plan, prepared, None)

@@ -193,7 +193,7 @@ def _checked(config: JobConfig, prepared: Prepared, unusable: Callable[[int, Seq
     if prepared.bad_rows:
         unusable(prepared.bad_rows, prepared.bad)
     kept = 1 if config.streaming else prepared.train.rows  # of a stream, nobody knows yet
-    ensure_usable(config, "rows", kept, prepared.raw_rows, prepared.bad_rows, prepared.bad)
+    ensure_usable(config, "rows", kept, prepared.raw_rows, prepared.bad_rows, prepared.long_rows, prepared.bad)
     asked = "test_datasets" if config.test_datasets else "val_set_size"
     if (config.test_datasets or config.val_set_size) and not prepared.held_out.rows:
         raise DataError(f"{asked}: no row that can be used is left to evaluate on")

@@ -32,7 +32,8 @@ class Prepared:
     train: Split
     held_out: Split
     raw_rows: int  # read, bad ones included
-    bad_rows: int
+    bad_rows: int  # those that are too long among them
+    long_rows: int
     bad: tuple[BadRow, ...]  # the first BAD_ROWS_KEPT of them
 
 
@@ -74,6 +75,7 @@ def summed(parts: Sequence[PartStats]) -> Prepared:
         held_out=_split([part for part in parts if part.held_out]),
         raw_rows=sum(part.raw_rows for part in parts),
         bad_rows=sum(part.bad_rows for part in parts),
+        long_rows=sum(part.long_rows for part in parts),
         bad=tuple(bad[:BAD_ROWS_KEPT]),
     )
 

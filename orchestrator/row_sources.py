@@ -52,6 +52,7 @@ def what_to_read(config: JobConfig, search_paths: Sequence[str]) -> tuple[Prepar
         sequence_len=config.sequence_len,
         packing=packing,
         eval_packing=packing and config.eval_sample_packing is not False,
+        cut=config.excess_length_strategy == "truncate",
         tokenizer_digest=_tokenizer_digest(config),
     )
     return spec, files

@@ -155,7 +155,7 @@ class RayConfig:
         3.0  # of trainer / engine probability ratios; none = no correction
     )
     kv_cache_gib: int | None = None  # GiB of KV cache per engine; none = vLLM decides
-    max_bad_rows: float = 0.0  # share of dataset rows that may be quarantined before the job stops
+    max_bad_rows: float = 0.01  # share of dataset rows that may be wrong, and left out, before the job stops
     placement: str = "pack"  # pack | spread
 
 
@@ -208,6 +208,7 @@ class JobConfig:
     sequence_len: int = 512  # tokens; for grpo, prompt and completion together
     sample_packing: bool = False
     eval_sample_packing: bool | None = None
+    excess_length_strategy: str = "drop"  # of rows with more than sequence_len tokens | truncate | raise
     pad_to_sequence_len: bool | None = None
     dataset_prepared_path: str | None = None
     chat_template: str | None = None

@@ -94,6 +94,8 @@ def _data(config: JobConfig) -> Iterator[Problem]:
             yield Problem(
                 key, "there are no rows to evaluate on; add test_datasets or val_set_size, or remove it"
             )
+    if config.excess_length_strategy == "truncate" and config.rl not in (None, "grpo"):
+        yield Problem("excess_length_strategy", f"rows of rl: {config.rl} are not cut; use drop or raise")
     if config.chat_template == "jinja" and not config.chat_template_jinja:
         yield Problem("chat_template", "jinja needs the template; add chat_template_jinja")
     for key in ("streaming", "pretraining_dataset"):

@@ -49,6 +49,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "gradient_checkpointing": (True, False, "offload", "offload_disk", "unsloth"),
     "activation_offloading": (True, False, "legacy", "disk"),
     "torch_compile": (True, False, "auto"),
+    "excess_length_strategy": ("drop", "truncate", "raise"),
     "save_strategy": ("steps", "epoch", "best", "no"),
     "fsdp_version": (1, 2),
     "trl.vllm_mode": ("server", "colocate"),

@@ -29,7 +29,7 @@ from tests.benchmarks.results import Row
 from tests.benchmarks.workers import train
 
 WORDS = (100, 400) if device.has_gpu() else (20, 80)  # of an answer
-ROWS = {"SFT": 256, "DPO": 128} if device.has_gpu() else {"SFT": 32, "DPO": 12}
+ROWS = {"SFT": 256, "DPO": 128} if device.has_gpu() else {"SFT": 16, "DPO": 8}
 AT_ONCE = {"SFT": 4, "DPO": 16} if device.has_gpu() else {"SFT": 1, "DPO": 4}  # packed rows, or pairs, in a pass
 LENGTH = 2048 if device.has_gpu() else 512
 EPOCHS = 3  # the first one is a warm-up

@@ -133,7 +133,7 @@ def test_the_result_does_not_depend_on_how_files_are_cut(
     whole = prepared(config, tmp_path / "whole")
     monkeypatch.setattr(module, "PIECE_BYTES", 50)
     monkeypatch.setattr(module, "PIECE_ROWS", 4)
-    monkeypatch.setattr(module, "BLOCK_BYTES", 400)  # several tasks, of several pieces each
+    monkeypatch.setattr(module, "_tasks", lambda files: 3)  # of several pieces each
     cut = prepared(config, tmp_path / "cut")
     assert len(whole.train.files) == 2
     assert len(cut.train.files) > 20
@@ -200,10 +200,21 @@ def test_bad_rows_are_named_and_counted(tmp_path: Path, tokenizer: Any, monkeypa
     assert (made.bad_rows, made.raw_rows) == (3, 5)
 
 
-def test_long_rows_are_bad_rows_and_nothing_left_is_an_error(tmp_path: Path) -> None:
+def test_long_rows_are_left_out_or_cut_and_nothing_left_is_an_error(tmp_path: Path) -> None:
+    rows = [{"instruction": "one", "output": "two"}, {"instruction": "one " * 100, "output": "two"}]
+    file = jsonl(tmp_path / "a.jsonl", [*rows, {"instruction": "one", "output": "two " * 100}])
+    config = job(DatasetConfig(path=str(file), type="alpaca"), sequence_len=60)
+    made = prepared(config, tmp_path)
+    assert (made.train.rows, made.bad_rows, made.long_rows) == (1, 2, 2)
+    config.sequence_len = 1000
+    whole = rows_of(prepared(config, tmp_path).train)
+    config.sequence_len, config.excess_length_strategy, config.ray.max_bad_rows = 60, "truncate", 0.5
+    made = prepared(config, tmp_path)
+    cut = {name: ids[:60] for name, ids in whole[2].items()}
+    assert rows_of(made.train) == [whole[0], cut], "of the second one no token is left to train"
+    assert (made.bad_rows, made.long_rows, len(whole[2]["input_ids"]) > 60) == (1, 0, True)
     file = jsonl(tmp_path / "a.jsonl", [{"instruction": "one", "output": "two"}])
     config = job(DatasetConfig(path=str(file), type="alpaca"), sequence_len=20)
-    config.ray.max_bad_rows = 1.0
     with pytest.raises(DataError, match=rf"no rows in {file}; the first: {file}:1: has \d+ tokens; sequence_len is 20"):
         prepared(config, tmp_path)
     with pytest.raises(DataError, match=f"no rows in {tmp_path}/b.jsonl"):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from actors.errors import DataError
-from orchestrator.data import Row, load_prompts, rows_of_step, without_long_prompts
+from actors.reading import BadRow
+from orchestrator.data import Row, ensure_usable, load_prompts, rows_of_step, without_long_prompts
 from orchestrator.schema import DatasetConfig, JobConfig
 
 
@@ -150,15 +151,27 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
         load_prompts(job(tmp_path / "missing.jsonl"), [])
 
 
-def test_long_prompts_are_bad_rows(tmp_path: Path) -> None:
+def test_long_prompts_are_left_out_or_stop_the_job_as_it_says(tmp_path: Path) -> None:
     config = job(jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "a b c"}]), sequence_len=10)
     config.trl.max_completion_length = 8
     prompts = load_prompts(config, [])
-    with pytest.raises(DataError, match="has 3 tokens; sequence_len 10 less max_completion_length 8 leaves 2"):
-        without_long_prompts(config, prompts, lambda prompt: len(str(prompt).split()))
-    config.ray.max_bad_rows = 0.5
     kept = without_long_prompts(config, prompts, lambda prompt: len(str(prompt).split()))
     assert [row.prompt for row in kept.train] == ["a"]
+    reason = "the prompt has 3 tokens; sequence_len 10 less max_completion_length 8 leaves 2"
+    assert kept.bad == (BadRow(f"{tmp_path}/a.jsonl:2", reason, too_long=True),)
+    config.excess_length_strategy = "raise"
+    with pytest.raises(DataError, match=f"1 of 2 rows are too long; the first: {tmp_path}/a.jsonl:2: {reason}. Raise"):
+        without_long_prompts(config, prompts, lambda prompt: len(str(prompt).split()))
+
+
+def test_rows_that_are_too_long_are_not_among_those_that_stop_a_job(tmp_path: Path) -> None:
+    config = job(tmp_path / "a.jsonl")
+    bad = [BadRow("a:1", "long", too_long=True), BadRow("a:2", "odd")]
+    ensure_usable(config, "rows", 100, 200, 2, 1, bad)  # one of 200
+    with pytest.raises(DataError, match=r"^2 of 100 rows cannot be used; the first: a:2: odd\. Mend them"):
+        ensure_usable(config, "rows", 10, 100, 90, 88, bad)
+    with pytest.raises(DataError, match="no rows in .*; the first: a:1: long"):
+        ensure_usable(config, "rows", 0, 100, 100, 100, bad)
 
 
 def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
