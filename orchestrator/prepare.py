@@ -29,7 +29,7 @@ from orchestrator.row_sources import digest, ensure_types, tokenizer_of, what_to
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
-PIECE_BYTES = 2**20  # about 250,000 tokens, half a second of work: the last one holds nobody up; starting a worker takes longer
+PIECE_BYTES = 2**19  # about 120,000 tokens, half a second of work: the last one holds nobody up for long
 LARGEST_PIECE_BYTES = 16 * 2**20  # where a dataset would have too many others, each of which becomes a file
 PIECE_ROWS = 5000  # of files that are cut by rows
 BLOCKS = 1000  # tasks of Ray Data at most, and pieces, as long as these do not get too large

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,15 @@ def test_a_job_spreads_over_the_machines_that_ray_up_has_joined(
 
     code, output = command(f"{EAGLERAY} submit {mine}/job.yaml output_dir=outputs/long max_steps=100000 --no-wait")
     name = output.split()[1]
-    code, output = command(f"{EAGLERAY} status")
-    assert code == 0 and "job.yaml output_dir=outputs/long" in output and "running" in output, output
-    code, output = command(f"{EAGLERAY} stop {name} && {EAGLERAY} status {name}")
+    try:
+        deadline, state = time.monotonic() + 60, "pending"
+        while state == "pending" and time.monotonic() < deadline:
+            code, output = command(f"{EAGLERAY} status")
+            (line,) = [line for line in output.splitlines() if line.endswith("output_dir=outputs/long max_steps=100000")]
+            state = line.split()[1]
+        assert code == 0 and state == "running", output
+    finally:
+        code, output = command(f"{EAGLERAY} stop {name} && {EAGLERAY} status {name}")
     assert code == 0 and "state   stopped" in output, output
     code, output = command(f"{EAGLERAY} status", RAY_AUTH_TOKEN="another")
     assert code == 1 and "refuses this token" in output and "Traceback" not in output
