@@ -11,11 +11,13 @@ from orchestrator.dataset_plan import DatasetPlan
 from orchestrator.engine_memory import EngineMemory, engine_memory, reward_memory
 from orchestrator.hardware import GIB
 from orchestrator.jobs import local_folder
-from orchestrator.memory import Memory, resting_memory, trainer_memory
+from orchestrator.memory import BYTES, Memory, resting_memory, source_of, trainer_memory
+from orchestrator.model_shape import read_shape
 from orchestrator.plan import BOTH, ENGINE, TRAINER, Bundle, Node, Plan
 from orchestrator.schema import JobConfig
 
 ASLEEP = "asleep"
+STORE_SHARE, STORE_MOST = 0.3, 200 * 10**9  # of a machine's memory, and bytes: what Ray gives its object store by itself
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Fit:
     places: tuple[Place, ...]
     engine: EngineMemory | None  # of each; None = the job has none
     problems: tuple[str, ...]  # a line each
-    notes: tuple[str, ...] = ()  # what could not be counted
+    notes: tuple[str, ...] = ()  # what could not be counted, or is none of these places' to hold
 
 
 def fit(config: JobConfig, plan: Plan | DatasetPlan) -> Fit:
@@ -64,6 +66,7 @@ def fit(config: JobConfig, plan: Plan | DatasetPlan) -> Fit:
     with_engines = [i for i, bundle in enumerate(plan.bundles) if bundle.role in (ENGINE, BOTH)]
     engine = engine_memory(config, plan, _smallest(plan, with_engines))
     rewards, notes = _rewards(config, plan)
+    notes += _object_store(config, plan)
     ranks = sum(bundle.role in (TRAINER, BOTH) for bundle in plan.bundles)
     training = trainer_memory(config, plan.dtype, ranks, gpu=plan.gpu)
     resting = resting_memory(config, plan.dtype, ranks, gpu=plan.gpu) if plan.colocate else training
@@ -109,6 +112,22 @@ def _rewards(config: JobConfig, plan: Plan) -> tuple[list[Memory | None], list[s
             found.append(None)
             notes.append(f"reward model {name}: there is no config.json of a whole model, so its memory is not in this")
     return found, notes
+
+
+def _object_store(config: JobConfig, plan: Plan) -> Iterator[str]:
+    """Whole policies pass through it: of each node with engines, the one that is served and the one that comes."""
+    if config.adapter is not None:
+        return
+    needed = 2 * read_shape(source_of(config), None).weights * BYTES[plan.dtype]
+    placed = zip(plan.bundles, plan.placement, strict=True)
+    for node in (plan.nodes[index] for bundle, index in placed if index is not None and bundle.role in (ENGINE, BOTH)):
+        given = min(STORE_MOST, STORE_SHARE * node.memory if node.memory else STORE_MOST)
+        if needed > given:
+            yield (
+                f"all weights go through Ray's object store, which holds two policies, {gb(needed)}, on {node.name}, and has "
+                f"{gb(round(given))} unless Ray is started with a larger --object-store-memory"
+            )
+            return
 
 
 def _places(plan: Plan | DatasetPlan, needs: Mapping[str, Sequence[tuple[Share, ...]]]) -> tuple[Place, ...]:

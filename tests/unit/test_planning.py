@@ -68,6 +68,16 @@ def test_engines_that_sleep_leave_room_to_train(models: dict[str, str]) -> None:
     assert not asleep.problems
 
 
+def test_whole_policies_need_room_in_the_object_store(models: dict[str, str]) -> None:
+    """Of 70.6 billion weights in two bytes each there are two: 282e9 bytes, and Ray takes 200e9 of a large machine."""
+    parts = {"fsdp_version": 2, "ray_num_workers": 8, "vllm__tensor_parallel_size": 4}
+    whole = model_job(models["Llama-3.1-70B"], None, **GRPO, **parts)
+    (note,) = plan_on(whole, "2x8x80GB").fit.notes
+    assert "holds two policies, 262.8 GB, on" in note and "has 186.3 GB unless" in note
+    assert not plan_on(model_job(models["Llama-3.1-70B"], "lora", **GRPO, **parts), "2x8x80GB").fit.notes
+    assert not plan_on(model_job(models["Llama-3.1-8B"], None, **GRPO), "8x80GB").fit.notes
+
+
 def test_an_engine_without_room_for_one_sequence_is_told(models: dict[str, str]) -> None:
     (problem,) = plan_on(model_job(models["Qwen2.5-14B"], "qlora", **GRPO), "2x24GB").problems[-1:]
     assert "its KV cache holds 0 tokens; one sequence may have 1024" in problem and "weights of 27.5 GB" in problem
