@@ -20,7 +20,7 @@ from actors.formats.base import IGNORED, Encode, FormatSpec, RowError
 from actors.formats.kto import JUDGED_FORMATS, build_judged, judged_format
 from actors.formats.preference import PAIR_FORMATS, build_pairs, pair_format
 from actors.formats.reward import REWARD_FORMATS, build_reward_pairs, reward_format
-from actors.formats.sft import SFT_FORMATS, build_sft, sft_format
+from actors.formats.sft import LACKING, SFT_FORMATS, build_sft, sft_format
 from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut, read
 from actors.specs import ModelSpec
 
@@ -44,6 +44,7 @@ FORMATS: dict[str, Callable[[FormatSpec], Any]] = {
 }
 FAMILIES = {
     "user_defined",
+    *LACKING,
     *(name.partition(".")[0] for table in (SFT_FORMATS, PAIR_FORMATS, JUDGED_FORMATS, REWARD_FORMATS) for name in table),
 }
 

@@ -294,10 +294,12 @@ def _segments(row: Row) -> list[tuple[str, bool]]:
 
 def _mapping(given: Mapping[str, Any]) -> dict[str, str]:
     for key, value in given.items():
+        if value is None:
+            continue
         if key not in MAPPING_DEFAULTS:
             near = get_close_matches(str(key), MAPPING_DEFAULTS, n=3) or list(MAPPING_DEFAULTS)
             raise ConfigError(f"datasets: type.{key} is no key of a mapping; did you mean {', '.join(near)}?")
-        if value is not None and not isinstance(value, str):
+        if not isinstance(value, str):
             raise ConfigError(f"datasets: type.{key} takes text, not {value!r}")
     keys = MAPPING_DEFAULTS | {key: value for key, value in given.items() if value is not None}
     if given.get("no_input_format") is None and given.get("format") and "{input}" not in keys["format"]:

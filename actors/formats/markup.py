@@ -325,8 +325,8 @@ def user_defined(mapping: Mapping[str, Any], answers: tuple[str, ...], also: tup
     columns = {name: mapping.get(f"field_{name}") or name for name in ("prompt", "system", *answers)}
     formats = {name: mapping.get(f"{name}_format") or f"{{{name}}}" for name in ("prompt", *answers)}
     known = [*(f"field_{name}" for name in columns), *(f"{name}_format" for name in formats), *also]
-    for key in mapping:
-        if key not in known:
+    for key, value in mapping.items():
+        if value is not None and key not in known:
             raise ConfigError(f"datasets: type: a mapping has no key '{key}'; {_meant(str(key), known)}")
     _check_format("prompt", formats["prompt"], {"prompt", "system"})
     for name in answers:

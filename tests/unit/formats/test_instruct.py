@@ -305,7 +305,7 @@ def test_a_mappings_defaults(tokenizer: Any) -> None:
     row = {"system": "Be brief. ", "instruction": "Add", "input": "1 2", "output": "3"}
     assert halves(tokenizer, row, type={}) == ("Be brief. Add 1 2 ", f"3{EOS}")
     del row["input"], row["system"]
-    assert halves(tokenizer, row, type={"format": None}) == ("Add ", f"3{EOS}")
+    assert halves(tokenizer, row, type={"format": None, "field": None}) == ("Add ", f"3{EOS}")
     # A format without a place for the input does for rows without one.
     assert halves(tokenizer, row, type={"format": "Q: {instruction}\n"}) == ("Q: Add\n", f"3{EOS}")
     both = {"format": "Q: {instruction}\n", "no_input_format": "{instruction}: "}
@@ -346,8 +346,11 @@ def test_rows_that_cannot_be_used(tokenizer: Any, kind: Any, row: dict[str, Any]
         (None, "type: is missing"),
         ("alpacca", "there is no type: alpacca; choose one of alpaca,"),
         ("chat_tmplate", "there is no type: chat_tmplate; choose one of chat_template"),
+        ("reflection", "type: reflection is not implemented yet; write the rows that it would make into a file"),
+        ("llama2_chat", "type: llama2_chat is not implemented yet; use chat_template, with field_messages"),
         ("zzz", "there is no type: zzz; choose one of chat_template, sharegpt, completion, input_output, alpaca,"),
         ({"field_instructon": "a"}, "type.field_instructon is no key of a mapping; did you mean field_instruction"),
+        ({"field": "text"}, "type.field is no key of a mapping"),
         ({"format": 3}, "type.format takes text, not 3"),
         ({"format": "{question}"}, r"type.format takes \{instruction\} and \{input\}.*question"),
         ({"no_input_format": "{input}"}, r"type.no_input_format takes \{instruction\};"),

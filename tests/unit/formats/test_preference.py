@@ -397,7 +397,7 @@ def test_user_defined(tokenizer: Any) -> None:
 
 def test_user_defined_by_default_is_the_text_of_the_columns(tokenizer: Any) -> None:
     row = {"q": "2 + 3 =", "chosen": " 5", "rejected": " {6}"}
-    spec = FormatSpec(type={"field_prompt": "q", "chosen_format": None})
+    spec = FormatSpec(type={"field_prompt": "q", "chosen_format": None, "field": None})
     assert texts(spec, row, tokenizer) == ("2 + 3 =", " 5<|im_end|>", " {6}<|im_end|>")
 
 
