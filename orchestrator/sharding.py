@@ -23,19 +23,25 @@ FSDP_OPTIONS = {
     "offload_params": "cpu_offload",
     "cpu_offload": "cpu_offload",
 }
-# Options of FSDP1, and of how checkpoints are cut: FSDP2 needs none of them, and results are always saved whole.
-FSDP_IDLE = (
-    "version",
-    "state_dict_type",
-    "final_state_dict_type",
-    "sync_module_states",
-    "use_orig_params",
-    "limit_all_gathers",
-    "forward_prefetch",
-    "backward_prefetch",
-    "backward_prefetch_policy",
-    "sharding_strategy",
-)
+# Options of FSDP1, and of how checkpoints are cut: FSDP2 needs none of them. And one of how fast weights are moved.
+FSDP_IDLE = {
+    **dict.fromkeys(
+        (
+            "version",
+            "state_dict_type",
+            "final_state_dict_type",
+            "sync_module_states",
+            "use_orig_params",
+            "limit_all_gathers",
+            "forward_prefetch",
+            "backward_prefetch",
+            "backward_prefetch_policy",
+            "sharding_strategy",
+        ),
+        "not used: FSDP2 has no such option, and results are always saved whole",
+    ),
+    "cpu_offload_pin_memory": "not used: it changes memory and speed, no result",
+}
 CHECKPOINTING = "activation_checkpointing"  # the same as gradient_checkpointing
 DESCRIBED = {
     None: "none: every worker holds the model",
@@ -45,19 +51,25 @@ DESCRIBED = {
     "zero2": "DeepSpeed ZeRO-2: gradients and optimizer",
     "zero3": "DeepSpeed ZeRO-3: weights, gradients and optimizer",
 }
-# Files that Axolotl ships, which its users name without having them, by what they say of the stage and of offloading.
+# Files that Axolotl ships, which its users name without having them, by what they say of the stage and of offloading. Those
+# that also compile the model do nothing else with it.
 _CPU = {"device": "cpu", "pin_memory": True}
 _PARAMS, _ALL = {"offload_param": _CPU}, {"offload_param": _CPU, "offload_optimizer": _CPU}
+_TORCH_OPTIMIZER = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
 AXOLOTL_FILES: dict[str, dict[str, Any]] = {
     "deepspeed_configs/zero1.json": {"zero_optimization": {"stage": 1}},
+    "deepspeed_configs/zero1_torch_compile.json": {"zero_optimization": {"stage": 1}},
     "deepspeed_configs/zero2.json": {"zero_optimization": {"stage": 2}},
+    "deepspeed_configs/zero2_torch_compile.json": {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        **_TORCH_OPTIMIZER,
+    },
     "deepspeed_configs/zero3.json": {"zero_optimization": {"stage": 3}},
     "deepspeed_configs/zero3_bf16.json": {"zero_optimization": {"stage": 3}},
     "deepspeed_configs/zero3_bf16_cpuoffload_params.json": {"zero_optimization": {"stage": 3, **_PARAMS}},
     "deepspeed_configs/zero3_bf16_cpuoffload_all.json": {
         "zero_optimization": {"stage": 3, **_ALL},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
+        **_TORCH_OPTIMIZER,
     },
 }
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
@@ -147,7 +159,7 @@ def notes(config: JobConfig) -> Iterator[Problem]:
         yield Translation("deepspeed", text)
     for name in config.fsdp_config or {}:
         if name.removeprefix("fsdp_") in FSDP_IDLE:
-            yield Problem(f"fsdp_config.{name}", "not used: FSDP2 has no such option, and results are always saved whole")
+            yield Problem(f"fsdp_config.{name}", FSDP_IDLE[name.removeprefix("fsdp_")])
 
 
 def _fsdp_options(config: JobConfig) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def test_deepspeed_from_a_file_beside_the_job(tmp_path: Path) -> None:
     [
         ("deepspeed_configs/zero1.json", 1, set()),
         ("/workspace/axolotl/deepspeed_configs/zero2.json", 2, set()),
+        ("deepspeed_configs/zero1_torch_compile.json", 1, set()),
+        ("deepspeed_configs/zero2_torch_compile.json", 2, {"offload_optimizer"}),
         ("deepspeed_configs/zero3_bf16.json", 3, set()),
         ("deepspeed_configs/zero3_bf16_cpuoffload_params.json", 3, {"offload_param"}),
         ("deepspeed_configs/zero3_bf16_cpuoffload_all.json", 3, {"offload_param", "offload_optimizer"}),
@@ -131,7 +133,11 @@ def test_a_file_that_is_no_json(tmp_path: Path) -> None:
 
 def test_what_fsdp1_had_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "eagleray"):
-        ensure_runnable(job(tmp_path, "fsdp_config: {fsdp_use_orig_params: true, limit_all_gathers: true}\n"))
+        options = "fsdp_use_orig_params: true, limit_all_gathers: true, cpu_offload_pin_memory: false"
+        config = job(tmp_path, f"fsdp_config: {{{options}}}\n")
+        ensure_runnable(config)
+    assert arguments(config)["fsdp_config"] == {"version": 2}
     noted = "\n".join(caplog.messages)
     assert "fsdp_config.fsdp_use_orig_params: not used" in noted and "fsdp_config.limit_all_gathers: not used" in noted
+    assert "fsdp_config.cpu_offload_pin_memory: not used: it changes memory and speed" in noted
     assert "FSDP2 shards the model, whatever version is written" in noted
