@@ -2,8 +2,8 @@
 
 HINTS change speed or reporting but no result: they are dropped, with the sentence in the log. REFUSED would
 change the result, or promise something that does not happen: they stop the job, with the sentence as the
-remedy. RENAMED are other names for keys of `schema.py`, where a key that we learn to act on moves. Keys of
-dataset entries are written `datasets[].key`, for `test_datasets` too.
+remedy. RENAMED are other names for keys of `schema.py`, where a key that we learn to act on moves. AS_HERE and
+ONLY_WITH say when a key asks for nothing. Keys of dataset entries are written `datasets[].key`, for `test_datasets` too.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ _DATALOADER = "dropped: Ray reads the data and feeds the trainers"
 _SERVER = "dropped: the vLLM engines are Ray actors, with no address to set"
 _DEVICE = "dropped: Ray places the workers; see ray_num_workers and the section ray"
 _SAMPLES = "dropped: Eagleray prints no sample generations during training"
+_LM_EVAL = "dropped: evaluate output_dir with lm_eval after the job"
 _INTERNAL = "dropped: Axolotl fills it in for itself"
 _HUB = "dropped: nothing is pushed to the hub"
 
@@ -47,6 +48,8 @@ HINTS: dict[str, str] = {
     "multipack_real_batches": _MEMORY,
     "experts_implementation": _KERNEL,
     "use_scattermoe": _KERNEL,
+    "use_sonicmoe": _KERNEL,
+    "gptq_disable_exllama": _KERNEL,
     "llama4_linearized_experts": _KERNEL,
     "tiled_mlp": _KERNEL,
     "tiled_mlp_num_shards": _KERNEL,
@@ -56,6 +59,7 @@ HINTS: dict[str, str] = {
     "torch_compile_mode": "dropped: it only says how torch_compile works",
     "deepcompile": "dropped: it only makes DeepSpeed faster",
     "torchdistx_path": "dropped: it only makes loading faster",
+    "experimental_skip_move_to_device": "dropped: it only changes how the model is loaded",
     "low_cpu_mem_usage": "dropped: it only changes how the model is loaded",
     "lora_on_cpu": "dropped: it only changes where the adapter is loaded",
     "qlora_sharded_model_loading": "dropped: it only changes how the model is loaded",
@@ -94,6 +98,8 @@ HINTS: dict[str, str] = {
     "dataloader_pin_memory": _DATALOADER,
     "dataloader_prefetch_factor": _DATALOADER,
     "remove_unused_columns": "dropped: every column is kept",
+    "preprocess_iterable": _DATALOADER,
+    "shuffle_before_merging_datasets": "dropped: the rows of all datasets are shuffled together",
     "group_by_length": "dropped: rows keep their shuffled order",
     "sample_packing_group_size": _DATALOADER,
     "sample_packing_bin_size": _DATALOADER,
@@ -140,6 +146,11 @@ HINTS: dict[str, str] = {
     "generation_do_sample": _SAMPLES,
     "eval_table_size": _SAMPLES,
     "eval_max_new_tokens": _SAMPLES,
+    "eval_table_max_new_tokens": _SAMPLES,
+    "lm_eval_tasks": _LM_EVAL,
+    "lm_eval_batch_size": _LM_EVAL,
+    "lm_eval_post_train": _LM_EVAL,
+    "lm_eval_model": _LM_EVAL,
     "dpo_generate_during_eval": _SAMPLES,
     "trl.num_completions_to_print": "dropped: trl.log_completions keeps them all, in output_dir/rollouts",
     "trl.use_liger_loss": _KERNEL,
@@ -164,10 +175,13 @@ HINTS: dict[str, str] = {
 
 _ATTENTION = "use attn_implementation: eager, sdpa, flash_attention_2 or flex_attention"
 _LOAD = "save the model the way you want it loaded and give that path as base_model"
+_LOSS = "leave it out: the loss is the method's own"
 _LR = "use learning_rate, lr_scheduler and warmup_steps"
 _MODALITY = "train on text with a language model"
 _PLAIN_LORA = "use plain lora with lora_r, lora_alpha and lora_target_modules or lora_target_linear"
 _PREPARE = "prepare the rows before training and give the new file as the dataset's path"
+_PACKING = "documents are packed where they fit best; remove it"
+_PRETRAINING = "remove it with pretraining_dataset; datasets with type: completion, streaming: true and max_steps do that"
 _PRECISION = "use bf16: true, or bf16: false for float32"
 _QUANTIZE = "quantize the trained model with a tool of its own"
 _PARALLEL = "use ray_num_workers with deepspeed or fsdp_config"
@@ -175,6 +189,7 @@ _RELORA = "use adapter: lora"
 _REPLAY = "each batch is sampled anew; leave it out"
 _TOKENIZER = "change the tokenizer files and give their folder as base_model"
 _EVAL = "evaluate the saved model with an evaluation tool"
+_RING = "remove it with context_parallel_size, which is not implemented yet"
 _TRAINABLE = "choose what is trained with lora_target_modules"
 _CORRECTION = "use ray.importance_sampling_cap (null turns the correction off)"
 
@@ -190,7 +205,8 @@ REFUSED: dict[str, str] = {
     "rope_scaling": _LOAD,
     "reinit_weights": _LOAD,
     "model_quantization_config": "use load_in_4bit or load_in_8bit",
-    "model_quantization_config_kwargs": "use bnb_config_kwargs",
+    "model_quantization_config_kwargs": "use load_in_4bit or load_in_8bit",
+    "use_onebitllms": "leave it out: weights are trained in bfloat16 or float32",
     "quantize_moe_experts": "use load_in_4bit or load_in_8bit",
     "tokenizer_config": _TOKENIZER,
     "tokenizer_use_fast": _TOKENIZER,
@@ -203,7 +219,7 @@ REFUSED: dict[str, str] = {
     "embeddings_skip_upcast": "leave it out",
     "fix_untrained_tokens": _TOKENIZER,
     "default_system_message": "put the system message into the rows",
-    "chat_template_kwargs": "use trl.chat_template_kwargs, which rl: grpo reads",
+    "chat_template_kwargs": "write what they say into a chat_template_jinja; rl: grpo has trl.chat_template_kwargs",
     "processor_type": _MODALITY,
     "is_multimodal": _MODALITY,
     "image_size": _MODALITY,
@@ -212,6 +228,9 @@ REFUSED: dict[str, str] = {
     "peft": "use load_in_4bit or load_in_8bit",
     "loftq_config": _PLAIN_LORA,
     "lora_target_parameters": _PLAIN_LORA,
+    "lora_exclude_modules": "name the others in lora_target_modules",
+    "lora_rank_pattern": _PLAIN_LORA,
+    "lora_alpha_pattern": _PLAIN_LORA,
     "peft_layers_to_transform": _PLAIN_LORA,
     "peft_layers_pattern": _PLAIN_LORA,
     "peft_layer_replication": _PLAIN_LORA,
@@ -237,6 +256,8 @@ REFUSED: dict[str, str] = {
     "lisa_step_interval": _TRAINABLE,
     "lisa_layers_attribute": _TRAINABLE,
     "optim_target_modules": _TRAINABLE,
+    "spectrum_top_fraction": _TRAINABLE,
+    "spectrum_model_name": _TRAINABLE,
     "qat": _QUANTIZE,
     "quantization": _QUANTIZE,
     "fp8": _PRECISION,
@@ -268,24 +289,25 @@ REFUSED: dict[str, str] = {
     "scaling_softmax": _ATTENTION,
     "scaling_softmax_factor": _ATTENTION,
     "scaling_softmax_bias": _ATTENTION,
-    "use_eaft": "leave it out: the loss is the method's own",
-    "eaft_alpha": "leave it out: the loss is the method's own",
-    "eaft_k": "leave it out: the loss is the method's own",
+    "use_dynamic_finetuning": _LOSS,
+    "use_eaft": _LOSS,
+    "eaft_alpha": _LOSS,
+    "eaft_k": _LOSS,
     "max_prompt_len": "use sequence_len, which bounds prompt and completion together",
     "max_packed_sequence_len": "use sequence_len",
     "min_sample_len": _PREPARE,
     "eval_sequence_len": "use sequence_len",
-    "sample_packing_sequentially": "use sample_packing",
-    "curriculum_sampling": "use shuffle_merged_datasets: false",
-    "shuffle_before_merging_datasets": "use shuffle_merged_datasets",
+    "sample_packing_sequentially": _PACKING,
+    "sample_pack_sequentially": _PACKING,
+    "curriculum_sampling": "rows are always shuffled; remove it",
     "dataset_exact_deduplication": _PREPARE,
     "dataset_shard_num": _PREPARE,
     "dataset_shard_idx": _PREPARE,
     "dataloader_drop_last": _PREPARE,
-    "streaming_multipack_buffer_size": "use streaming",
-    "pretrain_multipack_buffer_size": "use pretraining_dataset",
-    "pretrain_multipack_attn": "use pretraining_dataset",
-    "pretraining_sample_concatenation": "use pretraining_dataset",
+    "streaming_multipack_buffer_size": _PACKING,
+    "pretrain_multipack_buffer_size": _PRETRAINING,
+    "pretrain_multipack_attn": _PRETRAINING,
+    "pretraining_sample_concatenation": _PRETRAINING,
     "use_pose": "use sequence_len",
     "pose_split_on_token_ids": "use sequence_len",
     "pose_max_context_len": "use sequence_len",
@@ -304,8 +326,8 @@ REFUSED: dict[str, str] = {
     "trainer_cls": "use rl to choose the method",
     "accelerator_config": _PARALLEL,
     "fsdp": "use full_shard, shard_grad_op, auto_wrap and offload only, or fsdp_version: 2 with fsdp_config",
-    "heads_k_stride": "use context_parallel_size",
-    "ring_attn_func": "use context_parallel_size",
+    "heads_k_stride": _RING,
+    "ring_attn_func": _RING,
     "expert_parallel_size": _PARALLEL,
     "dpo_use_weighting": "use dpo_loss_type",
     "dpo_loss_weights": "use one dpo_loss_type",
@@ -347,6 +369,7 @@ REFUSED: dict[str, str] = {
     "datasets[].train_on_last_step_only": "use reward_model: true, a model of whole answers",
     "datasets[].skip": _PREPARE,
     "datasets[].text_column": "use field",
+    "datasets[].overlap_len": "documents are cut without an overlap; remove it",
 }
 
 # Refused keys that ask for something when they are false; any other refused key that is off asks for nothing.
@@ -360,13 +383,30 @@ ACTS_WHEN_FALSE = frozenset(
     }
 )
 
-# Refused keys with the values that ask for what Eagleray does anyway.
+# Refused keys, and keys of the schema that are not implemented, with the values that ask for what Eagleray does anyway. A
+# mapping stands for each of its parts, too.
 AS_HERE: dict[str, tuple[Any, ...]] = {
+    "bnb_config_kwargs": (
+        {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "llm_int8_has_fp16_weight": False},
+    ),
+    **dict.fromkeys(("tensor_parallel_size", "context_parallel_size", "dp_shard_size", "dp_replicate_size"), (1,)),
     "num_labels": (1,),
     "tokenizer_use_fast": (True,),
     "peft_autocast_adapter_dtype": (True,),
     "peft_init_lora_weights": (True,),
     "trl.vllm_importance_sampling_correction": (True,),
+}
+
+# Refused keys that do nothing where another key does not ask for what they are about.
+ONLY_WITH: dict[str, str] = {
+    "trl.ref_model_mixup_alpha": "trl.sync_ref_model",
+    "trl.ref_model_sync_steps": "trl.sync_ref_model",
+    "loraplus_lr_embedding": "loraplus_lr_ratio",
+    "heads_k_stride": "context_parallel_size",
+    "ring_attn_func": "context_parallel_size",
+    "pretrain_multipack_buffer_size": "pretraining_dataset",
+    "pretrain_multipack_attn": "pretraining_dataset",
+    "pretraining_sample_concatenation": "pretraining_dataset",
 }
 
 # Other names, Axolotl's older ones or TRL's, for keys of the schema. What is written under them is moved there.
@@ -381,3 +421,14 @@ RENAMED: dict[str, str] = {
     "trl.vllm_max_model_len": "vllm.max_model_len",
     "trl.vllm_enable_prefix_caching": "vllm.enable_prefix_caching",
 }
+
+
+def as_here(key: str, value: Any) -> bool:
+    """Whether a value asks for what Eagleray does anyway."""
+    for done in AS_HERE.get(key, ()):
+        if isinstance(done, dict) and isinstance(value, dict):
+            if value.items() <= done.items():
+                return True
+        elif value == done:
+            return True
+    return False

@@ -54,6 +54,11 @@ SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "cosine_with_min_lr",
 )
+# what speaks of an adapter
+ADAPTER = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules", "lora_modules_to_save",
+    "peft_use_dora", "peft_use_rslora",
+)
 # fmt: on
 SPECIAL_TOKENS = frozenset({"bos_token", "eos_token", "pad_token", "unk_token"})
 _SPECIAL = ", ".join(sorted(SPECIAL_TOKENS))
@@ -149,7 +154,7 @@ NOT_YET: dict[str, str] = {
     "gptq": "a GPTQ base model is not implemented yet; use one that is not quantized",
     "unfrozen_parameters": "is not implemented yet; choose layers with lora_target_modules",
     "lora_fan_in_fan_out": "is not implemented yet; remove it",
-    "pretraining_dataset": "is not implemented yet; use datasets with type: completion",
+    "pretraining_dataset": "is not implemented yet; use datasets with type: completion, streaming: true and max_steps",
     "shuffle_merged_datasets": "rows are shuffled anew for every epoch; remove it",
     "bnb_config_kwargs": "is not implemented yet; NF4 with double quantization, or int8, is what load_in_4bit and _8bit give",
     "lr_groups": "is not implemented yet; use learning_rate",
@@ -181,6 +186,10 @@ def notes(config: JobConfig) -> Iterator[Problem]:
         for index, entry in enumerate(entries or []):
             if entry.type == "sharegpt":
                 yield Translation(f"{name}[{index}].type", "read as chat_template on `conversations` of `from` and `value`")
+    if config.adapter is None:
+        for key in ADAPTER:
+            if getattr(config, key):
+                yield Problem(key, "not used: adapter is not set, so all weights are trained")
     theirs: dict[str, tuple[str | None, ...]] = {
         "sample_packing": (None,),
         "train_on_inputs": (None,),

@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from orchestrator.axolotl_keys import ACTS_WHEN_FALSE, AS_HERE, HINTS, REFUSED, RENAMED
+from orchestrator.axolotl_keys import ACTS_WHEN_FALSE, HINTS, REFUSED, RENAMED, as_here
 from orchestrator.schema import JobConfig, RayConfig, TrlConfig, VllmConfig
 from orchestrator.source import Problem
 
@@ -77,6 +77,8 @@ def _fits(node: DictConfig, name: str, value: Any, kinds: tuple[Any, ...]) -> bo
         return False  # OmegaConf would turn 5 into true
     if isinstance(value, float) and not math.isfinite(value):
         return False
+    if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
+        value = int(value)  # OmegaConf would refuse 16.0
     try:
         OmegaConf.update(node, name, _literal(value), merge=False)
     except (OmegaConfBaseException, ValueError):
@@ -91,10 +93,10 @@ def _foreign(
     name, known = key.rpartition(".")[2], _table_key(key)
     if value is None:
         if known not in HINTS and known not in REFUSED and known not in RENAMED:
-            notes.append(Problem(key, "dropped: neither Axolotl nor Eagleray has it, and it is empty"))
+            notes.append(Problem(key, "dropped: it is not known here, and it is empty"))
     elif (hint := HINTS.get(known)) is not None:
         notes.append(Problem(key, hint))
-    elif value in AS_HERE.get(known, ()):
+    elif as_here(known, value):
         notes.append(Problem(key, "dropped: it is so in Eagleray without it"))
     elif (new := RENAMED.get(known)) is not None:
         notes.append(Problem(key, f"not used: {new} is written too, and wins over it"))
@@ -106,7 +108,7 @@ def _foreign(
             problems.append(Problem(key, f"eagleray does not support {name}; {remedy}"))
     else:
         nearest = _nearest(key, hints)
-        remedy = f"did you mean {nearest}?" if nearest else "neither Axolotl nor Eagleray has it; remove it"
+        remedy = f"did you mean {nearest}?" if nearest else "it is not known here; correct its name, or remove it"
         problems.append(Problem(key, f"unknown key '{name}'; {remedy}"))
 
 

@@ -191,7 +191,7 @@ NOT_YET: dict[str, str] = {
     "streaming": "is not implemented yet; remove it",
     "shuffle_merged_datasets": "prompts are always shuffled; remove it",
     "lr_groups": "is not implemented yet; use learning_rate",
-    "cosine_min_lr_ratio": "is not implemented yet; use lr_scheduler: cosine or linear",
+    "cosine_min_lr_ratio": "rl: grpo has no schedule with a floor yet; remove it, and use lr_scheduler: cosine",
     "liger_use_token_scaling": "changes the loss and is not implemented yet; remove it",
     "early_stopping_patience": "is not implemented yet; use max_steps",
     "neftune_noise_alpha": "rl: grpo adds no noise to the embeddings; remove it",

@@ -2,7 +2,7 @@
 
 Four literal tables a kind, in `online_keys.py` for rl: grpo and in `dataset_keys.py` for the other methods. A key is in
 ACTS_ON, where LIMITS may exclude some of its values; or in IDLE, where it changes no result and gets a line in the log;
-or in NOT_YET, where any value but the default stops the job. A test holds that each key is in one of them.
+or in NOT_YET, where any value that asks for something stops the job. A test holds that each key is in one of them.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from orchestrator import dataset_keys, online_keys, sharding
+from orchestrator.axolotl_keys import as_here
 from orchestrator.schema import JobConfig, RayConfig, TrlConfig, VllmConfig
 from orchestrator.source import Problem
 from orchestrator.values import value_of
@@ -71,7 +72,8 @@ def not_runnable(config: JobConfig) -> Iterator[Problem]:
         if excluded(value):
             yield Problem(key, f"{value} {text}" if text.startswith(("is ", "cannot ")) else text)
     for key, text in tables.NOT_YET.items():
-        if value_of(config, key) != default_of(key):
+        value = value_of(config, key)
+        if value not in (default_of(key), [], {}, "") and not as_here(key, value):
             yield Problem(key, text)
     for name, entries in (("datasets", config.datasets), ("test_datasets", config.test_datasets)):
         for index, entry in enumerate(entries or []):

@@ -7,13 +7,22 @@ of the schema that say the same thing are one in `settle`.
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator.axolotl_keys import RENAMED
+from orchestrator.axolotl_keys import ONLY_WITH, RENAMED, as_here
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem, Source, Translation
 
 # Axolotl's flags for what attn_implementation names; the schema has the two that most files use. xformers' kernel computes
 # what PyTorch's does.
 ATTENTION_FLAGS = {"eager_attention": "eager", "flex_attention": "flex_attention", "xformers_attention": "sdpa"}
+# Values by which Axolotl's users say that a key is not set.
+UNSET: dict[str, Any] = {
+    "evals_per_epoch": 0,
+    "saves_per_epoch": 0,
+    "eval_steps": 0,
+    "save_steps": 0,
+    "max_steps": -1,
+    "wandb_mode": "",
+}
 # FSDP1's list of strategies: what FSDP2 does by itself, and what it does when it is asked in fsdp_config.
 FSDP_STRATEGIES: dict[str, dict[str, Any]] = {
     "full_shard": {},
@@ -24,9 +33,9 @@ FSDP_STRATEGIES: dict[str, dict[str, Any]] = {
 PROMPT_ROOM = 512  # tokens, where a file does not say how many there may be
 
 
-def respell(data: dict[str, Any], source: Source) -> list[Translation]:
-    """Gives keys and values of a file the one spelling of the schema, in place; returns what was read as something else."""
-    return [*_renamed(data, source), *_values(data)]
+def respell(data: dict[str, Any], source: Source) -> list[Problem]:
+    """Gives keys and values of a file the one spelling of the schema, in place; returns what to tell."""
+    return [*_renamed(data, source), *_without_effect(data), *_values(data)]
 
 
 def settle(config: JobConfig) -> list[Problem]:
@@ -79,6 +88,27 @@ def _place(data: dict[str, Any], key: str, make: bool = False) -> tuple[dict[str
     return (place, name) if isinstance(place, dict) else (None, name)
 
 
+def _without_effect(data: dict[str, Any]) -> Iterator[Problem]:
+    """Takes out what asks for nothing as it stands."""
+    for key, off in UNSET.items():
+        if key in data and data[key] == off:
+            del data[key]
+            yield Translation(key, "read as not set, as Axolotl does")
+    for key, other in ONLY_WITH.items():
+        holder, name = _place(data, key)
+        if holder is None or holder.get(name) is None:
+            continue
+        deciding, its_name = _place(data, other)
+        value = deciding.get(its_name) if deciding is not None else None
+        if not value or as_here(other, value):
+            del holder[name]
+            yield Problem(key, f"dropped: it does nothing without {other}")
+    for key in ("base_model_config", "tokenizer_config"):
+        if data.get(key) is not None and data[key] == data.get("base_model"):
+            del data[key]
+            yield Translation(key, "the same as base_model")
+
+
 def _values(data: dict[str, Any]) -> Iterator[Translation]:
     trl = data.get("trl")
     if isinstance(trl, dict) and isinstance(trl.get("scale_rewards"), bool):
@@ -91,6 +121,7 @@ def _values(data: dict[str, Any]) -> Iterator[Translation]:
     if data.get("save_strategy") is False:
         data["save_strategy"] = "no"  # YAML reads a bare `no` as false
         yield Translation("save_strategy", "read as the word no, which YAML takes for false")
+    yield from _precision(data)
     if "bf16" in data and data["bf16"] is None:
         data["bf16"] = False  # as Axolotl: written and empty is off, absent is auto
         yield Translation("bf16", "empty: read as false, as Axolotl does; without the key it is auto")
@@ -99,9 +130,33 @@ def _values(data: dict[str, Any]) -> Iterator[Translation]:
             del data[flag]
             data["attn_implementation"] = name
             yield Translation(flag, f"read as attn_implementation: {name}")
+    yield from _floor(data)
     yield from _eval_strategy(data)
     yield from _fsdp_strategies(data)
     yield from _sequence_len(data)
+
+
+def _precision(data: dict[str, Any]) -> Iterator[Translation]:
+    """Axolotl's flags for training without mixed precision, where bf16 does not say otherwise."""
+    if data.get("bfloat16") is True and data.get("bf16") is not False:
+        del data["bfloat16"]
+        if data.get("bf16") in (None, "auto"):
+            data["bf16"] = True
+        yield Translation("bfloat16", "read as bf16: true")
+    if data.get("float32") is True and data.get("bf16") is False:
+        del data["float32"]
+        yield Translation("float32", "follows from bf16: false")
+
+
+def _floor(data: dict[str, Any]) -> Iterator[Translation]:
+    """transformers' spelling of cosine_min_lr_ratio, which rl: grpo does not have."""
+    if data.get("lr_scheduler") != "cosine_with_min_lr" or data.get("rl") == "grpo":
+        return
+    written = data.get("lr_scheduler_kwargs")
+    if isinstance(written, dict) and [*written] == ["min_lr_rate"] and data.get("cosine_min_lr_ratio") is None:
+        del data["lr_scheduler_kwargs"]
+        data["cosine_min_lr_ratio"] = written["min_lr_rate"]
+        yield Translation("lr_scheduler_kwargs", "read as cosine_min_lr_ratio")
 
 
 def _eval_strategy(data: dict[str, Any]) -> Iterator[Translation]:
@@ -115,6 +170,9 @@ def _eval_strategy(data: dict[str, Any]) -> Iterator[Translation]:
         elif data.get(key) == "steps" and every:
             del data[key]
             yield Translation(key, f"follows from {every[0]}")
+        elif data.get(key) == "no" and not every:
+            del data[key]
+            yield Translation(key, "read as neither eval_steps nor evals_per_epoch")
 
 
 def _sequence_len(data: dict[str, Any]) -> Iterator[Translation]:

@@ -134,7 +134,7 @@ def _schedule(config: JobConfig) -> Iterator[Problem]:
             yield Problem(other, f"{one} and {other} are both set; keep one")
     if config.cosine_min_lr_ratio is not None and config.lr_scheduler not in ("cosine", "cosine_with_min_lr"):
         yield Problem("cosine_min_lr_ratio", f"lr_scheduler: {config.lr_scheduler} has no such floor; remove one of the two")
-    if config.lr_scheduler == "cosine_with_min_lr" and config.cosine_min_lr_ratio is None:
+    if config.rl != "grpo" and config.lr_scheduler == "cosine_with_min_lr" and config.cosine_min_lr_ratio is None:
         yield Problem("lr_scheduler", "cosine_with_min_lr needs its floor; add for example cosine_min_lr_ratio: 0.1")
     if config.early_stopping_patience is not None and config.save_strategy == "no":
         yield Problem("save_strategy", "early_stopping_patience goes back to the best checkpoint, so there must be some")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.errors import ConfigError
-from orchestrator.axolotl_keys import AS_HERE, HINTS, REFUSED, RENAMED
+from orchestrator.axolotl_keys import AS_HERE, HINTS, ONLY_WITH, REFUSED, RENAMED
 from orchestrator.config import dump, load
 from orchestrator.runnable import ensure_runnable, keys
 from orchestrator.schema import SandboxConfig
@@ -240,7 +240,23 @@ def test_loading_needs_no_framework() -> None:
         ("lora_rr: 3\n", [":14: lora_rr: unknown key 'lora_rr'", "did you mean lora_r?"]),
         ("  temprature: 1\n", [":14: trl.temprature: unknown key 'temprature'", "did you mean trl.temperature?"]),
         ("max_staleness: 1\n", [":14: max_staleness: unknown key", "did you mean ray.max_staleness?"]),
-        ("qwertz: 1\n", [":14: qwertz: unknown key", "remove it"]),
+        ("qwertz: 1\n", [":14: qwertz: unknown key 'qwertz'; it is not known here; correct its name, or remove it"]),
+        ("use_dynamic_finetuning: true\n", [":14: use_dynamic_finetuning: eagleray does not support", "the method's own"]),
+        ("use_onebitllms: true\n", [":14: use_onebitllms: eagleray does not support use_onebitllms; leave it out"]),
+        ("lora_rank_pattern: {q_proj: 4}\n", [":14: lora_rank_pattern: eagleray does not support", "use plain lora"]),
+        ("lora_alpha_pattern: {q_proj: 4}\n", [":14: lora_alpha_pattern: eagleray does not support", "use plain lora"]),
+        ("lora_exclude_modules: [a]\n", [":14: lora_exclude_modules: eagleray does not support", "in lora_target_modules"]),
+        ("spectrum_top_fraction: 0.5\n", [":14: spectrum_top_fraction: eagleray does not support", "lora_target_modules"]),
+        ("test_datasets: [{path: x, overlap_len: 3}]\n", [":14: test_datasets[0].overlap_len: eagleray does not support"]),
+        ("curriculum_sampling: true\n", [":14: curriculum_sampling:", "rows are always shuffled; remove it"]),
+        ("sample_pack_sequentially: true\n", [":14: sample_pack_sequentially:", "packed where they fit best; remove it"]),
+        ("ring_attn_func: a\ncontext_parallel_size: 2\n", [":14: ring_attn_func:", "remove it with context_parallel_size"]),
+        (
+            "pretraining_sample_concatenation: true\npretraining_dataset: x\nmax_steps: 3\n",
+            [":14: pretraining_sample_concatenation:", "type: completion, streaming: true and max_steps"],
+        ),
+        ("  sync_ref_model: true\n  ref_model_sync_steps: 9\n", [":15: trl.ref_model_sync_steps: eagleray does not support"]),
+        ("chat_template_kwargs: {a: 1}\n", [":14: chat_template_kwargs:", "into a chat_template_jinja"]),
         ("ray:\n  engine: 2\n", [":15: ray.engine: unknown key", "did you mean ray.engines?"]),
         ("test_datasets:\n  - path: x\n    pth: y\n", [":16: test_datasets[0].pth", "did you mean test_datasets[0].path?"]),
         ("relora: true\n", [":14: relora: eagleray does not support relora", "use adapter: lora"]),
@@ -483,7 +499,31 @@ def test_hints_are_dropped_with_a_line_each(tmp_path: Path, caplog: pytest.LogCa
 def test_an_empty_key_asks_for_nothing_whoever_has_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grpo(tmp_path, "relora:\ndpo_beta:\nqwertz:\n")
     (line,) = messages(caplog)
-    assert ":16: qwertz: dropped: neither Axolotl nor Eagleray has it, and it is empty" in line
+    assert ":16: qwertz: dropped: it is not known here, and it is empty" in line
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "experimental_skip_move_to_device: true\n",
+        "use_sonicmoe: false\n",
+        "gptq_disable_exllama: true\n",
+        "preprocess_iterable: true\n",
+        "eval_table_max_new_tokens: 128\n",
+        "lm_eval_tasks: [arc_easy]\n",
+        "shuffle_before_merging_datasets: true\n",
+        "loraplus_lr_embedding: 1e-6\n",
+        "heads_k_stride: 1\n",
+        "ring_attn_func: varlen_llama3\nsequence_parallel_degree: 1\n",
+        "pretrain_multipack_attn: true\n",
+        "pretraining_sample_concatenation: true\n",
+        "trl: {ref_model_mixup_alpha: 0.6}\n",
+        "trl: {sync_ref_model: false, ref_model_sync_steps: 512}\n",
+    ],
+)
+def test_what_changes_no_result_is_dropped(tmp_path: Path, extra: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(write(tmp_path, SFT + extra)) == load(write(tmp_path, SFT))
+    assert messages(caplog) and all(": dropped: " in text for text in messages(caplog))
 
 
 @pytest.mark.parametrize(
@@ -503,6 +543,19 @@ def test_an_empty_key_asks_for_nothing_whoever_has_it(tmp_path: Path, caplog: py
         ("fsdp: full_shard auto_wrap\n", "fsdp_version: 2\nfsdp_config: {}\n"),
         ("fsdp: [shard_grad_op, offload]\nfsdp_version: 1\nfsdp_config: {use_orig_params: true}\n",
          "fsdp_version: 1\nfsdp_config: {use_orig_params: true, reshard_after_forward: false, offload_params: true}\n"),
+        ("bfloat16: true\n", "bf16: true\n"),
+        ("bfloat16: true\nbf16: true\n", "bf16: true\n"),
+        ("bfloat16: true\nbf16:\n", "bf16: true\n"),
+        ("float32: true\nbf16: false\n", "bf16: false\n"),
+        ("val_set_size: 0.1\nevals_per_epoch: 0\nsaves_per_epoch: 0\n", "val_set_size: 0.1\n"),
+        ("val_set_size: 0.1\neval_steps: 0\nsave_steps: 0\n", "val_set_size: 0.1\n"),
+        ("max_steps: -1\nwandb_mode: ''\n", ""),
+        ("val_set_size: 0.1\neval_strategy: 'no'\nevals_per_epoch: 0\n", "val_set_size: 0.1\n"),
+        ("base_model_config: org/model\ntokenizer_config: org/model\n", ""),
+        ("lr_scheduler: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 0.2}\n",
+         "lr_scheduler: cosine_with_min_lr\ncosine_min_lr_ratio: 0.2\n"),
+        ("adapter: lora\nlora_r: 8.0\nlora_alpha: 16.0\nlora_target_linear: true\n",
+         "adapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"),
         ("val_set_size: 0.1\neval_strategy: epoch\n", "val_set_size: 0.1\nevals_per_epoch: 1\n"),
         ("val_set_size: 0.1\neval_strategy: steps\neval_steps: 5\n", "val_set_size: 0.1\neval_steps: 5\n"),
     ],
@@ -522,6 +575,11 @@ def test_gdpo_is_grpo_with_one_key(tmp_path: Path) -> None:
     [
         ("fsdp: [full_shard, hybrid_shard]\n", ":4: fsdp: eagleray does not support fsdp; use full_shard, shard_grad_op"),
         ("eval_strategy: epoch\neval_steps: 3\nval_set_size: 0.1\n", ":4: eval_strategy: eagleray does not support"),
+        ("eval_strategy: 'no'\neval_steps: 3\nval_set_size: 0.1\n", ":4: eval_strategy: eagleray does not support"),
+        ("bfloat16: true\nbf16: false\n", ":4: bfloat16: eagleray does not support bfloat16; use bf16: true"),
+        ("base_model_config: org/other\n", ":4: base_model_config: eagleray does not support"),
+        ("lr_scheduler_kwargs: {min_lr_rate: 0.2}\n", ":4: lr_scheduler_kwargs: eagleray does not support"),
+        ("loraplus_lr_embedding: 1e-6\nloraplus_lr_ratio: 16\n", ":4: loraplus_lr_embedding: eagleray does not support"),
         ("num_labels: 2\n", ":4: num_labels: eagleray does not support num_labels; a reward model has one output"),
         ("dpo_beta: x\n", ":4: rl_beta: takes a number, not 'x'"),
         ("flash_attention: true\nflex_attention: true\n", ":4: flash_attention: means attn_implementation: flash_attention_2"),
@@ -551,7 +609,8 @@ def test_a_clean_file_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_tables_do_not_overlap() -> None:
     known = set(keys())
     assert not set(HINTS) & set(REFUSED)
-    assert not set(RENAMED) & (set(HINTS) | set(REFUSED)) and set(AS_HERE) <= set(REFUSED)
+    assert not set(RENAMED) & (set(HINTS) | set(REFUSED)) and set(AS_HERE) <= set(REFUSED) | known
+    assert set(ONLY_WITH) <= set(REFUSED) and set(ONLY_WITH.values()) <= set(REFUSED) | known
     assert not (set(HINTS) | set(REFUSED) | set(RENAMED)) & known
     within = {f"ray.sandbox.{f.name}" for f in dataclasses.fields(SandboxConfig)}
     assert set(CHOICES) <= known and set(RANGES) <= known | within

@@ -211,6 +211,23 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.split() == output.split("are there: ")[1].split() and "ray_num_workers says it" not in output
 
 
+def test_what_is_said_of_keys_that_change_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(
+        "base_model: m\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: 1e-5\nadapter:\nlora_r: 8\n"
+        "dp_shard_size: 1\ntokens: []\nevals_per_epoch: 0\nbfloat16: true\nheads_k_stride: 1\n"
+    )
+    found = apart(import_report(tmp_path / "a.yml"))
+    assert found == {
+        "adapter": EMPTY,
+        "lora_r": ("noted", "not used: adapter is not set, so all weights are trained"),
+        "dp_shard_size": ("noted", "dropped: it is so in Eagleray without it"),
+        "tokens": ("noted", "dropped: it is so in Eagleray without it"),
+        "evals_per_epoch": ("translated", "read as not set, as Axolotl does"),
+        "bfloat16": ("translated", "read as bf16: true"),
+        "heads_k_stride": ("noted", "dropped: it does nothing without context_parallel_size"),
+    }
+
+
 def test_a_file_that_is_none_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.yml").write_text("- base_model\n")
     assert main(["import", str(tmp_path / "a.yml")]) == 1

@@ -76,6 +76,14 @@ def test_dataset_methods_run(tmp_path: Path, rl: str | None) -> None:
         ("optimizer: muon\n", "optimizer: muon is not implemented yet; use one of adamw_torch"),
         ("lr_scheduler: rex\n", "lr_scheduler: rex is not implemented yet"),
         ("bnb_config_kwargs: {a: 1}\n", "bnb_config_kwargs: is not implemented yet"),
+        ("bnb_config_kwargs: {bnb_4bit_quant_type: fp4}\n", "bnb_config_kwargs: is not implemented yet"),
+        ("dp_shard_size: 2\n", "dp_shard_size: is not implemented yet"),
+        ("test_datasets: [{path: x, type: creative_acr.load_answer}]\n", "creative_acr.load_answer is not implemented yet"),
+        ("test_datasets: [{path: x, type: messages.chat}]\n", "messages.chat is not implemented yet; use chat_template, with"),
+        ("test_datasets: [{path: x, type: llama2_chat}]\n", "llama2_chat is not implemented yet; use chat_template, with"),
+        ("test_datasets: [{path: x, type: reflection}]\n", "reflection is not implemented yet; write the rows"),
+        ("test_datasets: [{path: x, type: mine.rows}]\n", "mine.rows is a function of your own"),
+        ("pretraining_dataset: x\nmax_steps: 3\n", "use datasets with type: completion, streaming: true and max_steps"),
     ],
 )
 def test_what_dataset_methods_do_not_do_is_named(tmp_path: Path, extra: str, expected: str) -> None:
@@ -105,6 +113,8 @@ def test_what_dataset_methods_do_not_do_is_named(tmp_path: Path, extra: str, exp
         ("special_tokens: {eos_token: x}\n", "special_tokens: {'eos_token': 'x'} is not implemented yet"),
         ("optimizer: lomo\n", "optimizer: lomo is not implemented yet; use adamw_torch_fused or adamw_torch"),
         ("lr_scheduler: rex\n", "lr_scheduler: rex is not implemented yet"),
+        ("lr_scheduler: cosine_with_min_lr\n", "lr_scheduler: cosine_with_min_lr is not implemented yet; use one of linear"),
+        ("cosine_min_lr_ratio: 0.1\n", "cosine_min_lr_ratio: rl: grpo has no schedule with a floor yet; remove it"),
         ("model_type: LlamaModel\n", "model_type: LlamaModel is no class of language models; remove the key"),
         ("tokenizer_type: Llama\n", "tokenizer_type: Llama is no class of tokenizers; remove the key"),
         ("attn_implementation: xformers\n", "attn_implementation: xformers is not implemented yet"),
@@ -290,6 +300,32 @@ def test_a_second_model_in_shards_is_refused(tmp_path: Path) -> None:
 def test_what_grpo_does(tmp_path: Path, extra: str, caplog: pytest.LogCaptureFixture) -> None:
     ensure_runnable(grpo(tmp_path, extra))
     assert messages(caplog) == []
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "dp_shard_size: 1\ndp_replicate_size: 1\n",
+        "tensor_parallel_size: 1\ncontext_parallel_size: 1\n",
+        "tokens: []\nunfrozen_parameters: []\nlr_groups: []\nlora_modules_to_save: []\n",
+        "bnb_config_kwargs: {}\n",
+        "bnb_config_kwargs: {bnb_4bit_quant_type: nf4}\n",
+        "bnb_config_kwargs: {llm_int8_has_fp16_weight: false, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true}\n",
+    ],
+)
+def test_what_asks_for_nothing_is_not_refused(tmp_path: Path, extra: str, caplog: pytest.LogCaptureFixture) -> None:
+    ensure_runnable(grpo(tmp_path, extra))
+    ensure_runnable(load(write(tmp_path, SFT + extra)))
+    assert messages(caplog) == []
+
+
+def test_dataset_jobs_say_that_an_adapter_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapter = "lora_r: 8\nlora_alpha: 16\nlora_target_linear: true\nlora_modules_to_save: [lm_head]\n"
+    ensure_runnable(load(write(tmp_path, SFT + adapter + "adapter: lora\n")))
+    assert messages(caplog) == []
+    ensure_runnable(load(write(tmp_path, SFT + adapter + "adapter:\n")))
+    for line, key in enumerate(("lora_r", "lora_alpha", "lora_target_linear", "lora_modules_to_save"), start=4):
+        assert sum(f":{line}: {key}: not used: adapter is not set, so all" in text for text in messages(caplog)) == 1
 
 
 def test_idle_keys_get_a_line_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
