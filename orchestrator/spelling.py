@@ -142,7 +142,7 @@ def _precision(data: dict[str, Any]) -> Iterator[Translation]:
         del data["bfloat16"]
         if data.get("bf16") in (None, "auto"):
             data["bf16"] = True
-        yield Translation("bfloat16", "read as bf16: true")
+        yield Translation("bfloat16", f"read as bf16: {str(data['bf16']).lower()}")
     if data.get("float32") is True and data.get("bf16") is False:
         del data["float32"]
         yield Translation("float32", "follows from bf16: false")
