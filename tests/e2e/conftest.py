@@ -174,7 +174,7 @@ def head_node(cpus: int) -> Iterator[Head]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(free.getsockname()[1])
-    with TemporaryDirectory(prefix="er", dir="/tmp") as folder:
+    with TemporaryDirectory(prefix="er", dir="/tmp", ignore_cleanup_errors=True) as folder:  # some end late
         environment = {**os.environ, "HOME": folder, "RAY_TMPDIR": folder}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # as an activated .venv has it
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
