@@ -25,6 +25,7 @@ $(INSTALLED): requirements/$(KIND).txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile "$$(grep '^torch==' requirements/$(KIND).txt)"
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/$(KIND).txt
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/.installed-*
 	touch $@
 
 test: $(INSTALLED)

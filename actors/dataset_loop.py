@@ -4,11 +4,13 @@ Consumes Arrow files of prepared rows; produces records for the driver's display
 output_dir. Ranks meet in the collectives of torch.distributed, which Ray Train has set up before this runs.
 """
 
+import logging
 import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from actors.errors import ActorError, ConfigError, DataError
 from actors.methods import METHODS
 from actors.methods.base import OF_TRAINING, Inputs
 from actors.specs import DatasetTrainSpec
+
+log = logging.getLogger("eagleray")
 
 SHUFFLED_ROWS = 1000  # of a stream that a worker holds, of which it draws the next one
 WITH_REFERENCE = ("dpo", "ipo", "kto")  # their losses compare with the policy at the start of training
@@ -184,8 +188,12 @@ def _tokenizer(spec: DatasetTrainSpec) -> Any:
 def model_init_arguments(spec: DatasetTrainSpec) -> dict[str, Any]:
     """Keyword arguments of from_pretrained."""
     init: dict[str, Any] = {"dtype": spec.model.dtype, "trust_remote_code": spec.model.trust_remote_code}
-    if spec.model.attn_implementation:
-        init["attn_implementation"] = spec.model.attn_implementation
+    attention = spec.model.attn_implementation
+    if attention and attention.startswith("flash") and find_spec("flash_attn") is None:
+        log.warning("attn_implementation: %s needs the package flash-attn, which is not here; sdpa takes its place", attention)
+        attention = "sdpa"  # the same result
+    if attention:
+        init["attn_implementation"] = attention
     if spec.method == "reward_trainer":
         init["num_labels"] = 1
     if spec.model.quantization:

@@ -133,7 +133,8 @@ def reward_of(answer: str, low: float, high: float) -> float | None:
 
     In "8/10", "8 of 10.0" and "8 out of 10" that is the 8.
     """
-    numbers = NUMBER.findall(re.sub(rf"(?:/|\bof)\s*{re.escape(f'{high:g}')}(?:\.0+)?(?![\d.]*\d)", "", answer))
+    of_the_scale = rf"(?:(?<=\d)\s*(?:/|of)|\bout of)\s*{re.escape(f'{high:g}')}(?:\.0+)?(?![\d.]*\d)"
+    numbers = NUMBER.findall(re.sub(of_the_scale, "", answer))
     if not numbers or not low <= float(numbers[-1]) <= high:
         return None
     return (float(numbers[-1]) - low) / (high - low)

@@ -86,7 +86,7 @@ class PartStats:
     longest: int = 0  # tokens of the longest row
     bad_rows: int = 0  # those that are too long among them
     long_rows: int = 0
-    bad: list[BadRow] = field(default_factory=list)  # the first BAD_ROWS_KEPT of them
+    bad: list[BadRow] = field(default_factory=list)  # the first BAD_ROWS_KEPT of each kind
 
 
 def ensure_type(method: str, spec: FormatSpec) -> None:
@@ -128,6 +128,8 @@ class RowEncoder:
         if not self.cuts_long_rows:
             del rows[1:]
         if not any(trained_tokens(row) for row in rows):
+            if self.cut and trained_tokens(row):
+                return BadRow(place, f"has no token to train among its first {self.sequence_len}", too_long=True)
             return BadRow(place, "has no token to train")
         if (longest := max(max(sequences(row)) for row in rows)) > self.sequence_len:
             return BadRow(place, f"has {longest} tokens; sequence_len is {self.sequence_len}", too_long=True)
@@ -268,7 +270,8 @@ class Part:
         if isinstance(outcome, BadRow):
             self.stats.bad_rows += 1
             self.stats.long_rows += outcome.too_long
-            if self.stats.bad_rows <= BAD_ROWS_KEPT:
+            of_its_kind = self.stats.long_rows if outcome.too_long else self.stats.bad_rows - self.stats.long_rows
+            if of_its_kind <= BAD_ROWS_KEPT:
                 self.stats.bad.append(outcome)
             return
         self.block += outcome

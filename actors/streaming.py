@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from actors.errors import DataError, EaglerayError
-from actors.preparing import BLOCK_SEQUENCES, PrepareSpec, column, encoder, packed, sequences
+from actors.preparing import BAD_ROWS_KEPT, BLOCK_SEQUENCES, PrepareSpec, column, encoder, packed, sequences
 from actors.reading import BadRow, Piece, cut, read
 
 PIECE_BYTES = 2**18  # small, so that the first rows come soon
@@ -19,21 +19,31 @@ class Quarantine:
     """What became of the rows so far. An actor: Ray Data's workers tell it, and the driver asks."""
 
     def __init__(self) -> None:
-        self.raw_rows: dict[tuple[str, int], int] = {}  # by piece, since every epoch reads it again
-        self.bad: dict[str, BadRow] = {}  # by place
+        # By piece, since every epoch reads it again: rows, the bad ones among them, and those that are too long among these.
+        self.counts: dict[tuple[str, int], tuple[int, int, int]] = {}
+        self.wrong: dict[str, BadRow] = {}  # by place, BAD_ROWS_KEPT at most
+        self.long: dict[str, BadRow] = {}  # the same
         self.error: EaglerayError | None = None
 
     def add(self, piece: Piece, raw_rows: int, bad: list[BadRow]) -> None:
-        self.raw_rows[piece.file, piece.begin] = raw_rows
-        self.bad |= {row.place: row for row in bad}
+        self.counts[piece.file, piece.begin] = (raw_rows, len(bad), sum(row.too_long for row in bad))
+        for row in bad:
+            kept = self.long if row.too_long else self.wrong
+            if len(kept) < BAD_ROWS_KEPT:
+                kept[row.place] = row
 
     def fail(self, error: EaglerayError) -> None:
         """A file that cannot be read at all."""
         self.error = error
 
-    def so_far(self) -> tuple[int, list[BadRow], EaglerayError | None]:
-        """Rows read, the bad ones among them, and why there will be no more."""
-        return sum(self.raw_rows.values()), list(self.bad.values()), self.error
+    def so_far(self) -> tuple[int, int, int, EaglerayError | None]:
+        """Rows read, the bad ones among them, those that are too long among these, and why there will be no more."""
+        raw_rows, bad_rows, long_rows = (sum(of_piece) for of_piece in zip((0, 0, 0), *self.counts.values(), strict=True))
+        return raw_rows, bad_rows, long_rows, self.error
+
+    def rows(self) -> list[BadRow]:
+        """The first bad ones, those that are too long last."""
+        return [*self.wrong.values(), *self.long.values()]
 
 
 def pieces(row: dict[str, Any], spec: PrepareSpec, quarantine: Any) -> Iterator[dict[str, Any]]:

@@ -53,8 +53,8 @@ class PromptSet:
 def load_prompts(config: JobConfig, search_paths: Sequence[str]) -> PromptSet:
     """Reads `datasets` and `test_datasets`. Raises DataError for a missing file, no rows, or too many bad ones."""
     bad: list[BadRow] = []
-    train = _read_all(config, config.datasets or [], search_paths, bad)
-    held_out = _read_all(config, config.test_datasets or [], search_paths, bad)
+    train = _read_all(config, search_paths, bad, held_out=False)
+    held_out = _read_all(config, search_paths, bad, held_out=True)
     random.Random(config.seed).shuffle(train)
     if config.val_set_size:
         count = held_out_count(config, len(train))
@@ -123,6 +123,9 @@ def _checked(config: JobConfig, prompts: PromptSet) -> PromptSet:
     total = len(prompts.train) + len(prompts.held_out) + len(prompts.bad)
     too_long = sum(row.too_long for row in prompts.bad)
     ensure_usable(config, "prompts", len(prompts.train), total, len(prompts.bad), too_long, prompts.bad)
+    if (config.test_datasets or config.val_set_size) and not prompts.held_out:
+        asked = "test_datasets" if config.test_datasets else "val_set_size"
+        raise DataError(f"{asked}: no prompt that can be used is left to evaluate on")
     return prompts
 
 
@@ -152,13 +155,11 @@ def ensure_usable(
         raise DataError(f"datasets: no {what} in {names}{first(bad)}")
 
 
-def _read_all(
-    config: JobConfig, entries: Sequence[DatasetConfig], search_paths: Sequence[str], bad: list[BadRow]
-) -> list[Row]:
+def _read_all(config: JobConfig, search_paths: Sequence[str], bad: list[BadRow], *, held_out: bool) -> list[Row]:
     rows = []
-    for entry in entries:
+    for entry in (config.test_datasets if held_out else config.datasets) or []:
         transform = _transform(config, entry, search_paths)
-        for place, raw in _read(entry, search_paths):
+        for place, raw in _read(entry, search_paths, held_out):
             row = _row(place, raw, transform)
             if isinstance(row, Row):
                 rows.append(row)
@@ -213,10 +214,10 @@ def _transform(
     return made[0] if isinstance(made, tuple) else made  # type: ignore[no-any-return]
 
 
-def _read(entry: DatasetConfig, search_paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    files = local_files(entry, search_paths)
+def _read(entry: DatasetConfig, search_paths: Sequence[str], held_out: bool) -> Iterator[tuple[str, Any]]:
+    files = local_files(entry, search_paths, held_out=held_out)
     if files is None:
-        yield from hub_rows(hub_spec(entry))
+        yield from hub_rows(hub_spec(entry, held_out=held_out))
         return
     for file, kind in files:
         try:

@@ -34,7 +34,9 @@ from orchestrator.jobs import (
     special_tokens,
     tell_stop,
     trained_lora,
+    unusable,
     write_config,
+    write_quarantine,
 )
 from orchestrator.metrics import MetricsLog, read
 from orchestrator.plan import Node, ensure_placeable
@@ -47,7 +49,7 @@ from orchestrator.watch import watched
 
 MAX_RESTARTS = 5  # of a job with a range of workers
 WATCHDOG_PATIENCE = 3  # records with too high a loss, as Axolotl has it
-QUARANTINE = "quarantine.json"
+JUDGED_ROWS = 1000  # of a stream: of fewer, nobody knows what share is bad
 POLL_S = 0.5  # how often the driver asks for new records
 
 
@@ -99,16 +101,15 @@ def prepared_rows(config: JobConfig, output_dir: Path, display: Display) -> Iter
     """Prepares the rows, and removes them at its end unless dataset_prepared_path keeps them."""
     folder = output_dir / ".prepared"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    if not config.streaming:
-        (output_dir / QUARANTINE).unlink(missing_ok=True)  # its rows may have been mended
+    write_quarantine(output_dir, ())  # rows of an earlier run may have been mended
 
-    def unusable(count: int, bad: Sequence[BadRow]) -> None:
-        _write_quarantine(output_dir, bad)
-        display.warn(f"{count} rows cannot be used; {QUARANTINE} in output_dir has their places and reasons")
+    def told(count: int, bad: Sequence[BadRow]) -> None:
+        write_quarantine(output_dir, bad)
+        display.warn(unusable(count))
 
     try:
         with display.phase("preparing rows"):
-            rows = prepare(config, folder, config.source.folders, display.note, display.progress, unusable)
+            rows = prepare(config, folder, config.source.folders, display.note, display.progress, told)
         _tell(rows, display, config.streaming)
         yield rows
     finally:
@@ -126,10 +127,6 @@ def _tell(rows: Prepared, display: Display, streaming: bool) -> None:
         display.note(f"{train.rows} rows{packed} to train on{besides}; {lengths}")
 
 
-def _write_quarantine(output_dir: Path, bad: Sequence[BadRow]) -> None:
-    storage.write_json(output_dir / QUARANTINE, [{"place": row.place, "reason": row.reason} for row in bad])
-
-
 class _Training:
     """One run of Ray Train on a connected cluster."""
 
@@ -143,6 +140,7 @@ class _Training:
         self.starts = 0
         self.evaluations: list[dict[str, Any]] = []
         self.bad_rows = 0  # of a stream, so far
+        self.bad: list[BadRow] = []  # the first of them
         self.total = plan.total_steps(config, rows.train.rows)
 
     def run(self, resume: Path | None, step: int, marker: str) -> RunResult:
@@ -215,13 +213,16 @@ class _Training:
 
     def _watch(self, quarantine: Any) -> None:
         """Keeps quarantine.json, and stops the job at too many bad rows or a file that cannot be read."""
-        raw_rows, bad, error = waits.fetch(quarantine.so_far.remote(), "the quarantine", 60)
-        if len(bad) > self.bad_rows:
-            self.bad_rows = len(bad)
-            _write_quarantine(self.output_dir, bad)
+        raw_rows, bad_rows, long_rows, error = waits.fetch(quarantine.so_far.remote(), "the quarantine", 60)
+        if bad_rows > self.bad_rows:
+            self.bad_rows = bad_rows
+            self.bad = waits.fetch(quarantine.rows.remote(), "the quarantine", 60)
+            write_quarantine(self.output_dir, [*self.bad, *self.rows.bad])
         if error is not None:
             raise error
-        ensure_usable(self.config, "rows", 1, raw_rows, len(bad), sum(row.too_long for row in bad), bad)
+        too_many = bad_rows - long_rows > self.config.ray.max_bad_rows * max(raw_rows, JUDGED_ROWS)
+        if too_many or self.config.excess_length_strategy == "raise":
+            ensure_usable(self.config, "rows", 1, raw_rows, bad_rows, long_rows, self.bad)
 
     def _trained(self, reports: Any, quarantine: Any, resume: Path | None, marker: str) -> "_Fit":
         import ray.train

@@ -115,17 +115,18 @@ def _rewards(config: JobConfig, plan: Plan) -> tuple[list[Memory | None], list[s
 
 
 def _object_store(config: JobConfig, plan: Plan) -> Iterator[str]:
-    """Whole policies pass through it: of each node with engines, the one that is served and the one that comes."""
+    """Whole policies pass through it: on each node with engines lie those that are served, and the one that comes."""
     if config.adapter is not None:
         return
-    needed = 2 * read_shape(source_of(config), None).weights * BYTES[plan.dtype]
+    policies = 2 + config.ray.max_staleness
+    needed = policies * read_shape(source_of(config), None).weights * BYTES[plan.dtype]
     placed = zip(plan.bundles, plan.placement, strict=True)
     for node in (plan.nodes[index] for bundle, index in placed if index is not None and bundle.role in (ENGINE, BOTH)):
         given = min(STORE_MOST, STORE_SHARE * node.memory if node.memory else STORE_MOST)
         if needed > given:
             yield (
-                f"all weights go through Ray's object store, which holds two policies, {gb(needed)}, on {node.name}, and has "
-                f"{gb(round(given))} unless Ray is started with a larger --object-store-memory"
+                f"all weights go through Ray's object store, which holds {policies} policies, {gb(needed)}, on {node.name}, "
+                f"and has {gb(round(given))} unless its Ray is started with a larger one (ray start --object-store-memory)"
             )
             return
 

@@ -1,14 +1,15 @@
 """What online and dataset jobs share: their result, their paths, their adapter, their log, and what is said of a stop."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from actors import storage
 from actors.formats.templates import CHAT_TEMPLATES, OWN
+from actors.reading import BadRow
 from actors.specs import LoraSpec
 from orchestrator import metrics, wandb_run
 from orchestrator.config import dump
@@ -17,6 +18,7 @@ from orchestrator.metrics import MetricsLog
 from orchestrator.schema import JobConfig
 
 CONFIG = "config.yaml"  # of the run: resolved, defaults included
+QUARANTINE = "quarantine.json"  # rows that were left out
 ORIGIN = "origin.json"  # where it was started, since the configuration names files and functions as they were found there
 
 
@@ -121,6 +123,19 @@ def lora_spec(config: JobConfig) -> LoraSpec:
     )
 
 
+def write_quarantine(output_dir: Path, bad: Sequence[BadRow]) -> None:
+    """Lists the rows that a job leaves out; where there are none, an earlier run's list goes."""
+    if bad:
+        storage.write_json(output_dir / QUARANTINE, [{"place": row.place, "reason": row.reason} for row in bad])
+    else:
+        (output_dir / QUARANTINE).unlink(missing_ok=True)
+
+
+def unusable(count: int) -> str:
+    """What a person is told of them."""
+    return f"{count} rows cannot be used; {QUARANTINE} in output_dir has their places and reasons"
+
+
 def warmup_steps(config: JobConfig, total_steps: int) -> int:
     """Of total_steps optimizer steps. A file that says nothing has Axolotl's default, 3 % of them and 100 at most."""
     if config.warmup_steps is not None:
@@ -133,12 +148,10 @@ def warmup_steps(config: JobConfig, total_steps: int) -> int:
 def attention(config: JobConfig, gpu: bool) -> str | None:
     """Of a dataset job's model, by transformers' name; None = its default.
 
-    flash attention's kernels are for GPUs and in a package that few have. The result is the same without.
+    flash attention's kernels are for GPUs; the result is the same without.
     """
     asked = config.attn_implementation
-    if asked and asked.startswith("flash") and not (gpu and find_spec("flash_attn")):
-        return "sdpa"
-    return asked
+    return "sdpa" if asked and asked.startswith("flash") and not gpu else asked
 
 
 def quantization(config: JobConfig) -> str | None:

@@ -27,7 +27,9 @@ from orchestrator.jobs import (
     quantization,
     tell_stop,
     template_arguments,
+    unusable,
     write_config,
+    write_quarantine,
 )
 from orchestrator.metrics import MetricsLog
 from orchestrator.online_specs import engine_spec, model_spec, trainer_spec
@@ -103,6 +105,8 @@ def run(config: JobConfig, display: Display, shared: SharedEngines | None) -> Ru
             display.header(title, [*describe(config, plan), f"dashboard   {here}"])
             for text in warnings(config, plan):
                 display.warn(text)
+            if prompts.bad:
+                display.warn(unusable(len(prompts.bad)))
             if shared is not None:
                 stack.callback(shared.close)
             return _Job(config, plan, prompts, output_dir, display, shared).run(probe, resume, marker, watch)
@@ -277,6 +281,4 @@ def identity(config: JobConfig, prompts: PromptSet) -> dict[str, Any]:
 
 def _write_inputs(config: JobConfig, prompts: PromptSet, output_dir: Path) -> None:
     write_config(config, output_dir)
-    if prompts.bad:
-        rows = [{"place": row.place, "reason": row.reason} for row in prompts.bad]
-        storage.write_json(output_dir / "quarantine.json", rows)
+    write_quarantine(output_dir, prompts.bad)

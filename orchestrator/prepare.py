@@ -20,7 +20,16 @@ import ray.data
 
 from actors import streaming
 from actors.errors import DataError, EaglerayError
-from actors.preparing import PartStats, PrepareSpec, RowEncoder, conduct, cut_file, prepare_piece, sequences
+from actors.preparing import (
+    BLOCK_SEQUENCES,
+    PartStats,
+    PrepareSpec,
+    RowEncoder,
+    conduct,
+    cut_file,
+    prepare_piece,
+    sequences,
+)
 from actors.reading import BadRow, Piece, SourceFile, cut, read
 from orchestrator import waits
 from orchestrator.data import ensure_usable, held_out_count
@@ -32,6 +41,7 @@ from orchestrator.source import Problem
 PIECE_BYTES = 2**19  # about 120,000 tokens, half a second of work: the last one holds nobody up for long
 LARGEST_PIECE_BYTES = 16 * 2**20  # where a dataset would have too many others, each of which becomes a file
 PIECE_ROWS = 5000  # of files that are cut by rows
+BYTES_OF_A_TOKEN = 4  # of text, about
 BLOCKS = 1000  # tasks of Ray Data at most, and pieces, as long as these do not get too large
 STREAM_BLOCK_BYTES = 2**16  # of a stream: small, so that the first one comes soon
 TIMEOUT_S = 24 * 3600
@@ -129,7 +139,7 @@ def _prepared(
     progress: Callable[[int, int], None],
 ) -> Prepared:
     tasks = _tasks(files)
-    cut_all = partial(cut_file, sources=spec.sources, piece_bytes=_piece_bytes(files), piece_rows=PIECE_ROWS)
+    cut_all = partial(cut_file, sources=spec.sources, piece_bytes=_piece_bytes(files, spec), piece_rows=PIECE_ROWS)
     found = sorted(_on_workers(cut_all, files, tasks), key=lambda piece: (piece.source, piece.file, piece.begin))
     pieces = _with_held_out(config, spec, found)
     total = sum(piece.rows for piece in pieces)
@@ -152,8 +162,9 @@ def _tasks(files: Sequence[SourceFile]) -> int:
     return min(BLOCKS, 1 + _bytes(files) // PIECE_BYTES)
 
 
-def _piece_bytes(files: Sequence[SourceFile]) -> int:
-    return min(max(_bytes(files) // BLOCKS, PIECE_BYTES), LARGEST_PIECE_BYTES)
+def _piece_bytes(files: Sequence[SourceFile], spec: PrepareSpec) -> int:
+    to_pack = BYTES_OF_A_TOKEN * BLOCK_SEQUENCES * spec.sequence_len if spec.packing else 0  # few documents fill rows badly
+    return min(max(_bytes(files) // BLOCKS, PIECE_BYTES, to_pack), LARGEST_PIECE_BYTES)
 
 
 def _bytes(files: Sequence[SourceFile]) -> int:

@@ -34,7 +34,7 @@ class Prepared:
     raw_rows: int  # read, bad ones included
     bad_rows: int  # those that are too long among them
     long_rows: int
-    bad: tuple[BadRow, ...]  # the first BAD_ROWS_KEPT of them
+    bad: tuple[BadRow, ...]  # BAD_ROWS_KEPT of them, those that are too long last
 
 
 def write_manifest(folder: Path, prepared: Prepared) -> None:
@@ -69,7 +69,7 @@ def summed(parts: Sequence[PartStats]) -> Prepared:
                 f"datasets: a worker wrote {part.file}, which is not to be seen on this machine; "
                 "name a folder that all nodes share in dataset_prepared_path"
             )
-    bad = [row for part in parts for row in part.bad]
+    bad = sorted((row for part in parts for row in part.bad), key=lambda row: row.too_long)  # what is wrong comes first
     return Prepared(
         train=_split([part for part in parts if not part.held_out]),
         held_out=_split([part for part in parts if part.held_out]),

@@ -22,7 +22,7 @@ from orchestrator.dataset_files import hub_spec, local_files
 from orchestrator.jobs import special_tokens
 from orchestrator.schema import DatasetConfig, JobConfig
 
-FORMAT_VERSION = 1  # of prepared rows; raise it when the same files would give other ones
+FORMAT_VERSION = 2  # of prepared rows; raise it when the same files would give other ones
 # What a tokenizer is read from, in the folder of its model.
 TOKENIZER_FILES = ("tokenizer*", "*token*.json", "vocab*", "merges.txt", "*.model", "*chat_template*", "*.py")
 
@@ -32,11 +32,12 @@ def what_to_read(config: JobConfig, search_paths: Sequence[str]) -> tuple[Prepar
     files: list[SourceFile] = []
     for entries, held_out in ((config.datasets, False), (config.test_datasets, True)):
         for entry in entries or []:
-            found = local_files(entry, search_paths)
+            found = local_files(entry, search_paths, held_out=held_out)
             for file, _ in found or []:
                 if not file.is_file():
                     raise DataError(f"datasets: there is no file {file}")
-            hub_dataset = hub_spec(entry, config.streaming and not held_out) if found is None else None
+            streaming = config.streaming and not held_out
+            hub_dataset = hub_spec(entry, held_out=held_out, streaming=streaming) if found is None else None
             source = SourceSpec(format_spec(config, entry), held_out, hub_dataset)
             named = [(entry.path, "hub")] if found is None else [(str(file.absolute()), kind) for file, kind in found]
             files += [SourceFile(len(sources), path, kind) for path, kind in named]

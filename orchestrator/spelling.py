@@ -109,7 +109,7 @@ def _without_effect(data: dict[str, Any]) -> Iterator[Problem]:
             yield Translation(key, "the same as base_model")
 
 
-def _values(data: dict[str, Any]) -> Iterator[Translation]:
+def _values(data: dict[str, Any]) -> Iterator[Problem]:
     trl = data.get("trl")
     if isinstance(trl, dict) and isinstance(trl.get("scale_rewards"), bool):
         trl["scale_rewards"] = "group" if trl["scale_rewards"] else "none"  # TRL's own reading of the old boolean
@@ -163,6 +163,8 @@ def _eval_strategy(data: dict[str, Any]) -> Iterator[Translation]:
     """transformers' key, where it says no more than Axolotl's eval_steps and evals_per_epoch do."""
     every = [key for key in ("eval_steps", "evals_per_epoch") if data.get(key) is not None]
     for key in ("eval_strategy", "evaluation_strategy"):
+        if data.get(key) is False:
+            data[key] = "no"  # YAML reads a bare `no` as false
         if data.get(key) == "epoch" and not every:
             del data[key]
             data["evals_per_epoch"] = 1
@@ -175,7 +177,7 @@ def _eval_strategy(data: dict[str, Any]) -> Iterator[Translation]:
             yield Translation(key, "read as neither eval_steps nor evals_per_epoch")
 
 
-def _sequence_len(data: dict[str, Any]) -> Iterator[Translation]:
+def _sequence_len(data: dict[str, Any]) -> Iterator[Problem]:
     """Axolotl's default is no limit of a GRPO job, whose engines need one."""
     if data.get("rl") != "grpo" or data.get("sequence_len") is not None:
         return
@@ -183,10 +185,11 @@ def _sequence_len(data: dict[str, Any]) -> Iterator[Translation]:
     limit, longest = sections[0].get("max_model_len"), sections[1].get("max_completion_length")
     if isinstance(limit, int):
         data["sequence_len"] = limit
-        yield Translation("sequence_len", f"not written: {limit}, as vllm.max_model_len")
+        yield Problem("sequence_len", f"is not written, so it is {limit}, as vllm.max_model_len")
     elif isinstance(longest, int) and longest > PROMPT_ROOM // 2:
         data["sequence_len"] = longest + PROMPT_ROOM
-        yield Translation("sequence_len", f"not written: trl.max_completion_length and {PROMPT_ROOM} for the prompt")
+        text = f"is not written, so it is {longest + PROMPT_ROOM}: trl.max_completion_length, and {PROMPT_ROOM} for the prompt"
+        yield Problem("sequence_len", text)
 
 
 def _fsdp_strategies(data: dict[str, Any]) -> Iterator[Translation]:

@@ -39,6 +39,7 @@ Batch = dict[str, torch.Tensor]
 
 def run(pairs: int) -> list[Row]:
     rows = []
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for method, count in ROWS.items():
@@ -47,14 +48,14 @@ def run(pairs: int) -> list[Row]:
             tokens: list[int] = []
 
             def ours(method: str = method, file: Path = file, tokens: list[int] = tokens) -> float:
-                seconds, _, of_an_epoch = train(os.environ, folder, file, **_keys(method, file))
+                seconds, _, of_an_epoch = train(alone, folder, file, **_keys(method, file))
                 tokens.append((EPOCHS - 1) * of_an_epoch)
                 return _counted(seconds)
 
             def peer(side: str, method: str = method, file: Path = file) -> Callable[[], float]:
                 command = [sys.executable, "-m", __name__, side, method, str(file)]
                 environment = {**os.environ, "OMP_NUM_THREADS": str(common.CORES)}
-                return lambda: float(subprocess.run(command, env=environment, check=True, stdout=-1).stdout.split()[-1])
+                return lambda: float(subprocess.check_output(command, env=environment).split()[-1])
 
             ours_s, trl_s, loop_s = common.in_turn(pairs, ours, peer("trl"), peer("loop"))
             what = f"{method}, packed" if method == "SFT" else method
@@ -141,15 +142,17 @@ def of_loop(method: str, rows: list[dict[str, Any]]) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(name)
     loaded = AutoModelForCausalLM.from_pretrained(name, dtype=MODEL.dtype).to(where)
     policy = get_peft_model(loaded, model.peft_config(LORA)).train()
-    optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad], lr=1e-4)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     batches = list(_packed(rows, tokenizer) if method == "SFT" else _paired(rows, tokenizer))
     loss_of = _sft_loss if method == "SFT" else _dpo_loss
     seconds = []
     for epoch in range(EPOCHS):
         for batch in random.Random(epoch).sample(batches, len(batches)):
+            here = {key: values.to(where) for key, values in batch.items()}
             began = time.perf_counter()
             with torch.autocast(where.type, torch.bfloat16, enabled=MODEL.dtype == "bfloat16"):
-                loss = loss_of(policy, {key: values.to(where) for key, values in batch.items()})
+                loss = loss_of(policy, here)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()

@@ -208,11 +208,11 @@ def test_long_rows_are_left_out_or_cut_and_nothing_left_is_an_error(tmp_path: Pa
     assert (made.train.rows, made.bad_rows, made.long_rows) == (1, 2, 2)
     config.sequence_len = 1000
     whole = rows_of(prepared(config, tmp_path).train)
-    config.sequence_len, config.excess_length_strategy, config.ray.max_bad_rows = 60, "truncate", 0.5
+    config.sequence_len, config.excess_length_strategy = 60, "truncate"
     made = prepared(config, tmp_path)
     cut = {name: ids[:60] for name, ids in whole[2].items()}
     assert rows_of(made.train) == [whole[0], cut], "of the second one no token is left to train"
-    assert (made.bad_rows, made.long_rows, len(whole[2]["input_ids"]) > 60) == (1, 0, True)
+    assert (made.bad_rows, made.long_rows, len(whole[2]["input_ids"]) > 60) == (1, 1, True)
     file = jsonl(tmp_path / "a.jsonl", [{"instruction": "one", "output": "two"}])
     config = job(DatasetConfig(path=str(file), type="alpaca"), sequence_len=20)
     with pytest.raises(DataError, match=rf"no rows in {file}; the first: {file}:1: has \d+ tokens; sequence_len is 20"):
@@ -358,13 +358,13 @@ def test_a_stream_gives_rows_before_it_is_read(tmp_path: Path, tokenizer: Any) -
     quarantine = ray.remote(num_cpus=0)(Quarantine).remote()
 
     @ray.remote(num_cpus=0)
-    def first_batch() -> tuple[list[dict[str, Any]], int, int, str | None]:
+    def first_batch() -> tuple[list[dict[str, Any]], int, int, int, str | None]:
         """In a worker, as in a job: Ray ends a process in which Ray Data's threads still drop objects when it shuts down."""
         batches = iter(stream(config, [], quarantine, readers=1).iter_batches(batch_size=2, batch_format="pyarrow"))
         return next(batches).to_pylist(), *ray.get(quarantine.so_far.remote())
 
-    first, read, bad, error = ray.get(first_batch.remote())
-    assert read < count / 2 and not bad and error is None
+    first, read, bad, long, error = ray.get(first_batch.remote())
+    assert read < count / 2 and (bad, long, error) == (0, 0, None)
     expected = tokenizer("row 0 " * 20)["input_ids"] + [tokenizer.eos_token_id]
     assert first[0] == {"input_ids": expected, "labels": expected}
     assert tokenizer.decode(first[1]["input_ids"]).startswith("row 1 ")

@@ -229,10 +229,15 @@ def test_the_other_methods_from_a_script_that_is_submitted(dataset_job: Job, tmp
         for i in range(40)
     ]
     (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for method in ("dpo", "kto", "orpo", "reward_trainer"):
-        file = tmp_path / ("judged.jsonl" if method == "kto" else "pairs.jsonl")
-        entry = {"path": str(file), "type": "passthrough"}
-        dataset_job(f"{method}.yaml", rl=method, datasets=[entry], output_dir=str(tmp_path / "base"))
+    pairs = str(tmp_path / "pairs.jsonl")
+    entries: dict[str, dict[str, Any]] = {
+        "dpo": {"path": pairs, "type": "passthrough"},
+        "kto": {"path": str(tmp_path / "judged.jsonl"), "type": "chatml.prompt_pairs"},
+        "orpo": {"path": pairs, "type": "passthrough"},
+        "reward_trainer": {"path": pairs, "type": "bradley_terry.chat_template", "field_input": "prompt"},
+    }
+    for method, entry in entries.items():
+        dataset_job(f"{method}.yaml", rl=method, datasets=[entry], output_dir=str(tmp_path / "base"), sequence_len=64)
     (tmp_path / "rates.py").write_text(SWEEPS)
     with head_node(cpus=2) as head:
         entrypoint = ["--working-dir", str(REPOSITORY), "--", "python", str(tmp_path / "rates.py"), str(tmp_path)]

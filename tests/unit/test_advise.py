@@ -308,7 +308,7 @@ def test_a_row_far_out_is_left_out_rather_than_paid_for_by_all(monkeypatch: pyte
     rows = [{"text": "word " * 20, "question": "word " * 20, "answer": f"{'word ' * 20}\n."} for _ in range(200)]
     rows[77]["answer"] = "word " * 3000
     found = of_rows(rows)
-    assert found.config.sequence_len < 256 and found.config.excess_length_strategy == "drop"
+    assert found.config.sequence_len < 256 and "ray" not in found.keys
 
 
 def test_rows_that_cannot_be_used_are_allowed_for() -> None:
@@ -324,7 +324,7 @@ def test_of_many_rows_some_from_everywhere_are_looked_at() -> None:
     assert found.found.sample.total == 12_000 and 55 <= len(found.found.sample.rows) <= 65
     numbers = [int(row["instruction"].split()[-1].strip(".")) for row in found.found.sample.rows]
     assert min(numbers) == 0 and max(numbers) > 10_000
-    assert found.config.ray.max_bad_rows == 0.01, "the default: nobody knows the rows that were not looked at"
+    assert "ray" not in found.keys, "a row in a hundred may be wrong without a word"
 
 
 def test_percentiles() -> None:

@@ -85,8 +85,29 @@ def test_of_a_folder_the_rows_of_its_split_are_read(tmp_path: Path) -> None:
     (folder / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"no file in .*rows is of split test; it has my_dev_rows.jsonl, notes.jsonl, train-"):
         read("test")
-    with pytest.raises(DataError, match=r"no share can be taken \(split: train\[:10%\]\)"):
+    with pytest.raises(DataError, match=r"neither shared out nor put together by split: train\[:10%\]"):
         read("train[:10%]")
+
+
+def test_held_out_rows_are_of_the_test_split_unless_an_entry_says_otherwise(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in ("train", "test", "dev"):
+        jsonl(folder / f"{name}.jsonl", [{"prompt": name}])
+    config = job(folder)
+    config.test_datasets = [DatasetConfig(path=str(folder))]
+    prompts = load_prompts(config, [])
+    assert ([row.prompt for row in prompts.train], [row.prompt for row in prompts.held_out]) == (["train"], ["test"])
+    config.test_datasets[0].split = "validation"
+    assert [row.prompt for row in load_prompts(config, []).held_out] == ["dev"]
+    (folder / "train.jsonl").unlink()
+    (folder / "test.jsonl").unlink()
+    config.test_datasets = None
+    assert [row.prompt for row in load_prompts(config, []).train] == ["dev"], "there is one split alone"
+    assert config.datasets
+    config.datasets[0].split = "dev+test"
+    with pytest.raises(DataError, match=r"neither shared out nor put together by split: dev\+test"):
+        load_prompts(config, [])
 
 
 def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
@@ -111,6 +132,9 @@ def test_files_named_beside_their_kind_are_local(tmp_path: Path) -> None:
     assert config.datasets
     config.datasets[0].data_files = "a.jsonl"
     assert [row.prompt for row in load_prompts(config, [str(tmp_path)]).train] == ["p"]
+    jsonl(tmp_path / "c.jsonl", [{"prompt": "q"}])
+    config.datasets[0].data_files = "*.jsonl"
+    assert sorted(str(row.prompt) for row in load_prompts(config, [str(tmp_path)]).train) == ["p", "q"]
     config.datasets[0].data_files = ["b.jsonl"]
     with pytest.raises(DataError, match=r"there is no file b\.jsonl \(data_files\)"):
         load_prompts(config, [str(tmp_path)])

@@ -9,7 +9,7 @@ from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from trl.experimental.orpo import ORPOConfig
 
 from actors import storage
-from actors.dataset_loop import as_of_now
+from actors.dataset_loop import as_of_now, model_init_arguments
 from actors.specs import DatasetTrainSpec, ModelSpec
 from orchestrator.arguments import training_arguments
 from orchestrator.dataset_plan import describe, make_dataset_plan
@@ -123,13 +123,15 @@ def test_without_a_word_a_job_warms_up_as_axolotl_has_it() -> None:
     assert (warmup_steps(job(warmup_steps=0), 1000), warmup_steps(job(warmup_ratio=0.0), 1000)) == (0, 0)
 
 
-def test_flash_attention_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_for_gpus_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = job(attn_implementation="flash_attention_2")
-    monkeypatch.setattr("orchestrator.jobs.find_spec", lambda name: None)
-    assert [attention(asked, gpu) for gpu in (True, False)] == ["sdpa", "sdpa"]
-    monkeypatch.setattr("orchestrator.jobs.find_spec", lambda name: name == "flash_attn")
     assert [attention(asked, gpu) for gpu in (True, False)] == ["flash_attention_2", "sdpa"]
     assert attention(job(attn_implementation="eager"), True) == "eager" and attention(job(), True) is None
+    asked_for = ModelSpec("m", "bfloat16", attn_implementation="flash_attention_2")
+    spec = DatasetTrainSpec("sft", asked_for, None, (), (), False, "", 1, {}, {})
+    for there, used in ((None, "sdpa"), (True, "flash_attention_2")):
+        monkeypatch.setattr("actors.dataset_loop.find_spec", lambda name, there=there: there)
+        assert model_init_arguments(spec)["attn_implementation"] == used
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,8 @@ def test_an_answer_that_was_cut_is_none() -> None:
         ("8 out of 10", 0.8),
         ("8 / 10 points", 0.8),
         ("2.5 of 10.00", 0.25),
+        ("7 points out of 10", 0.7),
+        ("3 on politeness; overall a score of 10", 1.0),
         ("8/10.5", None),
         ("10/10", 1.0),
         ("score-4", 0.4),

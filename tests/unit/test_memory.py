@@ -231,14 +231,13 @@ def test_at_rest_a_rank_keeps_weights_and_optimizer(models: dict[str, str]) -> N
     assert {name for name, nbytes in rest.terms.items() if nbytes} == {"weights", "optimizer", "buffers", "overhead"}
 
 
-def test_pairs_go_through_the_model_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_go_through_the_model_together() -> None:
     def rows(rl: str | None, **changes: Any) -> Any:
         return longest_rows(model_job("m", "lora", rl=rl, micro_batch_size=2, sequence_len=100, **changes), gpu=False)
 
     assert rows("dpo") == rows("orpo") == rows("reward_trainer") == PaddedRows(4, 100, masked=True)
     assert rows(None) == rows("kto") == PaddedRows(2, 100, masked=True)
     assert rows(None, attn_implementation="flash_attention_2") == PaddedRows(2, 100, masked=True), "its kernels are for GPUs"
-    monkeypatch.setattr("orchestrator.jobs.find_spec", lambda name: True)
     flash = model_job("m", "lora", micro_batch_size=2, sequence_len=100, attn_implementation="flash_attention_2")
     assert longest_rows(flash, gpu=True) == PaddedRows(2, 100, masked=False)
     assert longest_rows(model_job("m", "lora", sequence_len=100), gpu=False) == PaddedRows(1, 100, masked=False)

@@ -73,7 +73,7 @@ def test_whole_policies_need_room_in_the_object_store(models: dict[str, str]) ->
     parts = {"fsdp_version": 2, "ray_num_workers": 8, "vllm__tensor_parallel_size": 4}
     whole = model_job(models["Llama-3.1-70B"], None, **GRPO, **parts)
     (note,) = plan_on(whole, "2x8x80GB").fit.notes
-    assert "holds two policies, 262.8 GB, on" in note and "has 186.3 GB unless" in note
+    assert "holds 2 policies, 262.8 GB, on" in note and "has 186.3 GB unless" in note
     assert not plan_on(model_job(models["Llama-3.1-70B"], "lora", **GRPO, **parts), "2x8x80GB").fit.notes
     assert not plan_on(model_job(models["Llama-3.1-8B"], None, **GRPO), "8x80GB").fit.notes
 

@@ -20,6 +20,8 @@ from actors.errors import ConfigError, DataError
 from actors.formats.base import IGNORED, FormatSpec
 from actors.preparing import PrepareSpec, RowEncoder, cut_document, cut_file, pack, packed, prepare_piece
 from actors.reading import BadRow, Piece, SourceFile, SourceSpec, cut, read
+from actors.streaming import Quarantine
+from orchestrator.prepared import summed
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCE = SourceSpec(FormatSpec(type="alpaca"))
@@ -202,6 +204,30 @@ def test_rows_that_cannot_be_used_say_why(tokenizer: Any) -> None:
     assert isinstance(surrogate, BadRow) and surrogate.reason.startswith("cannot be encoded (")
     eos_alone = encoder(tokenizer, "sft", 100, type="completion").rows("f:5", {"text": tokenizer.eos_token})
     assert eos_alone == BadRow("f:5", "has no token to train")
+
+
+def test_what_is_wrong_is_not_crowded_out_by_what_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "BAD_ROWS_KEPT", 2)
+    stats = preparing.PartStats("0", held_out=False)
+    part = preparing.Part(tmp_path, stats, packing=False, sequence_len=5)
+    for number in range(4):
+        part.add(BadRow(f"f:{number}", "long", too_long=True))
+    part.add(BadRow("f:9", "wrong"))
+    assert (stats.bad_rows, stats.long_rows, [row.place for row in stats.bad]) == (5, 4, ["f:0", "f:1", "f:9"])
+    monkeypatch.setattr("orchestrator.prepared.BAD_ROWS_KEPT", 2)
+    made = summed([stats])
+    assert (made.bad_rows, made.long_rows, [row.place for row in made.bad]) == (5, 4, ["f:9", "f:0"])
+
+
+def test_a_stream_counts_a_piece_once_however_often_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.streaming.BAD_ROWS_KEPT", 1)
+    quarantine = Quarantine()
+    bad = [BadRow("f:1", "long", too_long=True), BadRow("f:2", "long", too_long=True), BadRow("f:3", "wrong")]
+    for _ in range(2):
+        quarantine.add(Piece(0, "f", "jsonl", 0, 100, 50), 50, bad)
+    quarantine.add(Piece(0, "f", "jsonl", 100, 200, 70), 70, [])
+    assert quarantine.so_far() == (120, 3, 2, None)
+    assert [row.place for row in quarantine.rows()] == ["f:3", "f:1"]
 
 
 @pytest.mark.parametrize("method", list(preparing.BUILDERS))
