@@ -237,7 +237,7 @@ def test_the_other_methods_from_a_script_that_is_submitted(dataset_job: Job, tmp
         "reward_trainer": {"path": pairs, "type": "bradley_terry.chat_template", "field_input": "prompt"},
     }
     for method, entry in entries.items():
-        dataset_job(f"{method}.yaml", rl=method, datasets=[entry], output_dir=str(tmp_path / "base"), sequence_len=64)
+        dataset_job(f"{method}.yaml", rl=method, datasets=[entry], output_dir=str(tmp_path / "base"), chat_template="chatml")
     (tmp_path / "rates.py").write_text(SWEEPS)
     with head_node(cpus=2) as head:
         entrypoint = ["--working-dir", str(REPOSITORY), "--", "python", str(tmp_path / "rates.py"), str(tmp_path)]
