@@ -38,7 +38,8 @@ from orchestrator.row_sources import digest, ensure_types, tokenizer_of, what_to
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
-PIECE_BYTES = 2**19  # about 120,000 tokens, half a second of work: the last one holds nobody up for long
+PIECE_BYTES = 4 * 2**20  # about a million tokens: some seconds of work, of which starting a task takes a tenth of one
+PIECES_A_CPU, SMALLEST_PIECE_BYTES = 2, 2**19  # where there is less, so that no CPU waits long for the last one
 LARGEST_PIECE_BYTES = 16 * 2**20  # where a dataset would have too many others, each of which becomes a file
 PIECE_ROWS = 5000  # of files that are cut by rows
 BYTES_OF_A_TOKEN = 4  # of text, about
@@ -159,12 +160,17 @@ def _for_workers(spec: PrepareSpec, tokenizer: Any) -> bytes | None:
 def _tasks(files: Sequence[SourceFile]) -> int:
     if any(file.kind == "hub" for file in files):
         return BLOCKS  # its size is not known here
-    return min(BLOCKS, 1 + _bytes(files) // PIECE_BYTES)
+    return min(BLOCKS, 1 + _bytes(files) // SMALLEST_PIECE_BYTES)
 
 
 def _piece_bytes(files: Sequence[SourceFile], spec: PrepareSpec) -> int:
-    to_pack = BYTES_OF_A_TOKEN * BLOCK_SEQUENCES * spec.sequence_len if spec.packing else 0  # few documents fill rows badly
-    return min(max(_bytes(files) // BLOCKS, PIECE_BYTES, to_pack), LARGEST_PIECE_BYTES)
+    """What is packed must not hang on the cluster, which a resumed job may find larger; and few documents fill rows badly."""
+    if spec.packing:
+        usual = max(PIECE_BYTES, BYTES_OF_A_TOKEN * BLOCK_SEQUENCES * spec.sequence_len)
+    else:
+        fair = _bytes(files) / (PIECES_A_CPU * max(1, ray.cluster_resources().get("CPU", 1)))
+        usual = min(PIECE_BYTES, max(SMALLEST_PIECE_BYTES, int(fair) + 1))
+    return min(max(usual, _bytes(files) // BLOCKS), LARGEST_PIECE_BYTES)
 
 
 def _bytes(files: Sequence[SourceFile]) -> int:
