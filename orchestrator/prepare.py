@@ -20,16 +20,7 @@ import ray.data
 
 from actors import streaming
 from actors.errors import DataError, EaglerayError
-from actors.preparing import (
-    BLOCK_SEQUENCES,
-    PartStats,
-    PrepareSpec,
-    RowEncoder,
-    conduct,
-    cut_file,
-    prepare_piece,
-    sequences,
-)
+from actors.preparing import PartStats, PrepareSpec, RowEncoder, conduct, cut_file, prepare_piece, sequences
 from actors.reading import BadRow, Piece, SourceFile, cut, read
 from orchestrator import waits
 from orchestrator.data import ensure_usable, held_out_count
@@ -38,12 +29,10 @@ from orchestrator.row_sources import digest, ensure_types, tokenizer_of, what_to
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem
 
-PIECE_BYTES = 4 * 2**20  # about a million tokens: some seconds of work, of which starting a task takes a tenth of one
-PIECES_A_CPU, SMALLEST_PIECE_BYTES = 2, 2**19  # where there is less, so that no CPU waits long for the last one
-LARGEST_PIECE_BYTES = 16 * 2**20  # where a dataset would have too many others, each of which becomes a file
+PIECE_BYTES = 4 * 2**20  # about a million tokens: a second or two of work
 PIECE_ROWS = 5000  # of files that are cut by rows
-BYTES_OF_A_TOKEN = 4  # of text, about
-BLOCKS = 1000  # tasks of Ray Data at most, and pieces, as long as these do not get too large
+BLOCKS = 1000  # tasks of Ray Data at most; with more pieces than this, each takes several
+BLOCK_BYTES = 2**20  # of files a task at least: a worker process takes longer to start than to encode less
 STREAM_BLOCK_BYTES = 2**16  # of a stream: small, so that the first one comes soon
 TIMEOUT_S = 24 * 3600
 SAMPLED, SAMPLED_BYTES = 64, 2**18  # rows, and bytes, of a file of which the plan learns how long rows are
@@ -140,7 +129,7 @@ def _prepared(
     progress: Callable[[int, int], None],
 ) -> Prepared:
     tasks = _tasks(files)
-    cut_all = partial(cut_file, sources=spec.sources, piece_bytes=_piece_bytes(files, spec), piece_rows=PIECE_ROWS)
+    cut_all = partial(cut_file, sources=spec.sources, piece_bytes=PIECE_BYTES, piece_rows=PIECE_ROWS)
     found = sorted(_on_workers(cut_all, files, tasks), key=lambda piece: (piece.source, piece.file, piece.begin))
     pieces = _with_held_out(config, spec, found)
     total = sum(piece.rows for piece in pieces)
@@ -160,21 +149,7 @@ def _for_workers(spec: PrepareSpec, tokenizer: Any) -> bytes | None:
 def _tasks(files: Sequence[SourceFile]) -> int:
     if any(file.kind == "hub" for file in files):
         return BLOCKS  # its size is not known here
-    return min(BLOCKS, 1 + _bytes(files) // SMALLEST_PIECE_BYTES)
-
-
-def _piece_bytes(files: Sequence[SourceFile], spec: PrepareSpec) -> int:
-    """What is packed must not hang on the cluster, which a resumed job may find larger; and few documents fill rows badly."""
-    if spec.packing:
-        usual = max(PIECE_BYTES, BYTES_OF_A_TOKEN * BLOCK_SEQUENCES * spec.sequence_len)
-    else:
-        fair = _bytes(files) / (PIECES_A_CPU * max(1, ray.cluster_resources().get("CPU", 1)))
-        usual = min(PIECE_BYTES, max(SMALLEST_PIECE_BYTES, int(fair) + 1))
-    return min(max(usual, _bytes(files) // BLOCKS), LARGEST_PIECE_BYTES)
-
-
-def _bytes(files: Sequence[SourceFile]) -> int:
-    return sum(Path(file.path).stat().st_size for file in files if file.kind != "hub")
+    return min(BLOCKS, 1 + sum(Path(file.path).stat().st_size for file in files) // BLOCK_BYTES)
 
 
 def _with_held_out(config: JobConfig, spec: PrepareSpec, pieces: Sequence[Piece]) -> list[Piece]:

@@ -133,7 +133,7 @@ def test_the_result_does_not_depend_on_how_files_are_cut(
     whole = prepared(config, tmp_path / "whole")
     monkeypatch.setattr(module, "PIECE_BYTES", 50)
     monkeypatch.setattr(module, "PIECE_ROWS", 4)
-    monkeypatch.setattr(module, "_tasks", lambda files: 3)  # of several pieces each
+    monkeypatch.setattr(module, "BLOCK_BYTES", 400)  # several tasks, of several pieces each
     cut = prepared(config, tmp_path / "cut")
     assert len(whole.train.files) == 2
     assert len(cut.train.files) > 20
