@@ -123,9 +123,7 @@ def _checked(config: JobConfig, prompts: PromptSet) -> PromptSet:
     total = len(prompts.train) + len(prompts.held_out) + len(prompts.bad)
     too_long = sum(row.too_long for row in prompts.bad)
     ensure_usable(config, "prompts", len(prompts.train), total, len(prompts.bad), too_long, prompts.bad)
-    if (config.test_datasets or config.val_set_size) and not prompts.held_out:
-        asked = "test_datasets" if config.test_datasets else "val_set_size"
-        raise DataError(f"{asked}: no prompt that can be used is left to evaluate on")
+    ensure_held_out(config, len(prompts.held_out))
     return prompts
 
 
@@ -153,6 +151,13 @@ def ensure_usable(
     if not kept:
         names = ", ".join(entry.path for entry in config.datasets or [])
         raise DataError(f"datasets: no {what} in {names}{first(bad)}")
+
+
+def ensure_held_out(config: JobConfig, count: int) -> None:
+    """Raises DataError where rows are to be held out and none of them can be used."""
+    if (config.test_datasets or config.val_set_size) and not count:
+        asked = "test_datasets" if config.test_datasets else "val_set_size"
+        raise DataError(f"{asked}: no row that can be used is left to evaluate on")
 
 
 def _read_all(config: JobConfig, search_paths: Sequence[str], bad: list[BadRow], *, held_out: bool) -> list[Row]:

@@ -116,7 +116,8 @@ def _of_split(folder: Path, files: list[Path], split: str | None, default: str) 
     splits = {file: next(_splits(file.stem), None) for file in files}
     chosen = [file for file in files if splits[file] == asked]
     told = set(splits.values())
-    if not chosen and (len(told) > 1 or (split and (split, told) != ("train", {None}))):
+    no_choice = len(told) == 1 and (split is None or (split == "train" and told == {None}))
+    if not chosen and not no_choice:
         raise DataError(f"datasets: no file in {folder} is of split {asked}; it has {', '.join(file.name for file in files)}")
     return chosen or files
 

@@ -19,11 +19,11 @@ import ray
 import ray.data
 
 from actors import streaming
-from actors.errors import DataError, EaglerayError
+from actors.errors import EaglerayError
 from actors.preparing import PartStats, PrepareSpec, RowEncoder, conduct, cut_file, prepare_piece, sequences
 from actors.reading import BadRow, Piece, SourceFile, cut, read
 from orchestrator import waits
-from orchestrator.data import ensure_usable, held_out_count
+from orchestrator.data import ensure_held_out, ensure_usable, held_out_count
 from orchestrator.prepared import Prepared, read_manifest, summed, write_manifest
 from orchestrator.row_sources import digest, ensure_types, tokenizer_of, what_to_read
 from orchestrator.schema import JobConfig
@@ -186,7 +186,5 @@ def _checked(config: JobConfig, prepared: Prepared, unusable: Callable[[int, Seq
         unusable(prepared.bad_rows, prepared.bad)
     kept = 1 if config.streaming else prepared.train.rows  # of a stream, nobody knows yet
     ensure_usable(config, "rows", kept, prepared.raw_rows, prepared.bad_rows, prepared.long_rows, prepared.bad)
-    asked = "test_datasets" if config.test_datasets else "val_set_size"
-    if (config.test_datasets or config.val_set_size) and not prepared.held_out.rows:
-        raise DataError(f"{asked}: no row that can be used is left to evaluate on")
+    ensure_held_out(config, prepared.held_out.rows)
     return prepared

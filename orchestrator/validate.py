@@ -14,7 +14,7 @@ from orchestrator.values import out_of_range, value_of
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the slots that vLLM 0.32 can make
 CODE = "actors.verifiers.passes_tests"
-NO_LINEAR_LAYERS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")  # that PEFT's all-linear would take
+BEYOND_ALL_LINEAR = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")  # what PEFT's all-linear leaves out
 EOS_CHOICES = ("all", "turn", "last")
 
 
@@ -66,7 +66,7 @@ def _model(config: JobConfig) -> Iterator[Problem]:
                 f"adapter: {config.adapter} needs layers; add lora_target_linear: true",
             )
     named = config.lora_target_modules if isinstance(config.lora_target_modules, list) else []
-    if config.lora_target_linear and (outside := [name for name in named if name in NO_LINEAR_LAYERS]):
+    if config.lora_target_linear and (outside := [name for name in named if name in BEYOND_ALL_LINEAR]):
         text = f"{', '.join(outside)} is not among the layers that lora_target_linear: true means; name all that you want"
         yield Problem("lora_target_modules", f"{text}, without it, or train {outside[0]} whole with lora_modules_to_save")
     if config.fp16 and config.bf16 in (True, "full"):
