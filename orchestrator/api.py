@@ -71,8 +71,8 @@ def sweep(
     space: by dotted key a domain of ray.tune, or a list, which is a grid. metric: a name of METRICS in metrics.py; mode: min or
     max. num_samples: draws of the random keys, and so often each combination of the grids. scheduler: none, asha, or pbt with
     its options, `{"name": "pbt", "perturbation_interval": 20}`. max_concurrent: trials at once, by default as many as there is
-    room for. share_engines: GRPO trials with adapter: lora sample on the same engines. output_dir: where an unfinished sweep that
-    is the same goes on. seed: of the draws.
+    room for. share_engines: GRPO trials with adapter: lora sample on the same engines. output_dir: where an unfinished sweep
+    that is the same goes on. seed: of the draws.
     """
     from orchestrator import sweep_config, sweeps  # here: they load Ray Tune
 
