@@ -61,7 +61,11 @@ class Decoder:
 
 
 def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
-    """vLLM's parameters of one group; completion i draws with `seed` + i."""
+    """vLLM's parameters of one group; completion i draws with `seed` + i.
+
+    vLLM makes text of every token as it comes only where that may end a completion: of a small model it takes longer than the
+    token itself.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -74,17 +78,19 @@ def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
         min_p=sampling.min_p,
         seed=seed,
         logprobs=0,  # of the sampled token alone
+        detokenize=bool(sampling.extra.get("stop") or sampling.extra.get("stop_token_ids")),
         output_kind=RequestOutputKind.FINAL_ONLY,
         **sampling.extra,  # type: ignore[arg-type]
     )
 
 
-def group_of(output: Any, version: int) -> RolloutGroup:
-    """Of vLLM's RequestOutput, sampled with a policy version."""
-    ids, logprobs = [], []
+def group_of(output: Any, version: int, tokenizer: Any, params: Any) -> RolloutGroup:
+    """Of vLLM's RequestOutput, sampled with a policy version and these parameters."""
+    ids, logprobs, texts = [], [], []
     for completion in output.outputs:
         tokens = list(completion.token_ids)
         ids.append(np.array(tokens, dtype=np.int32))
+        texts.append(completion.text if params.detokenize else str(tokenizer.decode(tokens, skip_special_tokens=True)))
         chosen = [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
         logprobs.append(np.array(chosen, dtype=np.float32))
     return RolloutGroup(
@@ -93,5 +99,5 @@ def group_of(output: Any, version: int) -> RolloutGroup:
         completion_ids=tuple(ids),
         logprobs=tuple(logprobs),
         truncated=tuple(completion.finish_reason == "length" for completion in output.outputs),
-        texts=tuple(completion.text for completion in output.outputs),
+        texts=tuple(texts),
     )

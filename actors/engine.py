@@ -274,8 +274,9 @@ class RolloutEngine:
         """A group, and why the rollout function failed on it."""
         version, lora = policy.version or 0, self._lora_request(policy)
         if self.rollout_function is None:
-            output = await self.decoder.output(self.token_ids(prompt), sampling_params(sampling, seed), lora)
-            return group_of(output, version), None
+            params = sampling_params(sampling, seed)
+            output = await self.decoder.output(self.token_ids(prompt), params, lora)
+            return group_of(output, version, self.tokenizer, params), None
         output = partial(self.decoder.output, lora_request=lora)
         speaker = Speaker(self.tokenizer, self.spec.chat_template_kwargs, sampling, sampling_params, output)
         return await self.rollout_function.group(speaker, prompt, columns, seed, version)

@@ -20,6 +20,7 @@ import ray
 import torch
 
 from actors import device, model, snapshot
+from actors.decoder import sampling_params
 from actors.engine import RolloutEngine
 from actors.specs import OWN, EngineSpec, LoraSpec, ModelSpec, SamplingSpec
 from actors.types import SnapshotHeader
@@ -84,10 +85,9 @@ class BareEngine(RolloutEngine):
 
         cold: the prefix cache is emptied before and after, as an install does.
         """
-        from vllm import SamplingParams
-
         inputs = [{"prompt_token_ids": self.token_ids(prompt)} for prompt in prompts]
-        params = SamplingParams(n=sampling.num_generations, max_tokens=sampling.max_tokens, logprobs=0, **dict(sampling.extra))
+        params = sampling_params(sampling, seed)
+        params.seed = None
         if cold:
             self.llm.reset_prefix_cache()
         torch.manual_seed(seed)
