@@ -101,6 +101,8 @@ def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # TRL makes them bfloat16, which loses small updates
+    if trainer.accelerator.native_amp:
+        model.take_inputs_as_they_are(trainer.model)
     if spec.lora and spec.lora.start:
         adapter.start_from(trainer.model, spec.lora.start, reference=spec.method in WITH_REFERENCE)
     trainer.add_callback(reporter(reports))

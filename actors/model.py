@@ -177,7 +177,6 @@ def load_base(model: ModelSpec) -> Any:
 
 def with_lora(base: Any, lora: LoraSpec, *, reference: bool = False) -> Any:
     from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     try:
         policy = get_peft_model(base, peft_config(lora))
@@ -186,13 +185,22 @@ def with_lora(base: Any, lora: LoraSpec, *, reference: bool = False) -> Any:
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for module in policy.modules():
-        if isinstance(module, BaseTunerLayer):
-            # PEFT would copy every activation to fp32, and `computing_in` back again.
-            module.cast_input_dtype_enabled = False
+    take_inputs_as_they_are(policy)
     if lora.start:
         adapter.start_from(policy, lora.start, reference=reference)
     return policy
+
+
+def take_inputs_as_they_are(policy: Any) -> None:
+    """For a model that computes under autocast: PEFT would copy the inputs of every LoRA layer to the adapter's fp32, and
+    autocast each copy back again, which is then kept for the backward pass. DoRA is left alone, since it takes the norms of
+    weights in the inputs' dtype.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in policy.modules():
+        if isinstance(module, LoraLayer) and not module.lora_variant:
+            module.cast_input_dtype_enabled = False
 
 
 def lora_tensors(policy: Any) -> dict[str, Tensor]:

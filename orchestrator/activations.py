@@ -137,7 +137,9 @@ def _policy(setting: Setting, layers: int) -> Any:
         return base
     if isinstance(setting.rows, PackedRows):
         return model.with_lora(base, setting.lora)
-    return with_adapter(base, setting.lora, setting.source.task)
+    adapted = with_adapter(base, setting.lora, setting.source.task)
+    model.take_inputs_as_they_are(adapted)
+    return adapted
 
 
 def _inputs(rows: PaddedRows | PackedRows, fake: FakeTensorMode) -> tuple[dict[str, Tensor], PackedRow | None]:

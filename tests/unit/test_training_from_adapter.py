@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
@@ -69,10 +70,17 @@ def trainer_of(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr(dataset_loop, "reporter", lambda _: TrainerCallback())
 
     def build(
-        method: str, start: Path, *, lora: LoraSpec = LORA, quantization: str | None = None, base: str = base, **changes: Any
+        method: str,
+        start: Path,
+        *,
+        lora: LoraSpec = LORA,
+        quantization: str | None = None,
+        base: str = base,
+        dtype: str = "float32",
+        **changes: Any,
     ) -> Any:
         Dataset.from_list(ROWS[method]).save_to_disk(tmp_path / "rows")
-        files = tuple(map(str, (tmp_path / "rows").glob("*.arrow")))
+        files = tuple(map(str, (tmp_path / "rows").glob("data-*.arrow")))
         arguments = {
             **training_arguments(tmp_path / "out", max_steps=2, learning_rate=1e-2),
             "per_device_train_batch_size": 2,
@@ -83,7 +91,7 @@ def trainer_of(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> Ca
         }
         spec = DatasetTrainSpec(
             method,
-            ModelSpec(base, "float32", quantization=quantization),
+            ModelSpec(base, dtype, quantization=quantization),
             replace(lora, start=str(start)),
             files,
             files,
@@ -131,6 +139,28 @@ def test_sft_starts_with_the_adapters_loss(base: str, adapter: Callable[..., Pat
     assert found[0] == pytest.approx(expected, abs=1e-4) and found[1] < found[0] - 0.01
     trainer.save_model(str(tmp_path / "out"))
     assert 1e-3 < moved(start, tmp_path / "out") < 0.1
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_inputs_of_the_adapter_are_not_copied_under_autocast(
+    adapter: Callable[..., Path], trainer_of: Any, method: str
+) -> None:
+    """With PEFT's copies to fp32 and back the numbers would be the same, to the bit."""
+    start = adapter(task="SEQ_CLS" if method == "reward_trainer" else "CAUSAL_LM")
+    results = []
+    for copied in (False, True):
+        trainer = trainer_of(method, start, dtype="bfloat16", bf16=True, max_steps=3)
+        layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
+        assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
+        for layer in layers:
+            layer.cast_input_dtype_enabled = copied
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(set(losses)) == 3, "it learns"
+        results.append((losses, {name: tensor.clone() for name, tensor in model.lora_tensors(trainer.model).items()}))
+    (ours, ours_weights), (copying, copying_weights) = results
+    assert ours == copying
+    assert all(torch.equal(ours_weights[name], tensor) for name, tensor in copying_weights.items())
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
