@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from actors import device
-from actors.errors import ActorError, ConfigError
+from actors.errors import ActorError, ConfigError, EaglerayError
 from actors.specs import EngineSpec, LoraSpec
 from orchestrator import cluster, waits
-from orchestrator.display import Display
 from orchestrator.jobs import lora_spec
 from orchestrator.online_specs import engine_spec
 from orchestrator.plan import ENGINE, MAX_NUM_SEQS, Node, Plan, colocated, ensure_placeable, first_fit, make_plan
@@ -62,6 +61,22 @@ class SharedEngines:
         return SharedEngines(record["namespace"], tuple(record["names"]), record["policy"])
 
 
+@dataclass(frozen=True)
+class Loading:
+    """Engines that load their model, while the jobs that will use them start."""
+
+    refs: dict[str, Any]  # of what `ready` gives, by their names; those that are ready are taken out
+
+    def failure(self) -> str:
+        """Why one of them could not load; empty as long as none has failed."""
+        for name in [name for name, ref in self.refs.items() if waits.ended([ref])]:
+            try:
+                waits.fetch(self.refs.pop(name), f"{name}, loading its model", 0.0)
+            except EaglerayError as error:
+                return str(error)
+        return ""
+
+
 def unshareable(config: JobConfig, others: Sequence[JobConfig]) -> str | None:
     """Why engines of this job cannot serve the others too; None = they can. others: what its trials may look like."""
     if any(job.rl != "grpo" or job.adapter != "lora" or job.load_in_8bit for job in (config, *others)):
@@ -93,10 +108,11 @@ def _differences(one: JobConfig, other: JobConfig, node: Node) -> list[str]:
 
 
 @contextmanager
-def started(config: JobConfig, others: Sequence[JobConfig], places: int, display: Display) -> Iterator[SharedEngines]:
+def started(config: JobConfig, others: Sequence[JobConfig], places: int) -> Iterator[tuple[SharedEngines, Loading]]:
     """Starts the engines of a job on the connected cluster, for so many jobs at once, and ends them with the block.
 
-    others: what these jobs may look like. Raises ConfigError when the cluster cannot hold the engines.
+    others: what these jobs may look like. They are placed when the block begins, and may still load: whoever opens a policy
+    waits for them. Raises ConfigError when the cluster cannot hold the engines.
     """
     plan = engines_plan(config, cluster.nodes())
     ensure_placeable(plan.problems)
@@ -108,11 +124,9 @@ def started(config: JobConfig, others: Sequence[JobConfig], places: int, display
         seed=config.seed,
     )
     with cluster.placed(plan) as group:
-        with display.phase("loading the shared engines"):
-            actors = cluster.start_engines(plan, group, spec, None, config.ray.kv_cache_gib)
-            for name, actor in actors.items():
-                waits.fetch(actor.ready.remote(), f"{name}, loading its model", cluster.START_TIMEOUT_S)
-        yield SharedEngines(cluster.namespace(), tuple(actors))
+        actors = cluster.start_engines(plan, group, spec, None, config.ray.kv_cache_gib)
+        loading = Loading({name: actor.ready.remote() for name, actor in actors.items()})
+        yield SharedEngines(cluster.namespace(), tuple(actors)), loading
 
 
 def _widest(loras: Sequence[LoraSpec]) -> LoraSpec:

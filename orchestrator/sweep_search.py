@@ -21,7 +21,7 @@ from ray.tune.search import BasicVariantGenerator
 from actors.errors import ActorError
 from orchestrator import trial_process, waits
 from orchestrator.display import Display
-from orchestrator.shared_engines import SharedEngines
+from orchestrator.shared_engines import Loading, SharedEngines
 from orchestrator.sweep_config import SweepConfig
 from orchestrator.trial_process import policy_name
 from orchestrator.trials import GRACE_S, STOPPING, Setting, Trial, number_of
@@ -49,8 +49,13 @@ class Live:
     folder: Path
     places: int  # trials at a time
     engines: SharedEngines | None = None  # that its trials share
+    loading: Loading | None = None  # those of them that are not ready yet
     stopping: bool = False
     lost: str = ""  # what happened to an engine, without which no trial can go on
+
+    def look(self) -> None:
+        """Sees whether an engine could not load: that tells more than the end of a trial which waited for it."""
+        self.lost = (self.loading.failure() if self.loading else "") or self.lost
 
 
 _live: list[Live] = []  # the one
@@ -149,6 +154,8 @@ def search(config: SweepConfig, live: Live, setting: Setting, display: Display) 
     try:
         while thread.is_alive():
             waits.pause(POLL_S)
+            live.look()
+        live.look()
     except waits.Interrupted:
         display.note("stopping the trials, which keep their checkpoints")
         live.stopping = True

@@ -24,7 +24,7 @@ from orchestrator.display import Display
 from orchestrator.jobs import CONFIG
 from orchestrator.plan import ensure_placeable
 from orchestrator.planning import Planned
-from orchestrator.shared_engines import SharedEngines
+from orchestrator.shared_engines import Loading, SharedEngines
 from orchestrator.sweep_config import SweepConfig
 from orchestrator.sweep_frame import best_told
 from orchestrator.sweep_results import SWEEP_FILE, TRIALS, UNFIT, VERSION, SweepResult
@@ -66,7 +66,9 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
         display.header(f"sweep: {config.base.source.path} -> {folder}", [about, *lines, searched, f"dashboard   {here}"])
         if resumed:
             display.note(f"goes on with the sweep that {folder} holds")
-        engines = stack.enter_context(_shared_engines(config, fits.at_once, display))
+        engines, loading = stack.enter_context(_shared_engines(config, fits.at_once))
+        if engines:
+            display.note("the trials start while the engines that they share load their model")
         setting = Setting(
             sweep=str(folder),
             metric=config.metric,
@@ -79,15 +81,19 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
             engines=engines.record() if engines else None,
             places=fits.at_once,
         )
-        live = stack.enter_context(lived(Live(folder, fits.at_once, engines)))
+        live = stack.enter_context(lived(Live(folder, fits.at_once, engines, loading)))
         with watching(folder), quiet_tune():
             search(config, live, setting, display)
     return _result(folder, display)
 
 
-def _shared_engines(config: SweepConfig, places: int, display: Display) -> AbstractContextManager[SharedEngines | None]:
+def _shared_engines(
+    config: SweepConfig, places: int
+) -> AbstractContextManager[tuple[SharedEngines, Loading] | tuple[None, None]]:
     """The engines that all trials share, as long as the block runs; None = each has its own."""
-    return shared_engines.started(config.base, config.variants, places, display) if config.share_engines else nullcontext()
+    if not config.share_engines:
+        return nullcontext((None, None))
+    return shared_engines.started(config.base, config.variants, places)
 
 
 def _holds_this(config: SweepConfig, folder: Path) -> bool:
