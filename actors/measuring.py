@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from torch import Tensor
 
 from actors import device, ranks
 from actors.dataset_loop import build_trainer
@@ -107,9 +108,24 @@ class MeasuredEngine:
     """An engine: what it holds once it is ready."""
 
     def __init__(self, spec: EngineSpec) -> None:
+        self.packed = 0  # bytes of weights that are no tensors any more
+        if not device.has_gpu():
+            self._count_packed()
         self.engine = RolloutEngine(spec, PROBE)
+
+    def _count_packed(self) -> None:
+        """On most CPUs vLLM gives weights to oneDNN, which keeps as many bytes in an order of its own."""
+        from vllm import _custom_ops
+
+        pack = _custom_ops.create_onednn_mm
+
+        def counted(weight: Tensor, *args: Any) -> Any:
+            self.packed += weight.nbytes
+            return pack(weight, *args)
+
+        _custom_ops.create_onednn_mm = counted
 
     async def peak(self) -> int:
         """Bytes: its weights, and the KV cache."""
         await self.engine.probe_logprobs()
-        return device.tensor_bytes()
+        return device.tensor_bytes() + self.packed

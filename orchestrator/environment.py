@@ -2,28 +2,30 @@
 
 from orchestrator.plan import Plan
 
-_QUIET = {
+_ALL = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "PYTHONWARNINGS": "ignore",
+    # Images for containers often set it, and where no byte code was installed each process would compile all of torch and vLLM.
+    "PYTHONDONTWRITEBYTECODE": "",
 }
 
 
 def worker_environment(threads: int | None) -> dict[str, str]:
     """Of a Ray Train worker. threads: on CPU."""
-    return {**_QUIET, **({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})}
+    return {**_ALL, **({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})}
 
 
 def served_environment(plan: Plan, engines: int, kv_cache_gib: int) -> dict[str, str]:
     """Of an engine of `eagleray serve`, of so many that share the machine. kv_cache_gib: on CPU."""
     if plan.gpu:
-        return dict(_QUIET)
+        return dict(_ALL)
     threads = max(1, (plan.engine_threads or 1) // engines)
     return {
-        **_QUIET,
+        **_ALL,
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
@@ -32,7 +34,7 @@ def served_environment(plan: Plan, engines: int, kv_cache_gib: int) -> dict[str,
 
 def actor_environment(role: str, plan: Plan, kv_cache_gib: int | None) -> dict[str, str]:
     """role: trainer | engine | reward."""
-    env = dict(_QUIET)
+    env = dict(_ALL)
     threads = {"trainer": plan.trainer_threads, "engine": plan.engine_threads}.get(role)
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)  # Ray would set it to the CPUs that the actor reserves

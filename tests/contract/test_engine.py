@@ -572,6 +572,16 @@ def test_groups_hold_what_was_sampled(engine: RolloutEngine, policies: Policies)
     assert ended > 0, "no completion ended by itself, so the end token was not put to the test"
 
 
+@pytest.mark.parametrize("engine", ["fused"], indirect=True)
+def test_a_stop_string_ends_a_completion_and_its_text(engine: RolloutEngine, policies: Policies) -> None:
+    installed(engine, *policies.snapshots[0])
+    ((_, whole),) = sampled(engine, PROMPTS[:1], SamplingSpec(4, 24), seed=1)
+    stop = whole.texts[0][8:11]
+    ((_, group),) = sampled(engine, PROMPTS[:1], SamplingSpec(4, 24, extra={"stop": [stop]}), seed=1)
+    assert [text.partition(stop)[0] for text in whole.texts] == list(group.texts)
+    assert len(group.completion_ids[0]) < len(whole.completion_ids[0]) and not group.truncated[0]
+
+
 def test_chat_prompts_go_through_the_template(engine: RolloutEngine) -> None:
     text = engine.tokenizer.decode(engine.token_ids(PROMPTS[0]))
     assert text.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
