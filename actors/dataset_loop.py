@@ -79,7 +79,12 @@ def as_of_now(spec: DatasetTrainSpec, workers: int) -> DatasetTrainSpec:
 
 
 def build_trainer(spec: DatasetTrainSpec, reports: Any) -> Any:
-    """The method's trainer on this worker's device."""
+    """The method's trainer on this worker's device. Raises ConfigError for what that cannot train."""
+    if spec.model.quantization == "int8" and spec.lora and spec.lora.use_dora and not device.has_gpu():
+        raise ConfigError(
+            "peft_use_dora: on a base of 8 bits needs a GPU, since on a CPU PEFT 0.21 loses the scales of its weights; use "
+            "load_in_4bit, or leave it out"
+        )
     stream = Stream(ray.train.get_dataset_shard("train"), spec.arguments["seed"]) if spec.streamed else None
     inputs = Inputs(
         model=hub.resolve(spec.model.name),

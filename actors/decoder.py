@@ -15,6 +15,8 @@ import numpy as np
 from actors.specs import SamplingSpec
 from actors.types import RolloutGroup
 
+CONTEXT_TOKENS = 6  # of a prompt, on which the text that follows may hang
+
 
 class Decoder:
     """Steps an engine in the event loop of its callers: nothing else of theirs runs during a step."""
@@ -63,8 +65,8 @@ class Decoder:
 def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
     """vLLM's parameters of one group; completion i draws with `seed` + i.
 
-    vLLM makes text of every token as it comes only where that may end a completion: of a small model it takes longer than the
-    token itself.
+    vLLM makes text of each token as it comes only where the text may end a completion: it takes twice as long as all else that
+    is done with a small model's token once it is drawn. `group_of` makes the other texts, once.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -78,7 +80,7 @@ def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
         min_p=sampling.min_p,
         seed=seed,
         logprobs=0,  # of the sampled token alone
-        detokenize=bool(sampling.extra.get("stop") or sampling.extra.get("stop_token_ids")),
+        detokenize=bool(sampling.extra.get("stop")),
         output_kind=RequestOutputKind.FINAL_ONLY,
         **sampling.extra,  # type: ignore[arg-type]
     )
@@ -87,10 +89,11 @@ def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
 def group_of(output: Any, version: int, tokenizer: Any, params: Any) -> RolloutGroup:
     """Of vLLM's RequestOutput, sampled with a policy version and these parameters."""
     ids, logprobs, texts = [], [], []
+    before = list(output.prompt_token_ids[-CONTEXT_TOKENS:])
     for completion in output.outputs:
         tokens = list(completion.token_ids)
         ids.append(np.array(tokens, dtype=np.int32))
-        texts.append(completion.text if params.detokenize else str(tokenizer.decode(tokens, skip_special_tokens=True)))
+        texts.append(completion.text if params.detokenize else _text(tokenizer, before, tokens, completion, params))
         chosen = [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
         logprobs.append(np.array(chosen, dtype=np.float32))
     return RolloutGroup(
@@ -101,3 +104,14 @@ def group_of(output: Any, version: int, tokenizer: Any, params: Any) -> RolloutG
         truncated=tuple(completion.finish_reason == "length" for completion in output.outputs),
         texts=tuple(texts),
     )
+
+
+def _text(tokenizer: Any, before: list[int], tokens: list[int], completion: Any, params: Any) -> str:
+    """As vLLM makes it: what the tokens add to the text before them, which for some tokenizers begins with a space, without the
+    token that ended the completion, and without a last character that was cut.
+    """
+    ended = completion.finish_reason == "stop" and not params.include_stop_str_in_output
+    prefix, whole = (
+        str(tokenizer.decode(found, skip_special_tokens=True)) for found in (before, [*before, *tokens[: len(tokens) - ended]])
+    )
+    return whole[len(prefix) :].rstrip("\ufffd")

@@ -120,8 +120,9 @@ class MeasuredEngine:
         pack = _custom_ops.create_onednn_mm
 
         def counted(weight: Tensor, *args: Any) -> Any:
+            packed = pack(weight, *args)
             self.packed += weight.nbytes
-            return pack(weight, *args)
+            return packed
 
         _custom_ops.create_onednn_mm = counted
 

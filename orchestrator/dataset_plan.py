@@ -18,7 +18,6 @@ from orchestrator.plan import (
     trainer_resources,
 )
 from orchestrator.schema import JobConfig
-from orchestrator.source import Problem
 
 METHOD_NAMES = {
     None: "SFT",
@@ -63,18 +62,12 @@ class DatasetPlan:
 
 
 def make_dataset_plan(config: JobConfig, nodes: Sequence[Node], cpu_dtype: str = "float32") -> DatasetPlan:
-    """Resolves a job of any method but grpo. cpu_dtype: what bf16: auto means on nodes without a GPU.
-
-    Raises ConfigError for what cannot be trained on these nodes, wherever it is placed.
-    """
+    """Resolves a job of any method but grpo. cpu_dtype: what bf16: auto means on nodes without a GPU."""
     asked = config.ray_num_workers
     fewest, workers = (asked, asked) if isinstance(asked, int) else asked
     has_gpus = any(node.resources.get("GPU", 0) > 0 for node in nodes)
     resources = trainer_resources(config, has_gpus)
     gpu = "GPU" in resources
-    if config.load_in_8bit and config.peft_use_dora and not gpu:
-        text = "on a base of 8 bits needs a GPU: on a CPU PEFT 0.21 loses the scales of its weights; use load_in_4bit"
-        config.source.raise_if_any([Problem("peft_use_dora", text)])
     bundles = tuple(Bundle("worker", index, resources) for index in range(workers))
     cpus = int(max((node.resources.get("CPU", 1) for node in nodes), default=1))
     return DatasetPlan(

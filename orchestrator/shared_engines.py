@@ -4,6 +4,7 @@ Each job has a policy of its own name on every engine, in a LoRA slot. Which gro
 (actors/turns.py), and so is who waits for a slot.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -38,6 +39,11 @@ class SharedEngines:
         """Raises ActorError when one is not there any more."""
         return tuple(cluster.find(name, self.namespace) for name in self.names)
 
+    def wait(self, timeout_s: float) -> None:
+        """Until all of them have loaded. Raises ActorError when one has ended, or has not loaded in time."""
+        for name, actor in zip(self.names, self.actors(), strict=True):
+            waits.fetch(actor.ready.remote(), f"{name}, loading its model", timeout_s)
+
     def open(self, lora: LoraSpec, probe: Sequence[int], timeout_s: float) -> tuple[Any, ...]:
         """The engines, once each has a place for the policy. Raises ActorError when one has ended, or has no place in time."""
         actors = self.actors()
@@ -66,14 +72,18 @@ class Loading:
     """Engines that load their model, while the jobs that will use them start."""
 
     refs: dict[str, Any]  # of what `ready` gives, by their names; those that are ready are taken out
+    until: float  # on the monotonic clock
 
     def failure(self) -> str:
-        """Why one of them could not load; empty as long as none has failed."""
+        """Why one of them could not load, in time; empty as long as none has failed."""
         for name in [name for name, ref in self.refs.items() if waits.ended([ref])]:
             try:
                 waits.fetch(self.refs.pop(name), f"{name}, loading its model", 0.0)
             except EaglerayError as error:
                 return str(error)
+        if self.refs and time.monotonic() > self.until:
+            who = f"{next(iter(self.refs))}, loading its model"
+            return waits.NO_ANSWER.format(who=who, timeout_s=cluster.START_TIMEOUT_S)
         return ""
 
 
@@ -125,7 +135,8 @@ def started(config: JobConfig, others: Sequence[JobConfig], places: int) -> Iter
     )
     with cluster.placed(plan) as group:
         actors = cluster.start_engines(plan, group, spec, None, config.ray.kv_cache_gib)
-        loading = Loading({name: actor.ready.remote() for name, actor in actors.items()})
+        ready = {name: actor.ready.remote() for name, actor in actors.items()}
+        loading = Loading(ready, until=time.monotonic() + cluster.START_TIMEOUT_S)
         yield SharedEngines(cluster.namespace(), tuple(actors)), loading
 
 

@@ -55,7 +55,8 @@ class Live:
 
     def look(self) -> None:
         """Sees whether an engine could not load: that tells more than the end of a trial which waited for it."""
-        self.lost = (self.loading.failure() if self.loading else "") or self.lost
+        if self.loading and (why := self.loading.failure()):
+            self.lost = why
 
 
 _live: list[Live] = []  # the one
@@ -112,7 +113,7 @@ class Departure(tune.Callback):  # type: ignore[misc]  # Ray's annotations are n
             try:
                 engines.actors()
             except ActorError as error:
-                _live[0].lost = str(error)
+                _live[0].lost = _live[0].lost or str(error)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A driver that has called ray.init() itself, as a notebook or a script does; and engines that are still loading."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,8 @@ def test_a_sweep_ends_with_the_reason_of_an_engine_that_cannot_load(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = Engine.remote(str(tmp_path / "1")), Engine.remote(str(tmp_path / "2"), "not enough memory")
-    loading = Loading({"engine 0": good.ready.remote(), "engine 1": bad.ready.remote()})
+    loading = Loading({"engine 0": good.ready.remote(), "engine 1": bad.ready.remote()}, until=time.monotonic() + 100)
+    assert "did not answer" in replace(loading, until=0.0).failure()
     assert loading.failure() == "" and len(loading.refs) == 2, "neither is waited for"
     (tmp_path / "1").touch()
     while len(loading.refs) == 2:

@@ -10,7 +10,6 @@ from trl.experimental.orpo import ORPOConfig
 
 from actors import storage
 from actors.dataset_loop import as_of_now, model_init_arguments
-from actors.errors import ConfigError
 from actors.specs import DatasetTrainSpec, ModelSpec
 from orchestrator.arguments import training_arguments
 from orchestrator.dataset_plan import describe, make_dataset_plan
@@ -86,14 +85,6 @@ def test_a_step_has_the_same_rows_with_any_number_of_workers(tmp_path: Path) -> 
             (tmp_path / f"checkpoint-{step}" / storage.MANIFEST).touch()
     again = as_of_now(spec, 1)
     assert again.resume_from == str(tmp_path / "checkpoint-10") and again.arguments["eval_on_start"] is False
-
-
-def test_dora_on_a_base_of_8_bits_is_for_gpus() -> None:
-    """On a CPU its first step ends with "'NoneType' object has no attribute 'dtype'", from within bitsandbytes."""
-    asked = {"adapter": "lora", "load_in_8bit": True, "peft_use_dora": True}
-    assert make_dataset_plan(job(**asked), FOUR_GPUS).gpu
-    with pytest.raises(ConfigError, match="peft_use_dora: on a base of 8 bits needs a GPU"):
-        make_dataset_plan(job(**asked), LAPTOP)
 
 
 def test_workers_on_one_machine_share_its_cores() -> None:

@@ -24,7 +24,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from actors import dataset_loop, model
+from actors import dataset_loop, device, model
+from actors.errors import ConfigError
 from actors.specs import DatasetTrainSpec, LoraSpec, LossSpec, ModelSpec
 from actors.trainer import Trainer
 from tests.tiny import alone_logprobs, load_plain, published, random_group, trainer_spec, training_arguments
@@ -186,6 +187,13 @@ def test_on_a_quantized_base(wide: str, adapter: Callable[..., Path], trainer_of
     expected = total / sum(len(row["input_ids"]) - 1 for row in TEXTS)
     # int8 scales by a batch's largest activations, so rows beside others are not quite what they are alone
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-3 if quantization == "nf4" else 0.05)
+
+
+@pytest.mark.skipif(device.has_gpu(), reason="works there")
+def test_dora_on_a_base_of_8_bits_is_refused_on_cpus(adapter: Callable[..., Path], trainer_of: Any) -> None:
+    """Its first step would end with "'NoneType' object has no attribute 'dtype'", from within bitsandbytes."""
+    with pytest.raises(ConfigError, match="^peft_use_dora: on a base of 8 bits needs a GPU"):
+        trainer_of("sft", adapter(use_dora=True), lora=replace(LORA, use_dora=True), quantization="int8")
 
 
 def test_an_evaluation_leaves_the_gradients_of_a_quantized_base(
