@@ -23,12 +23,11 @@ from actors import adapter, device, hub, model, sharding, storage
 from actors.errors import ActorError, ConfigError, DataError
 from actors.methods import METHODS
 from actors.methods.base import OF_TRAINING, Inputs
-from actors.specs import DatasetTrainSpec
+from actors.specs import WITH_REFERENCE, DatasetTrainSpec
 
 log = logging.getLogger("eagleray")
 
 SHUFFLED_ROWS = 1000  # of a stream that a worker holds, of which it draws the next one
-WITH_REFERENCE = ("dpo", "ipo", "kto")  # their losses compare with the policy at the start of training
 
 
 class Reports:

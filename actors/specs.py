@@ -11,6 +11,7 @@ from actors.errors import ConfigError
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+WITH_REFERENCE = ("dpo", "ipo", "kto")  # methods whose losses compare with the policy at the start of training
 OWN = "own"  # the name of the policy on an engine that is one job's
 
 

@@ -91,7 +91,7 @@ class Loop:
             self.actors.engines,
             self.policies,
             self.scorer,
-            most=self.plan.groups_per_engine,
+            most=2 * self.plan.max_num_seqs,  # as many wait in an engine's queue as it decodes
             timeout_s=ray.rollout_timeout_s,
         )
 
@@ -154,10 +154,10 @@ class Loop:
         costs = [self.policies.cost(version) for version in versions]
         publish_s = 0.0
         snapshot_bytes = 0
+        self.policies.forget(self.versions_needed())  # first, to make room for another one
         if self.step % self.config.trl.vllm_sync_interval == 0:
             header, publish_s = self.policies.publish(self.rollouts)
             snapshot_bytes = header.nbytes
-        self.policies.forget(self.versions_needed())
         tokens = sum(sum(h.written_tokens) for h in headers)
         step_s = time.perf_counter() - started
         return {

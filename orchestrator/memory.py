@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from actors.dataset_loop import WITH_REFERENCE
 from actors.model import task_of
+from actors.specs import WITH_REFERENCE
 from orchestrator import sharding
 from orchestrator.activations import PackedRows, PaddedRows, Setting, alive
 from orchestrator.hardware import GIB
@@ -169,7 +169,8 @@ class _Rank:
         trained = shape.trained * self._trained_size()
         compares = config.rl in WITH_REFERENCE or (self.online and config.trl.beta)
         if self.full:
-            return self._share(trained + (shape.weights * self.size if compares else 0), "zero3", "fsdp")
+            reference = shape.weights * self.size if compares else 0  # FSDP2 has it in one piece, whole while it computes
+            return self._share(trained, "zero3", "fsdp") + self._share(reference, "zero3")
         if compares and config.lora_model_dir:
             trained *= 2  # the adapter as it was
         rest = shape.weights - shape.quantizable

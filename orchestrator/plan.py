@@ -63,7 +63,6 @@ class Plan:
     prompts_per_step: int
     completions_per_step: int
     prompts_per_engine: int  # an equal share
-    groups_per_engine: int  # at an engine at once, at most: as many wait in its queue as it decodes
     max_num_seqs: int
     max_model_len: int
     gpu_memory_utilization: float
@@ -137,7 +136,6 @@ def make_plan(
         prompts_per_step=prompts,
         completions_per_step=completions,
         prompts_per_engine=per_engine,
-        groups_per_engine=2 * ceil(max_num_seqs / config.trl.num_generations),
         max_num_seqs=max_num_seqs,
         max_model_len=config.vllm.max_model_len or config.sequence_len,
         gpu_memory_utilization=config.vllm.gpu_memory_utilization * (engine_share if gpu else 1.0),

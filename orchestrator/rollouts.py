@@ -62,7 +62,7 @@ class Rollouts:
     """All groups of a job that are asked for and not sampled yet."""
 
     def __init__(self, engines: Sequence[Any], policies: Policies, scorer: Scorer, *, most: int, timeout_s: float) -> None:
-        """most: groups that an engine has at once. timeout_s: without any news."""
+        """most: completions that an engine has at once, or one group. timeout_s: without any news."""
         self.engines = [_Engine(actor) for actor in engines]
         self.policies = policies
         self.scorer = scorer
@@ -131,8 +131,9 @@ class Rollouts:
             waiting = next((i for i, group in enumerate(self.queue) if group.policy_version != version), len(self.queue))
             out = sum(group.policy_version == version for engine in self.engines for group in engine.out.values())
             room = dict(enumerate(shares(waiting + out, [engine.pace for engine in self.engines])))
+            most = ceil(self.most / self.queue[0].sampling.num_generations)  # groups: held-out prompts have one completion each
             for index, engine in enumerate(self.engines):
-                room[index] = min(room[index], self.most) - len(engine.out)
+                room[index] = min(room[index], most) - len(engine.out)
             able = [index for index, engine in enumerate(self.engines) if engine.version == version]
             if not able:
                 return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import ConfigError
+from actors.specs import WITH_REFERENCE
 from orchestrator.schema import JobConfig
 from orchestrator.source import Problem, Translation
 
@@ -42,6 +43,7 @@ FSDP_IDLE = {
     ),
     "cpu_offload_pin_memory": "not used: it changes memory and speed, no result",
 }
+RANK_0_LOADS = "cpu_ram_efficient_loading"
 CHECKPOINTING = "activation_checkpointing"  # the same as gradient_checkpointing
 DESCRIBED = {
     None: "none: every worker holds the model",
@@ -99,6 +101,8 @@ def sharding_arguments(config: JobConfig, gpu: bool) -> dict[str, Any]:
     options = {FSDP_OPTIONS[name]: value for name, value in _fsdp_options(config).items() if name in FSDP_OPTIONS}
     if not gpu:
         options.pop("cpu_offload", None)  # it is there already
+    if _has_whole_reference(config):
+        options.pop(RANK_0_LOADS, None)
     return {"fsdp": True, "fsdp_config": {"version": 2, **options}}
 
 
@@ -157,9 +161,17 @@ def notes(config: JobConfig) -> Iterator[Problem]:
     if isinstance(config.deepspeed, str) and _file(config, config.deepspeed) is None and _shipped(config.deepspeed):
         text = f"there is no such file here, so it is read as the one that Axolotl ships: {described(config)}"
         yield Translation("deepspeed", text)
-    for name in config.fsdp_config or {}:
-        if name.removeprefix("fsdp_") in FSDP_IDLE:
-            yield Problem(f"fsdp_config.{name}", FSDP_IDLE[name.removeprefix("fsdp_")])
+    for name, value in (config.fsdp_config or {}).items():
+        option = name.removeprefix("fsdp_")
+        if option in FSDP_IDLE:
+            yield Problem(f"fsdp_config.{name}", FSDP_IDLE[option])
+        if option == RANK_0_LOADS and value and _has_whole_reference(config):
+            yield Problem(f"fsdp_config.{name}", f"not used: it would leave rl: {config.rl} a reference of zeros on most ranks")
+
+
+def _has_whole_reference(config: JobConfig) -> bool:
+    """Whether TRL shards a second model by itself: in one piece, and as each rank has loaded it."""
+    return kind(config) == "fsdp" and config.adapter is None and config.rl in WITH_REFERENCE
 
 
 def _fsdp_options(config: JobConfig) -> dict[str, Any]:

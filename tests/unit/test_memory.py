@@ -127,6 +127,18 @@ def test_the_table_of_several_gpus(models: dict[str, str], name: str, adapter: s
     assert trainer_memory(config, "bfloat16", gpus // 2, gpu=True).total > 80 * GIB
 
 
+def test_the_reference_of_full_fine_tuning_is_whole_under_fsdp(models: dict[str, str]) -> None:
+    """TRL has it as one piece, which is gathered to be computed with; ZeRO-3 goes through it layer by layer."""
+    zero3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+
+    def weights(rl: str | None, **sharded: Any) -> int:
+        config = model_job(models["Qwen2.5-7B"], None, rl=rl, **sharded, **SAVING)
+        return trainer_memory(config, "bfloat16", 8, gpu=True).terms["weights"]
+
+    assert weights("dpo", fsdp_version=2) - weights(None, fsdp_version=2) == pytest.approx(2 * 7.6156e9, rel=1e-3)
+    assert weights("dpo", **zero3) - weights(None, **zero3) == pytest.approx(2 * 7.6156e9 / 8, rel=1e-3)
+
+
 def test_a_dataset_job_under_fsdp_has_masters_in_fp32(models: dict[str, str]) -> None:
     """accelerate puts them there where it computes in bfloat16, so that of 16 bytes a weight each rank has its share."""
     memory = trainer_memory(model_job(models["Qwen2.5-7B"], None, fsdp_version=2, **SAVING), "bfloat16", 8, gpu=True)
