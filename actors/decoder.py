@@ -87,13 +87,16 @@ def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
 
 
 def group_of(output: Any, version: int, tokenizer: Any, params: Any) -> RolloutGroup:
-    """Of vLLM's RequestOutput, sampled with a policy version and these parameters."""
+    """Of vLLM's RequestOutput, sampled with a policy version and these parameters. Texts end before the token that ended them,
+    unless the parameters include it.
+    """
     ids, logprobs, texts = [], [], []
     before = list(output.prompt_token_ids[-CONTEXT_TOKENS:])
     for completion in output.outputs:
         tokens = list(completion.token_ids)
         ids.append(np.array(tokens, dtype=np.int32))
-        texts.append(completion.text if params.detokenize else _text(tokenizer, before, tokens, completion, params))
+        ended = completion.finish_reason == "stop" and not params.include_stop_str_in_output
+        texts.append(completion.text if params.detokenize else _text(tokenizer, before, tokens[: len(tokens) - ended]))
         chosen = [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
         logprobs.append(np.array(chosen, dtype=np.float32))
     return RolloutGroup(
@@ -106,12 +109,9 @@ def group_of(output: Any, version: int, tokenizer: Any, params: Any) -> RolloutG
     )
 
 
-def _text(tokenizer: Any, before: list[int], tokens: list[int], completion: Any, params: Any) -> str:
-    """As vLLM makes it: what the tokens add to the text before them, which for some tokenizers begins with a space, without the
-    token that ended the completion, and without a last character that was cut.
+def _text(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
+    """As vLLM makes it: what the tokens add to the text before them, which for some tokenizers begins with a space, without a
+    last character that was cut.
     """
-    ended = completion.finish_reason == "stop" and not params.include_stop_str_in_output
-    prefix, whole = (
-        str(tokenizer.decode(found, skip_special_tokens=True)) for found in (before, [*before, *tokens[: len(tokens) - ended]])
-    )
+    prefix, whole = (str(tokenizer.decode(found, skip_special_tokens=True)) for found in (before, [*before, *tokens]))
     return whole[len(prefix) :].rstrip("\ufffd")

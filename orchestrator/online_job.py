@@ -134,8 +134,8 @@ class _Job:
 
     def run(self, probe: list[int], resume: Path | None, marker: str, watch: Watch) -> RunResult:
         with cluster.placed(self.plan) as group, watch.looking():
-            if self.shared is not None and not float(self.config.ray.engine_gpus or 1).is_integer():
-                # On their GPUs is room for a trainer, and vLLM would take what that allocates for its own while it loads.
+            if self.shared is not None and (self.config.ray.engine_gpus or 0) % 1:
+                # Trainers may be on the same GPU, and an engine that loads takes what they allocate there for its own.
                 with self.display.phase("waiting for the shared engines"):
                     self.shared.wait(cluster.START_TIMEOUT_S)
             actors = cluster.start_actors(

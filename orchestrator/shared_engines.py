@@ -67,7 +67,7 @@ class SharedEngines:
         return SharedEngines(record["namespace"], tuple(record["names"]), record["policy"])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loading:
     """Engines that load their model, while the jobs that will use them start."""
 

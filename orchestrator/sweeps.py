@@ -90,7 +90,7 @@ def sweep(config: SweepConfig, display: Display) -> SweepResult:
 def _shared_engines(
     config: SweepConfig, places: int
 ) -> AbstractContextManager[tuple[SharedEngines, Loading] | tuple[None, None]]:
-    """The engines that all trials share, as long as the block runs; None = each has its own."""
+    """The engines that all trials share, as long as the block runs, and how they load; None = each trial has its own."""
     if not config.share_engines:
         return nullcontext((None, None))
     return shared_engines.started(config.base, config.variants, places)

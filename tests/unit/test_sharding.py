@@ -61,16 +61,12 @@ def test_fsdp_as_axolotl_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("more", "used"), [("rl: dpo\n", False), ("rl: kto\n", False), ("rl: orpo\n", True), ("", True)])
 def test_each_rank_loads_the_reference_of_full_fine_tuning(tmp_path: Path, more: str, used: bool) -> None:
     """TRL shards that model as each rank has loaded it: with this option ranks but the first have zeros."""
-    rows = "datasets: [{path: rows.jsonl, type: chat_template.default}]\n" if "dpo" in more or "orpo" in more else ""
-    rows = "datasets: [{path: rows.jsonl, type: chat_template.argilla}]\n" if "kto" in more else rows
-    text = JOB.replace("datasets: [{path: rows.jsonl, type: alpaca}]\n", rows) if rows else JOB
-    (tmp_path / "job.yaml").write_text(f"{text}{more}fsdp_version: 2\nfsdp_config: {{cpu_ram_efficient_loading: true}}\n")
-    config = load(tmp_path / "job.yaml")
+    sharded = f"{more}fsdp_version: 2\nfsdp_config: {{cpu_ram_efficient_loading: true}}\n"
+    config = job(tmp_path, sharded)
     assert ("cpu_ram_efficient_loading" in arguments(config)["fsdp_config"]) == used
     told = [problem.text for problem in sharding.notes(config) if problem.key == "fsdp_config.cpu_ram_efficient_loading"]
     assert len(told) == (not used) and all("a reference of zeros" in text for text in told)
-    with_adapter = job(tmp_path, f"{more}{QLORA}fsdp_version: 2\nfsdp_config: {{cpu_ram_efficient_loading: true}}\n")
-    assert arguments(with_adapter)["fsdp_config"]["cpu_ram_efficient_loading"] is True
+    assert arguments(job(tmp_path, sharded + QLORA))["fsdp_config"]["cpu_ram_efficient_loading"] is True
 
 
 def test_deepspeed_from_a_file_beside_the_job(tmp_path: Path) -> None:
