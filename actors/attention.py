@@ -1,12 +1,15 @@
-"""Attention over a packed row: each completion looks at its own prompt and at itself, and at no more than that is computed.
+"""Attention over a packed row: what belongs together looks at itself, and at no more than that is computed.
 
-A row is one sequence for every other part of the model. Here its prompts become one batch, and its completions another,
-whose keys are prompt and completion side by side, so that cost and memory grow with the completions and not with the square of
-the row. Known to transformers under NAME; what is not packed goes through its own "sdpa".
+A row is one sequence for every other part of the model. Here its parts become batches: of rl: grpo its prompts are one, and its
+completions another, whose keys are prompt and completion side by side; of packed documents those of about the same length are
+one. So cost and memory grow with the parts and not with the square of the row. Known to transformers under NAME; what is not
+packed goes through its own "sdpa".
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,14 +21,19 @@ LAYERS = ("full_attention", "sliding_attention")  # kinds of layers whose tokens
 ALIGNMENT = 8  # the kernels for a mask on a GPU copy one whose rows are not a multiple of this
 
 
-class PackedAttention(NamedTuple):
-    """Where prompts and completions lie in a row of L positions. Padding points at position 0, and is not read."""
+class Block(TypedDict):
+    """Parts of a row that are computed side by side. Padding points at position 0, and is not read."""
 
-    prompts_GP: Tensor  # [G, P] int64: positions of each prompt
-    queries_BT: Tensor  # [B, T] int64: positions of each completion
-    keys_BS: Tensor  # [B, S] int64: positions of its prompt, padded, and then its own
-    places_L: Tensor  # [L] int64: of each position, in all prompts and then all completions, padding included
-    mask_B1TS: Tensor  # [B, 1, T, S], of the model's dtype: 0 where a position may look, the dtype's minimum elsewhere
+    queries_BT: Tensor  # [B, T] int64: positions of each part
+    keys_BS: Tensor  # [B, S] int64: positions of what it may look at
+    mask_B1TS: Tensor | None  # of the model's dtype: 0 where a position may look, the dtype's minimum elsewhere; None = causal
+
+
+class PackedAttention(TypedDict):
+    """Where the parts of a row of L positions lie; plain containers, whose tensors a trainer moves to its device."""
+
+    blocks: list[Block]
+    places_L: Tensor  # [L] int64: of each position, in the queries of all blocks one after the other, padding included
 
 
 def register() -> None:
@@ -55,6 +63,53 @@ def ensure_told(model: Any, name: str) -> None:
 
 def _refusal(name: str, why: str) -> ConfigError:
     return ConfigError(f"base_model: {name} {why}; use a model of transformers whose layers are all plain attention")
+
+
+def takes_documents(config: Any) -> bool:
+    """Whether `attend` computes packed documents as the model's own attention would, which is sdpa.
+
+    config: transformers' of the whole model. Windows are left to sdpa, as are models with code of their own.
+    """
+    from transformers import AutoModelForCausalLM
+
+    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if cls is None or config.get_text_config() is not config:
+        return False
+    kinds = getattr(config, "layer_types", None)
+    whole = set(kinds) == {"full_attention"} if kinds else not getattr(config, "sliding_window", None)
+    plain = cls._supports_sdpa and cls._supports_attention_backend and not cls._is_stateful
+    return bool(whole and plain and not getattr(config, "attn_logit_softcapping", None))
+
+
+def may_pack(asked: str | None, *, compiled: bool) -> bool:
+    """Whether documents may be told to `attend` in a job that asks for an attn_implementation, or for none.
+
+    compiled: by torch.compile, which would begin anew for each number of blocks.
+    """
+    return asked in (None, "sdpa") and not compiled
+
+
+def documents(lengths: Sequence[int]) -> PackedAttention:
+    """Of documents that lie one after the other in a row. Each is padded to less than twice its length."""
+    alike: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        alike.setdefault((length - 1).bit_length(), []).append(number)
+    ends = np.cumsum(lengths)
+    blocks: list[Block] = []
+    places_L = np.empty(ends[-1], dtype=np.int64)
+    before = 0  # places in the blocks so far
+    for numbers in alike.values():
+        width = max(lengths[number] for number in numbers)
+        own_BT = np.zeros((len(numbers), width), dtype=np.int64)
+        for place, number in enumerate(numbers):
+            own = np.arange(lengths[number])
+            positions = ends[number] - len(own) + own
+            own_BT[place, : len(own)] = positions
+            places_L[positions] = before + place * width + own
+        before += own_BT.size
+        rows_BT = torch.from_numpy(own_BT)
+        blocks.append(Block(queries_BT=rows_BT, keys_BS=rows_BT, mask_B1TS=None))
+    return PackedAttention(blocks=blocks, places_L=torch.from_numpy(places_L))
 
 
 def attend(
@@ -88,22 +143,20 @@ def attend(
         heads[0].transpose(0, 1) for heads in (query_1HLD, repeat_kv(key_1JLD, repeats), repeat_kv(value_1JLD, repeats))
     )
 
-    def over(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+    def over(block: Block) -> Tensor:
         """[queries, H, D], padding included."""
         out_BHTD = scaled_dot_product_attention(
-            _rows(query_LHD, queries),
-            _rows(key_LHD, keys),
-            _rows(value_LHD, keys),
-            attn_mask=mask,
-            is_causal=mask is None,
+            _rows(query_LHD, block["queries_BT"]),
+            _rows(key_LHD, block["keys_BS"]),
+            _rows(value_LHD, block["keys_BS"]),
+            attn_mask=block["mask_B1TS"],
+            is_causal=block["mask_B1TS"] is None,
             dropout_p=dropout if module.training else 0.0,
             scale=scaling,
         )
         return out_BHTD.transpose(1, 2).flatten(0, 1)
 
-    prompts = over(packed.prompts_GP, packed.prompts_GP, None)
-    completions = over(packed.queries_BT, packed.keys_BS, packed.mask_B1TS)
-    return torch.cat([prompts, completions]).index_select(0, packed.places_L)[None], None
+    return torch.cat([over(block) for block in packed["blocks"]]).index_select(0, packed["places_L"])[None], None
 
 
 def _rows(heads_LHD: Tensor, positions_BT: Tensor) -> Tensor:

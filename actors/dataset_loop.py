@@ -19,7 +19,7 @@ import ray.train
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from actors import adapter, device, hub, model, sharding, storage
+from actors import adapter, attention, device, hub, model, sharding, storage
 from actors.errors import ActorError, ConfigError, DataError
 from actors.methods import METHODS
 from actors.methods.base import OF_TRAINING, Inputs
@@ -194,12 +194,16 @@ def _tokenizer(spec: DatasetTrainSpec) -> Any:
 def model_init_arguments(spec: DatasetTrainSpec) -> dict[str, Any]:
     """Keyword arguments of from_pretrained."""
     init: dict[str, Any] = {"dtype": spec.model.dtype, "trust_remote_code": spec.model.trust_remote_code}
-    attention = spec.model.attn_implementation
-    if attention and attention.startswith("flash") and find_spec("flash_attn") is None:
-        log.warning("attn_implementation: %s needs the package flash-attn, which is not here; sdpa takes its place", attention)
-        attention = "sdpa"  # the same result
-    if attention:
-        init["attn_implementation"] = attention
+    asked = spec.model.attn_implementation
+    if asked and asked.startswith("flash") and find_spec("flash_attn") is None:
+        log.warning("attn_implementation: %s needs the package flash-attn, which is not here; sdpa takes its place", asked)
+        asked = "sdpa"  # the same result
+    compiled = bool(spec.arguments.get("torch_compile"))
+    if spec.packed and attention.may_pack(asked, compiled=compiled) and model.takes_documents(spec.model):
+        attention.register()
+        asked = attention.NAME
+    if asked:
+        init["attn_implementation"] = asked
     if spec.method == "reward_trainer":
         init["num_labels"] = 1
     if spec.model.quantization:

@@ -3,7 +3,7 @@
 import functools
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -89,6 +89,16 @@ def _most_given_out(profiler: Any) -> int:
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(0, *accumulate(int(nbytes) for _, nbytes in changes))
+
+
+def take_turn(after: Sequence[Any]) -> None:
+    """Returns once actors that may share this process's GPU have loaded: vLLM takes what others allocate meanwhile for its own.
+
+    Raises ray.exceptions.RayActorError when one of them cannot load.
+    """
+    import ray
+
+    ray.get([actor.__ray_ready__.remote() for actor in after])
 
 
 def release_cache() -> None:

@@ -5,6 +5,7 @@ the adapter switched off, or with the adapter that training started from. Withou
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from actors.specs import LoraSpec, ModelSpec
 
 # Elements. On a CPU 8 MiB, which stay in its cache; on a GPU 256 MiB, so that launching kernels is not what takes the time.
 FP32_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
+
+
+def import_libraries() -> None:
+    """What `load_policy` imports, which takes seconds and no memory of a GPU."""
+    for name in ("peft", "transformers.models.auto.modeling_auto"):
+        import_module(name)
 
 
 def load_tokenizer(model: ModelSpec) -> Any:
@@ -45,6 +52,11 @@ def attention_window(model: ModelSpec) -> int | None:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)  # a model of one kind may have none
     return int(window) if window and (kinds is None or "sliding_attention" in kinds) else None
+
+
+def takes_documents(model: ModelSpec) -> bool:
+    """Whether packed documents go through attention.attend."""
+    return attention.takes_documents(_config(model))
 
 
 def _config(model: ModelSpec) -> Any:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.attention import ALIGNMENT, PackedAttention
+from actors.attention import ALIGNMENT, Block, PackedAttention
 from actors.types import RolloutGroup
 
 
@@ -57,7 +57,9 @@ class PackedRow:
         prompt_BS = key < self.prompt_lengths_B[:, None]
         seen_BTS = earlier_TS | prompt_BS[:, None]
         mask = torch.zeros(seen_BTS.shape, dtype=dtype, device=key.device).masked_fill(~seen_BTS, torch.finfo(dtype).min)
-        return PackedAttention(self.prompts_GP, self.queries_BT, self.keys_BS, self.places_L, mask[:, None])
+        prompts = Block(queries_BT=self.prompts_GP, keys_BS=self.prompts_GP, mask_B1TS=None)
+        completions = Block(queries_BT=self.queries_BT, keys_BS=self.keys_BS, mask_B1TS=mask[:, None])
+        return PackedAttention(blocks=[prompts, completions], places_L=self.places_L)
 
 
 def plan_rows(groups: Sequence[RolloutGroup], samples: Sequence[Sample], per_row: int) -> list[list[Sample]]:

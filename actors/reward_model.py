@@ -27,8 +27,10 @@ TOKENS_AT_ONCE = 2**14  # of a forward pass, padding included: bounds its memory
 class RewardModelWorker:
     """One reward model in a process of its own."""
 
-    def __init__(self, spec: RewardModelSpec) -> None:
+    def __init__(self, spec: RewardModelSpec, after: Sequence[Any] = ()) -> None:
+        """after: actors that must have loaded before this one takes memory of the GPU that it may share with them."""
         device.set_threads(spec.threads)
+        device.take_turn(after)
         self.spec = spec
         self.tokenizer = load_tokenizer(spec)
         self.model = load_model(spec).to(device.device())

@@ -38,8 +38,11 @@ class Trainer:
     Every rank of a group gets every call, in the same order, since most of them are collectives.
     """
 
-    def __init__(self, spec: TrainerSpec, rank: RankSpec | None = None) -> None:
+    def __init__(self, spec: TrainerSpec, rank: RankSpec | None = None, after: Sequence[Any] = ()) -> None:
+        """after: actors that must have loaded before this one takes memory of the GPU that it may share with them."""
         device.set_threads(spec.threads)
+        model.import_libraries()
+        device.take_turn(after)
         self.spec = spec
         self.rank = rank or RankSpec()
         self.version = 0
@@ -169,7 +172,9 @@ class Trainer:
 
     def _iteration(self, rows: list[PackedRow], old: list[Tensor | None], counts: Mapping[str, float]) -> dict[str, float]:
         """Accumulates the gradient of the whole batch row by row, then steps once. counts: of all ranks."""
-        sums = dict.fromkeys(("loss", "entropy_sum", *STEP_SUMS), 0.0)
+        # They are fetched once, at the end: for every number that is asked for earlier a GPU would run out of work.
+        names = ("loss", "entropy_sum", *STEP_SUMS)
+        found = {name: torch.zeros((), dtype=torch.float64, device=device.device()) for name in names}
         learning_rate = float(self.scheduler.get_last_lr()[0])
         for number, (row, old_BT) in enumerate(zip(rows, old, strict=True), start=1):
             row = row.to(device.device())
@@ -189,11 +194,11 @@ class Trainer:
                 self.spec.loss,
             )
             self.shared.backward(out.loss, last=number == len(rows))
-            sums["loss"] += float(out.loss.detach())
-            sums["entropy_sum"] += float((entropy_BT * row.mask_BT).sum())
+            found["loss"] += out.loss.detach()
+            found["entropy_sum"] += (entropy_BT * row.mask_BT).sum()
             for name in STEP_SUMS:
-                sums[name] += float(getattr(out, name))
-        sums = self.shared.total(sums)
+                found[name] += getattr(out, name)
+        sums = self.shared.total(dict(zip(names, torch.stack([*found.values()]).tolist(), strict=True)))
         grad_norm = 0.0
         if counts["trained_completions"]:
             grad_norm = self.shared.step(self.spec.optimizer.max_grad_norm, sums["loss"])

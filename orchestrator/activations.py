@@ -22,11 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from actors import attention, model
+from actors.attention import PackedAttention
 from actors.errors import ConfigError, EaglerayError
 from actors.packing import PackedRow, Sample, pack_row
 from actors.specs import LoraSpec
 from actors.types import RolloutGroup
-from orchestrator.model_shape import ModelSource, build, read_shape, with_adapter
+from orchestrator.model_shape import ModelSource, build, read_config, read_shape, with_adapter
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class PaddedRows:
     sequences: int
     length: int  # tokens of each, padding included
     masked: bool  # whether attention gets a mask: some sequence is shorter, or holds several documents
+    packs: int = 0  # that the one sequence is, each a document here; 0 = attention is not told where documents lie
 
     @property
     def tokens(self) -> int:
@@ -109,13 +111,13 @@ def _run(setting: Setting, layers: int) -> Alive:
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        inputs, row = _inputs(setting.rows, fake)
+        inputs, laid = _inputs(setting, fake)
         counted = _Counted([*policy.parameters(), *(p.grad for p in policy.parameters()), *policy.buffers(), *inputs.values()])
         decoder = policy.get_base_model() if setting.lora else policy
         with counted:
             embedded = _watch_embedding(policy, counted)
             with torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext():
-                packed = {"packed": row.attention(dtype)} if row else {}
+                packed = {"packed": laid} if laid else {}
                 hidden = decoder.base_model(**inputs, **packed, use_cache=False).last_hidden_state
             kept, forward = counted.now, counted.restart()
             if hidden.requires_grad:
@@ -127,7 +129,7 @@ def _run(setting: Setting, layers: int) -> Alive:
 def _policy(setting: Setting, layers: int) -> Any:
     attention.register()
     # Of attention that it does not know transformers makes no mask; without one and unpacked it is sdpa.
-    masked = isinstance(setting.rows, PaddedRows) and (setting.rows.masked or setting.eager)
+    masked = isinstance(setting.rows, PaddedRows) and (setting.rows.masked or setting.eager) and not _told(setting)
     own = "eager" if setting.eager else None  # None = the model's choice
     base = build(setting.source, setting.dtype, own if masked else attention.NAME, layers)
     if setting.checkpointing:
@@ -142,15 +144,25 @@ def _policy(setting: Setting, layers: int) -> Any:
     return adapted
 
 
-def _inputs(rows: PaddedRows | PackedRows, fake: FakeTensorMode) -> tuple[dict[str, Tensor], PackedRow | None]:
-    """Of the decoder; and the row whose layout its attention gets."""
-    if isinstance(rows, PaddedRows):
-        ids = torch.zeros(rows.sequences, rows.length, dtype=torch.long)
-        # As transformers makes it of a mask with padding, or of positions that begin anew.
-        mask = torch.ones(rows.sequences, 1, rows.length, rows.length, dtype=torch.bool)
-        return {"input_ids": ids, **({"attention_mask": mask} if rows.masked else {})}, None
-    row = PackedRow(**{name: fake.from_tensor(tensor) for name, tensor in vars(longest_row(rows)).items()})
-    return {"input_ids": row.input_ids, "position_ids": row.position_ids}, row
+def _told(setting: Setting) -> bool:
+    """Whether attention is told where the documents of packs lie, as actors/dataset_loop.py decides it."""
+    rows = setting.rows
+    return isinstance(rows, PaddedRows) and bool(rows.packs) and attention.takes_documents(read_config(setting.source))
+
+
+def _inputs(setting: Setting, fake: FakeTensorMode) -> tuple[dict[str, Tensor], PackedAttention | None]:
+    """Of the decoder; and of its attention."""
+    rows = setting.rows
+    if isinstance(rows, PackedRows):
+        row = PackedRow(**{name: fake.from_tensor(tensor) for name, tensor in vars(longest_row(rows)).items()})
+        return {"input_ids": row.input_ids, "position_ids": row.position_ids}, row.attention(getattr(torch, setting.dtype))
+    ids = torch.zeros(rows.sequences, rows.length, dtype=torch.long)
+    if _told(setting):
+        laid = attention.documents([rows.length // rows.packs] * rows.packs)
+        return {"input_ids": ids}, tree_map_only(Tensor, fake.from_tensor, laid)
+    # As transformers makes it of a mask with padding, or of positions that begin anew.
+    mask = torch.ones(rows.sequences, 1, rows.length, rows.length, dtype=torch.bool)
+    return {"input_ids": ids, **({"attention_mask": mask} if rows.masked else {})}, None
 
 
 def longest_row(rows: PackedRows) -> PackedRow:

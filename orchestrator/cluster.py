@@ -150,16 +150,25 @@ def placed(plan: Plan | DatasetPlan) -> Iterator[Any]:
 
 
 def start_actors(
-    plan: Plan, group: Any, trainer: TrainerSpec, engine: EngineSpec, probe: Sequence[int], kv_cache_gib: int | None
+    plan: Plan,
+    group: Any,
+    trainer: TrainerSpec,
+    engine: EngineSpec,
+    probe: Sequence[int],
+    kv_cache_gib: int | None,
+    after: Sequence[Any] = (),
 ) -> Actors:
-    """Starts trainer ranks and engines, each in its bundle, all at once. They may not be ready yet."""
+    """Starts trainer ranks and engines, each in its bundle, all at once. They may not be ready yet.
+
+    after: actors that must have loaded before a trainer takes memory of a GPU.
+    """
     ranks_at = [index for index, bundle in enumerate(plan.bundles) if bundle.role in (TRAINER, BOTH)]
     address = meeting_place(plan, group) if len(ranks_at) > 1 or trainer.sharding else ""
     environment = {"env_vars": actor_environment("trainer", plan, None)}
     trainers = [
         ray.remote(Trainer)
         .options(runtime_env=environment, **_called(waits.rank_name(rank, len(ranks_at))), **_in_bundle(plan, group, index))
-        .remote(trainer, RankSpec(rank, len(ranks_at), address))
+        .remote(trainer, RankSpec(rank, len(ranks_at), address), after)
         for rank, index in enumerate(ranks_at)
     ]
     if plan.colocate and plan.gpu:
@@ -214,10 +223,12 @@ def meeting_place(plan: Plan | DatasetPlan, group: Any) -> str:
     return address
 
 
-def start_reward(plan: Plan, group: Any, spec: RewardSpec | RewardModelSpec | JudgeSpec) -> Any:
+def start_reward(
+    plan: Plan, group: Any, spec: RewardSpec | RewardModelSpec | JudgeSpec, after: Sequence[Any] = ()
+) -> Any:
     """Starts the process of one reward. A reward model on a GPU has its bundle; all else reserves nothing.
 
-    A judge gets its key from the environment of this process.
+    A judge gets its key from the environment of this process. after: as of start_actors, for a reward model.
     """
     environment = {"env_vars": actor_environment("reward", plan, None)}
     options: dict[str, Any] = {"num_cpus": 0, "runtime_env": environment, **_called(f"reward {spec.path}")}
@@ -229,7 +240,7 @@ def start_reward(plan: Plan, group: Any, spec: RewardSpec | RewardModelSpec | Ju
     index = plan.reward_bundle(spec.path)
     if index is not None:
         options |= _in_bundle(plan, group, index)
-    return ray.remote(RewardModelWorker).options(**options).remote(spec)
+    return ray.remote(RewardModelWorker).options(**options).remote(spec, after)
 
 
 def _in_bundle(plan: Plan | DatasetPlan, group: Any, index: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from actors.attention import may_pack
 from actors.model import task_of
 from actors.specs import WITH_REFERENCE
 from orchestrator import sharding
@@ -66,10 +67,13 @@ def longest_rows(config: JobConfig, *, gpu: bool) -> PaddedRows | PackedRows:
     if config.rl == "grpo":
         longest = config.trl.max_completion_length
         return PackedRows(-(-size // config.trl.num_generations), length - longest, size, longest)
-    packed = config.rl is None and config.sample_packing
+    asked = attention(config, gpu)
+    flash = (asked or "").startswith("flash")  # needs no mask
+    if config.rl is None and config.sample_packing:
+        told = may_pack(asked, compiled=config.torch_compile is True)
+        return PaddedRows(1, size * length, masked=not flash, packs=size if told else 0)
     sequences = size if config.rl in (None, "kto") else 2 * size  # chosen and rejected go through the model together
-    flash = (attention(config, gpu) or "").startswith("flash")  # needs no mask
-    return PaddedRows(sequences, length, masked=(packed or sequences > 1) and not flash)
+    return PaddedRows(sequences, length, masked=sequences > 1 and not flash)
 
 
 def trainer_memory(config: JobConfig, dtype: str, workers: int, *, gpu: bool) -> Memory:

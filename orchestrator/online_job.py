@@ -134,10 +134,8 @@ class _Job:
 
     def run(self, probe: list[int], resume: Path | None, marker: str, watch: Watch) -> RunResult:
         with cluster.placed(self.plan) as group, watch.looking():
-            if self.shared is not None and (self.config.ray.engine_gpus or 0) % 1:
-                # Trainers may be on the same GPU, and an engine that loads takes what they allocate there for its own.
-                with self.display.phase("waiting for the shared engines"):
-                    self.shared.wait(cluster.START_TIMEOUT_S)
+            # They may be on the same GPU as what is started here.
+            after = self.shared.actors() if self.shared and (self.config.ray.engine_gpus or 0) % 1 else ()
             actors = cluster.start_actors(
                 self.plan,
                 group,
@@ -145,9 +143,10 @@ class _Job:
                 engine_spec(self.config, self.plan),
                 probe,
                 self.config.ray.kv_cache_gib,
+                after,
             )
             specs = reward_specs(self.config, self.plan)
-            scorer = Scorer(self.plan, group, specs, self.config.ray.reward_timeout_s)
+            scorer = Scorer(self.plan, group, specs, self.config.ray.reward_timeout_s, after)
             with self.display.phase("loading rewards, trainer and engines"):
                 for note in scorer.wait_ready():
                     self.display.warn(note)

@@ -49,14 +49,16 @@ class _Function:
 class Scorer:
     """The reward functions, reward models and judges of one job.
 
-    group: the placement group of the plan, which holds the bundles of reward models on GPUs.
+    group: the placement group of the plan, which holds the bundles of reward models on GPUs. after: as of cluster.start_reward.
     """
 
-    def __init__(self, plan: Plan, group: Any, specs: Sequence[Spec], timeout_s: float) -> None:
+    def __init__(
+        self, plan: Plan, group: Any, specs: Sequence[Spec], timeout_s: float, after: Sequence[Any] = ()
+    ) -> None:
         self.plan = plan
         self.group = group
         self.timeout_s = timeout_s
-        self.functions = [_Function(spec, cluster.start_reward(plan, group, spec)) for spec in specs]
+        self.functions = [_Function(spec, cluster.start_reward(plan, group, spec, after)) for spec in specs]
 
     def wait_ready(self) -> list[str]:
         """Returns once all are imported, loaded or have answered, with what a person must know of them.

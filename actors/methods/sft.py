@@ -1,7 +1,9 @@
 """Supervised fine-tuning: cross entropy on the tokens that the rows' labels name."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from actors import attention
 from actors.methods.base import Inputs, PreparedRows, SafeCheckpoints
 
 
@@ -20,8 +22,21 @@ def build(inputs: Inputs) -> Any:
         "model_init_kwargs": inputs.model_init,
         **inputs.arguments,
     }
-    return Trainer(
+    trainer = Trainer(
         model=inputs.model,
         args=SFTConfig(**arguments),
         **inputs.for_trainer(),
     )
+    if inputs.model_init.get("attn_implementation") == attention.NAME:
+        trainer.data_collator = _with_documents(trainer.data_collator)
+    return trainer
+
+
+def _with_documents(collate: Callable[..., dict[str, Any]]) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    """TRL's collator, whose packs lie one after the other in one row; and for attention, where their documents lie."""
+
+    def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        lengths = [length for row in rows for length in row["seq_lengths"]]
+        return {**collate(rows), "packed": attention.documents(lengths)}
+
+    return collated

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 
+from actors import device
 from actors.errors import ActorError
 from orchestrator import sweep_search
 from orchestrator.display import Display
@@ -56,3 +57,30 @@ def test_a_sweep_ends_with_the_reason_of_an_engine_that_cannot_load(
     setting: Any = None
     with pytest.raises(ActorError, match=r"(?s)^shared engines: engine 1, loading its model.*not enough memory"):
         sweep_search.search(config, live, setting, Display())
+
+
+@ray.remote(num_cpus=0)
+class Beside:
+    """What shares a GPU with engines."""
+
+    def __init__(self, after: tuple[Any, ...], mark: str) -> None:
+        device.take_turn(after)
+        Path(mark).touch()
+
+    def ready(self) -> None:
+        pass
+
+
+def test_what_shares_a_gpu_with_engines_allocates_after_them(cluster: None, tmp_path: Path) -> None:
+    gates = [tmp_path / "1", tmp_path / "2"]
+    engines = tuple(Engine.remote(str(gate)) for gate in gates)
+    beside = Beside.remote(engines, str(tmp_path / "allocated"))
+    gates[1].touch()
+    ray.get(engines[1].ready.remote())
+    assert not ray.wait([beside.ready.remote()], timeout=1)[0] and not (tmp_path / "allocated").exists()
+    gates[0].touch()
+    ray.get(beside.ready.remote())
+    (tmp_path / "3").touch()
+    lost = Beside.remote((Engine.remote(str(tmp_path / "3"), "not enough memory"),), str(tmp_path / "never"))
+    with pytest.raises(ray.exceptions.RayActorError, match="not enough memory"):
+        ray.get(lost.ready.remote())

@@ -1,10 +1,13 @@
-"""Which models packed rows are for. What they compute is compared with each completion alone in test_model.py."""
+"""Which models packed rows are for, and packed documents.
+
+What completions compute is compared with each of them alone in test_model.py, and documents in test_methods.py.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma2Config, GptOssConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen2ForCausalLM
 
 from actors import attention, model
 from actors.errors import ConfigError
@@ -60,3 +63,35 @@ def test_a_model_of_one_kind_of_layer_may_have_a_window(tmp_path: Path) -> None:
 def test_a_model_that_sees_everything_has_no_window(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **SHAPE)).save_pretrained(tmp_path)
     assert model.attention_window(ModelSpec(str(tmp_path), "float32")) is None
+
+
+@pytest.mark.parametrize("lengths", [[7], [1, 1, 1], [4, 9, 5, 8, 1, 7, 2], [64, 1, 65]])
+def test_documents_look_at_themselves(lengths: list[int]) -> None:
+    """Against one mask over the whole row, gradients too."""
+    total = sum(lengths)
+    torch.manual_seed(0)
+    packed = attention.documents(lengths)
+    heads = [torch.randn(1, count, total, 6, dtype=torch.float64, requires_grad=True) for count in (4, 2, 2)]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = (document[:, None] == document) & torch.ones(total, total, dtype=torch.bool).tril()
+    found, _ = attention.attend(module, *heads, None, packed=packed)
+    expected, _ = attention.attend(module, *heads, mask[None, None])
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    grads = [torch.autograd.grad((out * weights).sum(), heads) for out in (found, expected)]
+    torch.testing.assert_close(*grads)
+    computed = sum(block["queries_BT"].numel() for block in packed["blocks"])
+    assert total <= computed < 2 * total
+
+
+def test_which_models_take_documents() -> None:
+    small = {"num_hidden_layers": 2, **SHAPE}
+    assert attention.takes_documents(LlamaConfig(**small))
+    assert attention.takes_documents(Qwen2Config(use_sliding_window=False, sliding_window=4096, **small))
+    assert not attention.takes_documents(Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, **small))
+    assert attention.takes_documents(MistralConfig(sliding_window=None, **small))
+    assert not attention.takes_documents(MistralConfig(sliding_window=64, **small))
+    assert not attention.takes_documents(Gemma2Config(layer_types=["full_attention"] * 2, **small)), "its scores are capped"
+    assert not attention.takes_documents(GptOssConfig(layer_types=["full_attention"] * 2, **small)), "sdpa is not for it"

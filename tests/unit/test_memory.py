@@ -253,8 +253,12 @@ def test_pairs_go_through_the_model_together() -> None:
     flash = model_job("m", "lora", micro_batch_size=2, sequence_len=100, attn_implementation="flash_attention_2")
     assert longest_rows(flash, gpu=True) == PaddedRows(2, 100, masked=False)
     assert longest_rows(model_job("m", "lora", sequence_len=100), gpu=False) == PaddedRows(1, 100, masked=False)
-    packed = model_job("m", "lora", sequence_len=100, sample_packing=True)
-    assert longest_rows(packed, gpu=False) == PaddedRows(1, 100, masked=True)
+    packed = {"micro_batch_size": 2, "sequence_len": 100, "sample_packing": True}
+    assert longest_rows(model_job("m", "lora", **packed), gpu=False) == PaddedRows(1, 200, masked=True, packs=2)
+    eager = model_job("m", "lora", **packed, attn_implementation="eager")
+    assert longest_rows(eager, gpu=False) == PaddedRows(1, 200, masked=True), "told nothing, it masks all of the row"
+    compiled = model_job("m", "lora", **packed, torch_compile=True)
+    assert longest_rows(compiled, gpu=False) == PaddedRows(1, 200, masked=True)
     grpo = rows("grpo", trl__num_generations=8, trl__max_completion_length=30)
     assert grpo == PackedRows(groups=1, prompt=70, completions=2, length=30)
     assert (grpo.tokens, grpo.predicting) == (70 + 2 * 30, 1 + 2 * 29)
@@ -300,6 +304,20 @@ def test_one_and_two_layers_tell_of_four(tmp_path: Path, adapter: str | None, ch
     assert (found.kept, found.forward, found.backward) == (direct.kept, direct.forward, direct.backward)
     if checkpointing:
         assert found.kept - _run(setting, 3).kept == rows.tokens * 64 * 4  # what goes into a layer
+
+
+def test_packs_cost_what_their_documents_cost_alone(base: str, tmp_path: Path) -> None:
+    """Where attention is told of them, and but for what it gathers; else a mask of the row's square comes with every layer."""
+
+    def kept(source: str, rows: PaddedRows) -> int:
+        return alive(Setting(ModelSource(source), None, rows, "float32", eager=False, checkpointing=False)).kept
+
+    apart, packs = PaddedRows(8, 64, masked=False), PaddedRows(1, 8 * 64, masked=True, packs=8)
+    assert kept(base, apart) < kept(base, packs) < 1.5 * kept(base, apart)
+    config = json.loads((Path(base) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mistral", "sliding_window": 64}))
+    layers = config["num_hidden_layers"]
+    assert kept(str(tmp_path), packs) - kept(str(tmp_path), apart) > 0.9 * layers * (8 * 64) ** 2 * 4
 
 
 # Heads: the formulas against the code that they are of, run on tensors without data.

@@ -237,7 +237,7 @@ def compare(found: list[float], expected: list[float]) -> None:
 
 
 def test_packed_documents_do_not_see_each_other(folder: str, tokenizer: Any, tmp_path: Path) -> None:
-    """The logits of each document in a packed row are those that it has alone."""
+    """The logits of each document in a packed row are those that it has alone, with and without a mask for it."""
     encode = build_sft(FormatSpec(type="chat_template"), tokenizer)
     documents = [encode(row) for row in rows_of("sft/tickets-train.jsonl")[:3]]
     packed = {
@@ -245,13 +245,18 @@ def test_packed_documents_do_not_see_each_other(folder: str, tokenizer: Any, tmp
         "labels": [i for d in documents for i in d["labels"]],
         "seq_lengths": [len(d["input_ids"]) for d in documents],
     }
-    trainer = ours("sft", folder, tokenizer, [packed], arguments(tmp_path, per_device_train_batch_size=1), packed=True)
-    batch = trainer.data_collator([trainer.train_dataset[0]])
-    assert "attention_mask" not in batch
+    reversed_documents = {key: [v for d in documents[::-1] for v in d[key]] for key in ("input_ids", "labels")}
+    packs = [packed, {**reversed_documents, "seq_lengths": packed["seq_lengths"][::-1]}]
+    trainer = ours("sft", folder, tokenizer, packs, arguments(tmp_path, per_device_train_batch_size=2), packed=True)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    assert "attention_mask" not in batch and batch.pop("labels").shape == (1, 2 * len(packed["input_ids"]))
     with torch.no_grad():
-        together = trainer.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
         alone = [trainer.model(input_ids=torch.tensor([d["input_ids"]])).logits[0] for d in documents]
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+        expected = torch.cat([*alone, *alone[::-1]])
+        told = trainer.model(**trainer._prepare_inputs(batch)).logits[0]
+        torch.testing.assert_close(told, expected, atol=1e-4, rtol=1e-4)
+        trainer.model.set_attn_implementation("sdpa")  # which goes by the positions alone
+        torch.testing.assert_close(trainer.model(**batch).logits[0], expected, atol=1e-4, rtol=1e-4)
 
 
 
