@@ -7,6 +7,7 @@ packed goes through its own "sdpa".
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, TypedDict
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from actors.errors import ConfigError
 
 NAME = "packed"
+ASKING = "packed, asked"
 LAYERS = ("full_attention", "sliding_attention")  # kinds of layers whose tokens meet nowhere else
 ALIGNMENT = 8  # the kernels for a mask on a GPU copy one whose rows are not a multiple of this
 
@@ -56,8 +58,9 @@ def ensure_can_pack(config: Any, name: str) -> None:
 
 
 def ensure_told(model: Any, name: str) -> None:
-    """Raises ConfigError for a loaded model whose layers do not ask `attend`."""
-    if not model._supports_attention_backend or getattr(model, "_is_stateful", False):
+    """Raises ConfigError for a loaded model whose layers do not ask `attend`, or not with what it needs."""
+    plain = model._supports_attention_backend and not getattr(model, "_is_stateful", False)
+    if not plain or _is_deaf(type(model), model.config):
         raise _refusal(name, "has attention of its own, which cannot be told which completion belongs to which prompt")
 
 
@@ -73,12 +76,48 @@ def takes_documents(config: Any) -> bool:
     from transformers import AutoModelForCausalLM
 
     cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if cls is None or config.get_text_config() is not config:
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if cls is None or own or config.get_text_config() is not config:
         return False
     kinds = getattr(config, "layer_types", None)
     whole = set(kinds) == {"full_attention"} if kinds else not getattr(config, "sliding_window", None)
+    capped = getattr(config, "attn_logit_softcapping", None)
     plain = cls._supports_sdpa and cls._supports_attention_backend and not cls._is_stateful
-    return bool(whole and plain and not getattr(config, "attn_logit_softcapping", None))
+    return bool(whole and plain and not capped) and not _is_deaf(cls, config)
+
+
+class _Asked(Exception):
+    """Ends a forward pass at its first attention."""
+
+    def __init__(self, told: bool) -> None:
+        self.told = told
+
+
+def _is_deaf(cls: Any, config: Any) -> bool:
+    """Whether layers of a class of models do not hand on what a packed row needs, or make a mask of their own beside it.
+
+    Seen at a first layer without weights. What cannot be built so is taken for one that listens.
+    """
+    from transformers import AttentionInterface
+
+    def ask(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, packed: Any = None, **_: Any) -> None:
+        raise _Asked(packed is not None and attention_mask is None)
+
+    AttentionInterface.register(ASKING, ask)
+    first = deepcopy(config)
+    text = first.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    try:
+        with torch.device("meta"):
+            ids = torch.zeros(1, 2, dtype=torch.long)
+            cls._from_config(first, attn_implementation=ASKING)(input_ids=ids, position_ids=ids, packed=True, use_cache=False)
+    except _Asked as asked:
+        return not asked.told
+    except Exception:  # the code of any model runs here
+        return False
+    return True
 
 
 def may_pack(asked: str | None, *, compiled: bool) -> bool:
@@ -89,17 +128,27 @@ def may_pack(asked: str | None, *, compiled: bool) -> bool:
     return asked in (None, "sdpa") and not compiled
 
 
+def uneven(length: int) -> list[int]:
+    """Two documents of a pack for which memory is counted: `documents` pads them by a third of it, where the most is half."""
+    return [length - length // 3, length // 3]
+
+
 def documents(lengths: Sequence[int]) -> PackedAttention:
-    """Of documents that lie one after the other in a row. Each is padded to less than twice its length."""
-    alike: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
-        alike.setdefault((length - 1).bit_length(), []).append(number)
+    """Of documents that lie one after the other in a row, in few blocks: each is padded by half of what it holds at most."""
+    alike: list[list[int]] = []  # numbers of documents, longest first
+    held = width = 0
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        held += lengths[number]
+        if not alike or width * (len(alike[-1]) + 1) > 1.5 * held:
+            alike.append([])
+            held = width = lengths[number]
+        alike[-1].append(number)
     ends = np.cumsum(lengths)
     blocks: list[Block] = []
     places_L = np.empty(ends[-1], dtype=np.int64)
     before = 0  # places in the blocks so far
-    for numbers in alike.values():
-        width = max(lengths[number] for number in numbers)
+    for numbers in alike:
+        width = lengths[numbers[0]]
         own_BT = np.zeros((len(numbers), width), dtype=np.int64)
         for place, number in enumerate(numbers):
             own = np.arange(lengths[number])
@@ -137,7 +186,7 @@ def attend(
         )
         return out
     if special := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise ConfigError(f"base_model: its attention uses {special[0]}, which is not implemented for rl: grpo yet")
+        raise ConfigError(f"base_model: its attention uses {special[0]}, which is not implemented for packed rows yet")
     repeats = getattr(module, "num_key_value_groups", 1)
     query_LHD, key_LHD, value_LHD = (
         heads[0].transpose(0, 1) for heads in (query_1HLD, repeat_kv(key_1JLD, repeats), repeat_kv(value_1JLD, repeats))
@@ -156,7 +205,8 @@ def attend(
         )
         return out_BHTD.transpose(1, 2).flatten(0, 1)
 
-    return torch.cat([over(block) for block in packed["blocks"]]).index_select(0, packed["places_L"])[None], None
+    outs = [over(block) for block in packed["blocks"]]
+    return (torch.cat(outs) if len(outs) > 1 else outs[0]).index_select(0, packed["places_L"])[None], None
 
 
 def _rows(heads_LHD: Tensor, positions_BT: Tensor) -> Tensor:

@@ -98,7 +98,8 @@ def take_turn(after: Sequence[Any]) -> None:
     """
     import ray
 
-    ray.get([actor.__ray_ready__.remote() for actor in after])
+    if after:  # of nothing ray.get would start a cluster
+        ray.get([actor.__ray_ready__.remote() for actor in after])
 
 
 def release_cache() -> None:

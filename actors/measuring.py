@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
-from actors import device, ranks
+from actors import attention, device, ranks
 from actors.dataset_loop import build_trainer
 from actors.engine import RolloutEngine
 from actors.specs import DatasetTrainSpec, EngineSpec, RankSpec, TrainerSpec
@@ -92,7 +92,7 @@ def _row(spec: DatasetTrainSpec, draw: np.random.Generator, index: int, length: 
     prompt = length // 2
     if spec.method == "sft":
         ids = random_ids(draw, length if spec.packed else shorter)
-        return {"input_ids": ids, "labels": ids, **({"seq_lengths": [prompt, length - prompt]} if spec.packed else {})}
+        return {"input_ids": ids, "labels": ids, **({"seq_lengths": attention.uneven(length)} if spec.packed else {})}
     if spec.method == "kto":
         return _answers(draw, prompt, {"completion_ids": shorter}) | {"label": index % 2 == 0}
     return _answers(draw, prompt, {"chosen_ids": length, "rejected_ids": shorter})

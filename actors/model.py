@@ -22,9 +22,8 @@ FP32_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 
 
 def import_libraries() -> None:
-    """What `load_policy` imports, which takes seconds and no memory of a GPU."""
-    for name in ("peft", "transformers.models.auto.modeling_auto"):
-        import_module(name)
+    """Of what `load_policy` imports, which takes seconds, all that does not look at GPUs, as bitsandbytes does for PEFT."""
+    import_module("transformers.models.auto.modeling_auto")
 
 
 def load_tokenizer(model: ModelSpec) -> Any:

@@ -36,8 +36,8 @@ class PaddedRows:
 
     sequences: int
     length: int  # tokens of each, padding included
-    masked: bool  # whether attention gets a mask: some sequence is shorter, or holds several documents
-    packs: int = 0  # that the one sequence is, each a document here; 0 = attention is not told where documents lie
+    masked: bool  # whether attention gets a mask: some sequence is shorter, or holds documents of which it is not told
+    packs: int = 0  # that the one sequence is, each of two documents; 0 = attention is not told where documents lie
 
     @property
     def tokens(self) -> int:
@@ -145,7 +145,9 @@ def _policy(setting: Setting, layers: int) -> Any:
 
 
 def _told(setting: Setting) -> bool:
-    """Whether attention is told where the documents of packs lie, as actors/dataset_loop.py decides it."""
+    """Whether attention is told where the documents of packs lie, as actors/dataset_loop.py decides it; flash attention, too,
+    since packages for it may be missing where the job runs.
+    """
     rows = setting.rows
     return isinstance(rows, PaddedRows) and bool(rows.packs) and attention.takes_documents(read_config(setting.source))
 
@@ -158,7 +160,7 @@ def _inputs(setting: Setting, fake: FakeTensorMode) -> tuple[dict[str, Tensor], 
         return {"input_ids": row.input_ids, "position_ids": row.position_ids}, row.attention(getattr(torch, setting.dtype))
     ids = torch.zeros(rows.sequences, rows.length, dtype=torch.long)
     if _told(setting):
-        laid = attention.documents([rows.length // rows.packs] * rows.packs)
+        laid = attention.documents(attention.uneven(rows.length // rows.packs) * rows.packs)
         return {"input_ids": ids}, tree_map_only(Tensor, fake.from_tensor, laid)
     # As transformers makes it of a mask with padding, or of positions that begin anew.
     mask = torch.ones(rows.sequences, 1, rows.length, rows.length, dtype=torch.bool)

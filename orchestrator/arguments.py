@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.jobs import warmup_steps
 from orchestrator.schema import JobConfig
-from orchestrator.sharding import checkpoints_activations, sharding_arguments
+from orchestrator.sharding import checkpoints_activations, mixes, sharding_arguments
 
 # Axolotl's and older names of transformers' optimizers
 OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit"}
@@ -49,7 +49,7 @@ def training_arguments(config: JobConfig, *, gpu: bool, dtype: str, steps_per_ep
         "adam_beta2": config.adam_beta2,
         "adam_epsilon": config.adam_epsilon,
         "neftune_noise_alpha": config.neftune_noise_alpha,
-        "bf16": dtype == "bfloat16",
+        "bf16": dtype == "bfloat16" and mixes(config),
         "tf32": config.tf32 if gpu and isinstance(config.tf32, bool) else None,
         "use_cpu": not gpu,
         "gradient_checkpointing": checkpoints_activations(config),

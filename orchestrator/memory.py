@@ -70,7 +70,7 @@ def longest_rows(config: JobConfig, *, gpu: bool) -> PaddedRows | PackedRows:
     asked = attention(config, gpu)
     flash = (asked or "").startswith("flash")  # needs no mask
     if config.rl is None and config.sample_packing:
-        told = may_pack(asked, compiled=config.torch_compile is True)
+        told = flash or may_pack(asked, compiled=config.torch_compile is True)
         return PaddedRows(1, size * length, masked=not flash, packs=size if told else 0)
     sequences = size if config.rl in (None, "kto") else 2 * size  # chosen and rejected go through the model together
     return PaddedRows(sequences, length, masked=sequences > 1 and not flash)
@@ -164,7 +164,8 @@ class _Rank:
     def _trained_size(self) -> int:
         """Bytes of a trained number. Adapters are fp32; all weights have the job's dtype, or are FSDP's masters."""
         if self.full:
-            return 4 if self.kind == "fsdp" and not self.online else self.size  # accelerate 1.15, fsdp2_prepare_model
+            masters = self.kind == "fsdp" and not self.online and sharding.mixes(self.config)
+            return 4 if masters else self.size  # accelerate 1.15, fsdp2_prepare_model
         in_base_dtype = self.kind == "zero3" and not self.online and not self.quantized  # TRL 1.16, autocast_adapter_dtype
         return self.size if in_base_dtype else 4
 

@@ -147,6 +147,9 @@ class _Job:
             )
             specs = reward_specs(self.config, self.plan)
             scorer = Scorer(self.plan, group, specs, self.config.ray.reward_timeout_s, after)
+            if self.shared and after:
+                with self.display.phase("waiting for the shared engines"):
+                    self.shared.wait(cluster.START_TIMEOUT_S)  # so that others have a limit of their own
             with self.display.phase("loading rewards, trainer and engines"):
                 for note in scorer.wait_ready():
                     self.display.warn(note)

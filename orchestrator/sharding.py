@@ -87,6 +87,13 @@ def kind(config: JobConfig) -> str | None:
     return "fsdp" if config.fsdp_version or config.fsdp_config else None
 
 
+def mixes(config: JobConfig) -> bool:
+    """Whether a dataset job that computes in bfloat16 does so in mixed precision, for which accelerate trains fp32 copies of
+    what FSDP2 cuts. Axolotl's `bf16: full` asks for none, where all weights are trained.
+    """
+    return not (config.bf16 == "full" and config.adapter is None and kind(config) == "fsdp")
+
+
 def described(config: JobConfig) -> str:
     """What is cut, for a person. Raises ConfigError as `kind` does."""
     return DESCRIBED[kind(config)]

@@ -39,6 +39,11 @@ class SharedEngines:
         """Raises ActorError when one is not there any more."""
         return tuple(cluster.find(name, self.namespace) for name in self.names)
 
+    def wait(self, timeout_s: float) -> None:
+        """Until all of them have loaded. Raises ActorError when one has ended, or has not loaded in time."""
+        for name, actor in zip(self.names, self.actors(), strict=True):
+            waits.fetch(actor.ready.remote(), f"{name}, loading its model", timeout_s)
+
     def open(self, lora: LoraSpec, probe: Sequence[int], timeout_s: float) -> tuple[Any, ...]:
         """The engines, once each has a place for the policy. Raises ActorError when one has ended, or has no place in time."""
         actors = self.actors()

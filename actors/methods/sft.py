@@ -16,8 +16,8 @@ def build(inputs: Inputs) -> Any:
 
     arguments = {
         "max_length": None,
-        # Packed or not, the rows are as long as they may be; padding_free only says that documents are told apart by
-        # their positions instead of an attention mask.
+        # Packed or not, the rows are as long as they may be; padding_free only says that the packs of a pass become one row,
+        # whose documents are told apart by their positions, or by `packed` below, instead of an attention mask.
         "padding_free": inputs.packed,
         "model_init_kwargs": inputs.model_init,
         **inputs.arguments,
@@ -33,10 +33,13 @@ def build(inputs: Inputs) -> Any:
 
 
 def _with_documents(collate: Callable[..., dict[str, Any]]) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-    """TRL's collator, whose packs lie one after the other in one row; and for attention, where their documents lie."""
+    """TRL's collator, whose packs lie one after the other in one row; and for attention, where their documents lie.
+
+    Held-out rows may be a document each.
+    """
 
     def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        lengths = [length for row in rows for length in row["seq_lengths"]]
+        lengths = [length for row in rows for length in row.get("seq_lengths") or [len(row["input_ids"])]]
         return {**collate(rows), "packed": attention.documents(lengths)}
 
     return collated

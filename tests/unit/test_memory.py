@@ -146,6 +146,13 @@ def test_a_dataset_job_under_fsdp_has_masters_in_fp32(models: dict[str, str]) ->
     assert held == pytest.approx(16 * 7.6156e9 / 8, rel=1e-3)
 
 
+@pytest.mark.parametrize(("name", "gpus"), [("Llama-3.1-70B", 8), pytest.param("Qwen2.5-32B", 4, marks=SLOW)])
+def test_a_dataset_job_without_masters_fits_where_the_table_has_it(models: dict[str, str], name: str, gpus: int) -> None:
+    config = model_job(models[name], None, fsdp_version=2, micro_batch_size=1, bf16="full", **SAVING)
+    assert trainer_memory(config, "bfloat16", gpus, gpu=True).total <= 80 * GIB
+    assert trainer_memory(replace(config, bf16=True), "bfloat16", gpus, gpu=True).total > 80 * GIB
+
+
 GRPO_ROWS = {
     "rl": "grpo",
     "sequence_len": 1024,

@@ -248,6 +248,8 @@ def test_packed_documents_do_not_see_each_other(folder: str, tokenizer: Any, tmp
     reversed_documents = {key: [v for d in documents[::-1] for v in d[key]] for key in ("input_ids", "labels")}
     packs = [packed, {**reversed_documents, "seq_lengths": packed["seq_lengths"][::-1]}]
     trainer = ours("sft", folder, tokenizer, packs, arguments(tmp_path, per_device_train_batch_size=2), packed=True)
+    single = {key: values for key, values in packed.items() if key != "seq_lengths"}  # as of eval_sample_packing: false
+    assert len(trainer.data_collator([single])["packed"]["blocks"]) == 1
     batch = trainer.data_collator(list(trainer.train_dataset))
     assert "attention_mask" not in batch and batch.pop("labels").shape == (1, 2 * len(packed["input_ids"]))
     with torch.no_grad():

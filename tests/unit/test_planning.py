@@ -111,6 +111,7 @@ def test_machines_without_gpus_hold_all_their_actors(models: dict[str, str]) -> 
         pytest.param("Llama-3.1-70B", "lora", SAVING, "4x80GB", {"fsdp_version", "adapter"}, marks=SLOW),
         pytest.param("Qwen2.5-32B", "lora", SHARDED, "8x40GB", {"vllm.tensor_parallel_size"}, marks=SLOW),
         ("Qwen2.5-3B", "lora", GRPO, "1x24GB", {"trl.vllm_mode"}),
+        ("Qwen2.5-7B", None, {**SAVING, "fsdp_version": 2, "ray_num_workers": 2}, "2x48GB", {"bf16", "adapter"}),
     ],
 )  # fmt: skip
 def test_suggestions_fit(

@@ -58,6 +58,17 @@ def test_fsdp_as_axolotl_writes_it(tmp_path: Path) -> None:
     assert "sharding    FSDP2" in "\n".join(describe(config, make_dataset_plan(config, nodes)))
 
 
+ZERO3 = "deepspeed: deepspeed_configs/zero3_bf16.json\n"
+FSDP = "fsdp_version: 2\n"
+
+
+@pytest.mark.parametrize(("more", "mixes"), [("", True), (FSDP, False), (FSDP + QLORA, True), (ZERO3, True)])
+def test_bf16_full_trains_no_copies_in_fp32(tmp_path: Path, more: str, mixes: bool) -> None:
+    """FSDP2 alone makes them, of all weights; without mixed precision DeepSpeed and adapters would compute in fp32."""
+    assert arguments(job(tmp_path, f"{more}bf16: full\n"))["bf16"] is mixes
+    assert arguments(job(tmp_path, f"{more}bf16: true\n"))["bf16"] is True
+
+
 @pytest.mark.parametrize(("more", "used"), [("rl: dpo\n", False), ("rl: kto\n", False), ("rl: orpo\n", True), ("", True)])
 def test_each_rank_loads_the_reference_of_full_fine_tuning(tmp_path: Path, more: str, used: bool) -> None:
     """TRL shards that model as each rank has loaded it: with this option ranks but the first have zeros."""
