@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from actors.errors import ConfigError
 
 NAME = "packed"
-ASKING = "packed, asked"
+ASKING = "packed, asked"  # of a model that shows whether its layers hand on what they are told
 LAYERS = ("full_attention", "sliding_attention")  # kinds of layers whose tokens meet nowhere else
 ALIGNMENT = 8  # the kernels for a mask on a GPU copy one whose rows are not a multiple of this
 
@@ -105,6 +105,7 @@ def _is_deaf(cls: Any, config: Any) -> bool:
 
     AttentionInterface.register(ASKING, ask)
     first = deepcopy(config)
+    first._attn_implementation = ASKING
     text = first.get_text_config()
     text.num_hidden_layers = 1
     if getattr(text, "layer_types", None):
@@ -112,7 +113,8 @@ def _is_deaf(cls: Any, config: Any) -> bool:
     try:
         with torch.device("meta"):
             ids = torch.zeros(1, 2, dtype=torch.long)
-            cls._from_config(first, attn_implementation=ASKING)(input_ids=ids, position_ids=ids, packed=True, use_cache=False)
+            # Not from_config, which DeepSpeed would have cut the weights.
+            cls(first)(input_ids=ids, position_ids=ids, packed=True, use_cache=False)
     except _Asked as asked:
         return not asked.told
     except Exception:  # the code of any model runs here

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from orchestrator import sharding
-from orchestrator.description import described_adapter
+from orchestrator.description import adapter_lines
 from orchestrator.jobs import attention
 from orchestrator.plan import (
     Bundle,
@@ -96,7 +96,7 @@ def describe(config: JobConfig, plan: DatasetPlan) -> list[str]:
     return [
         f"method      {METHOD_NAMES[config.rl]}",
         f"model       {config.base_model}, {plan.dtype}, {plan.attention or 'default'} attention",
-        f"adapter     {described_adapter(config, plan.dtype)}",
+        *adapter_lines(config, plan.dtype),
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"workers     {workers} of Ray Train",
         *(f"            {line}" for line in held),

@@ -13,12 +13,10 @@ def describe(config: JobConfig, plan: Plan) -> list[str]:
         for bundle, node in zip(plan.bundles, plan.placement, strict=True)
     ]
     rewards = [_described_reward(config, plan, name) for name in trl.reward_funcs or []]
-    lost = "            small updates vanish in bfloat16; bf16: false keeps them, and so does deepspeed"
     unused = plan.gpu and config.ray.kv_cache_gib is not None
     return [
         f"model       {config.base_model}, {plan.dtype}",
-        f"adapter     {described_adapter(config, plan.dtype)}",
-        *([lost] if _loses(config, plan) else []),
+        *adapter_lines(config, plan.dtype),
         f"cluster     {len(plan.nodes)} node(s): " + "; ".join(f"{n.name} {amount(n.resources)}" for n in plan.nodes),
         f"placement   one placement group, {plan.strategy}",
         *(f"            {line}" for line in [*held, *rewards]),
@@ -58,6 +56,15 @@ def _described_reward(config: JobConfig, plan: Plan, name: str) -> str:
     return f"reward model {name}: its own process, {threads}no reserved CPU"
 
 
+def adapter_lines(config: JobConfig, dtype: str) -> list[str]:
+    """Of a plan: what is trained, and what is lost of it. dtype: of the weights."""
+    line = f"adapter     {described_adapter(config, dtype)}"
+    if sharding.keeps_small_updates(config, dtype):
+        return [line]
+    others = "does deepspeed" if config.rl == "grpo" else "do deepspeed and fsdp_version: 2"
+    return [line, f"            small updates vanish in bfloat16; bf16: false keeps them, and so {others}"]
+
+
 def described_adapter(config: JobConfig, dtype: str) -> str:
     """The adapter's kind and size for a person, what it stands on, and where it starts. dtype: of the weights."""
     if config.adapter is None:
@@ -66,8 +73,3 @@ def described_adapter(config: JobConfig, dtype: str) -> str:
     base = ", on a base in NF4" if config.load_in_4bit else ", on a base in int8" if config.load_in_8bit else ""
     start = f", from {config.lora_model_dir}" if config.lora_model_dir else ""
     return f"{kind} r={config.lora_r} alpha={config.lora_alpha}{base}{start}"
-
-
-def _loses(config: JobConfig, plan: Plan) -> bool:
-    """Whether weights are trained in a dtype with fewer bits than a small update needs, and nowhere kept in fp32."""
-    return config.adapter is None and plan.dtype == "bfloat16" and not config.deepspeed

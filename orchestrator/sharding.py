@@ -94,6 +94,14 @@ def mixes(config: JobConfig) -> bool:
     return not (config.bf16 == "full" and config.adapter is None and kind(config) == "fsdp")
 
 
+def keeps_small_updates(config: JobConfig, dtype: str) -> bool:
+    """Whether what is trained has, somewhere, as many bits as a small update needs: adapters are fp32, and so are the weights
+    that DeepSpeed steps on, and FSDP2 in a dataset job's mixed precision. dtype: of the computation.
+    """
+    in_fp32 = config.adapter is not None or dtype == "float32" or bool(config.deepspeed)
+    return in_fp32 or (kind(config) == "fsdp" and config.rl != "grpo" and mixes(config))
+
+
 def described(config: JobConfig) -> str:
     """What is cut, for a person. Raises ConfigError as `kind` does."""
     return DESCRIBED[kind(config)]

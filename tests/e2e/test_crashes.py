@@ -68,6 +68,18 @@ def test_engines_that_are_killed_again_and_again(job: Callable[..., Path], tmp_p
     assert (folder / "logs" / "engine-0.err").is_file() and f"engine 0 (pid {facts['actor']['pid']}) on " in output
 
 
+def test_a_trainer_that_is_killed(job: Callable[..., Path], tmp_path: Path) -> None:
+    process = start("run", job(max_steps=10_000, save_steps=10_000))
+    wait_for_steps(process, tmp_path / "out", 2)
+    (pid,) = kill(process, "Trainer")
+    code, output = finish(process)
+    assert code == 1 and "Traceback" not in output, output
+    facts, folder = report(tmp_path / "out")
+    assert (facts["actor"]["name"], facts["actor"]["pid"]) == ("trainer", pid)
+    assert facts["cause"]["name"] == "killed" and facts["step"] >= 2
+    assert (folder / "logs" / "trainer.err").is_file() and f"trainer (pid {pid}) on " in output
+
+
 def test_a_worker_of_a_dataset_job_that_is_killed(dataset_job: Job, tmp_path: Path) -> None:
     two_of_them = {"ray_num_workers": 2, "gradient_accumulation_steps": 1}
     config = dataset_job(max_steps=10_000, save_steps=10_000, eval_steps=10_000, **two_of_them)

@@ -59,3 +59,10 @@ def test_a_package_names_all_its_modules(package: str) -> None:
     folder = README.parent / package
     text = (folder / "__init__.py").read_text(encoding="utf-8")
     assert [path.name for path in folder.glob("[!_]*.py") if path.name not in text] == []
+
+
+def test_what_it_links_to_is_there() -> None:
+    text = README.read_text(encoding="utf-8")
+    targets = {target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target}
+    assert len(targets) > 10 and any(target.endswith((".png", ".svg")) for target in targets)
+    assert [target for target in sorted(targets) if not (README.parent / target).exists()] == []

@@ -21,6 +21,8 @@ JOB = (
     "base_model: m\nlearning_rate: 1e-4\ndatasets: [{path: rows.jsonl, type: alpaca}]\n"
     "micro_batch_size: 2\ngradient_accumulation_steps: 4\nray_num_workers: 2\nmax_grad_norm: 0.5\n"
 )
+ZERO3 = "deepspeed: deepspeed_configs/zero3_bf16.json\n"
+FSDP = "fsdp_version: 2\n"
 QLORA = "adapter: qlora\nload_in_4bit: true\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
 
 
@@ -58,8 +60,14 @@ def test_fsdp_as_axolotl_writes_it(tmp_path: Path) -> None:
     assert "sharding    FSDP2" in "\n".join(describe(config, make_dataset_plan(config, nodes)))
 
 
-ZERO3 = "deepspeed: deepspeed_configs/zero3_bf16.json\n"
-FSDP = "fsdp_version: 2\n"
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [("", True), ("bf16: false\n", False), (FSDP, False), (f"{FSDP}bf16: full\n", True), (ZERO3, False), (QLORA, False)],
+)
+def test_updates_that_bfloat16_loses_are_told_of(tmp_path: Path, more: str, told: bool) -> None:
+    config = job(tmp_path, more)
+    lines = describe(config, make_dataset_plan(config, [Node("a", {"CPU": 8.0, "GPU": 2.0})]))
+    assert any("small updates vanish in bfloat16" in line and "fsdp_version: 2" in line for line in lines) == told
 
 
 @pytest.mark.parametrize(("more", "mixes"), [("", True), (FSDP, False), (FSDP + QLORA, True), (ZERO3, True)])
