@@ -167,8 +167,8 @@ class Head:
 
 
 @contextmanager
-def head_node(cpus: int) -> Iterator[Head]:
-    """A cluster of one node on free ports, which says that it has so many CPUs."""
+def head_node(cpus: int, *more: str) -> Iterator[Head]:
+    """A cluster of one node on free ports, which says that it has so many CPUs. more: arguments of `ray start`."""
     ports = []
     for _ in range(2):
         with socket.socket() as free:
@@ -183,6 +183,7 @@ def head_node(cpus: int) -> Iterator[Head]:
             environment.pop(name, None)
         command = [*RAY, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}"]
         command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", f"--temp-dir={folder}"]
+        command += more
         with open(Path(folder) / "head.log", "w") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         address = f"http://127.0.0.1:{ports[1]}"
