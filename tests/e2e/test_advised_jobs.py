@@ -10,7 +10,16 @@ from tests.e2e.test_run import records
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data", "method"), [("kto/notes", "KTO"), ("grpo/sums", "GRPO")])
+@pytest.mark.parametrize(
+    ("data", "method"),
+    [
+        ("sft/tickets", "SFT"),
+        ("dpo/direct", "DPO"),
+        ("kto/notes", "KTO"),
+        ("reward/courtesy", "reward model"),
+        ("grpo/sums", "GRPO"),
+    ],
+)
 def test_an_advised_job_trains(tmp_path: Path, data: str, method: str) -> None:
     job = tmp_path / "job.yaml"
     code, output = finish(start("advise", f"configs/{data}-train.jsonl", "--write", job))
