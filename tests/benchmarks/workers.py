@@ -72,5 +72,6 @@ def train(
         records = [r for r in metrics.read(Path(config.output_dir) / metrics.METRICS_FILE) if r["kind"] == "train"]
     seconds, losses = (tuple(record[name] for record in records) for name in ("step_s", "loss"))
     said = {key: value for key, value in keys.items() if key != "datasets"}
-    print(f"{said}: {median(seconds):.3f} s a step, loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
+    curve = " ".join(f"{loss:.3f}" for loss in losses)  # at once, since a figure of several jobs may be cut off
+    print(f"{said}: {median(seconds):.3f} s a step, losses {curve}", flush=True)
     return seconds, losses, int(found[1])
