@@ -104,12 +104,8 @@ def _is_deaf(cls: Any, config: Any) -> bool:
         raise _Asked(packed is not None and attention_mask is None)
 
     AttentionInterface.register(ASKING, ask)
-    first = deepcopy(config)
+    first = first_layers(config, 1)
     first._attn_implementation = ASKING
-    text = first.get_text_config()
-    text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
     try:
         with torch.device("meta"):
             ids = torch.zeros(1, 2, dtype=torch.long)
@@ -120,6 +116,16 @@ def _is_deaf(cls: Any, config: Any) -> bool:
     except Exception:  # the code of any model runs here
         return False
     return True
+
+
+def first_layers(config: Any, count: int) -> Any:
+    """transformers' configuration of a model that is the first so many layers of another one."""
+    first = deepcopy(config)
+    text = first.get_text_config()
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+    return first
 
 
 def may_pack(asked: str | None, *, compiled: bool) -> bool:

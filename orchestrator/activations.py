@@ -149,7 +149,12 @@ def _told(setting: Setting) -> bool:
     since packages for it may be missing where the job runs.
     """
     rows = setting.rows
-    return isinstance(rows, PaddedRows) and bool(rows.packs) and attention.takes_documents(read_config(setting.source))
+    return isinstance(rows, PaddedRows) and bool(rows.packs) and _takes_documents(setting.source)
+
+
+@functools.lru_cache(maxsize=32)
+def _takes_documents(source: ModelSource) -> bool:
+    return attention.takes_documents(read_config(source))
 
 
 def _inputs(setting: Setting, fake: FakeTensorMode) -> tuple[dict[str, Tensor], PackedAttention | None]:

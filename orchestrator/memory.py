@@ -164,8 +164,7 @@ class _Rank:
     def _trained_size(self) -> int:
         """Bytes of a trained number. Adapters are fp32; all weights have the job's dtype, or are FSDP's masters."""
         if self.full:
-            masters = self.kind == "fsdp" and not self.online and sharding.mixes(self.config)
-            return 4 if masters else self.size  # accelerate 1.15, fsdp2_prepare_model
+            return 4 if sharding.has_masters(self.config) else self.size  # accelerate 1.15, fsdp2_prepare_model
         in_base_dtype = self.kind == "zero3" and not self.online and not self.quantized  # TRL 1.16, autocast_adapter_dtype
         return self.size if in_base_dtype else 4
 

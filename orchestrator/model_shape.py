@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from actors import hub, model
+from actors.attention import first_layers
 from actors.errors import ConfigError
 from actors.specs import LoraSpec
 
@@ -99,14 +100,10 @@ def read_shape(source: ModelSource, lora: LoraSpec | None) -> ModelShape:
 
 def build(source: ModelSource, dtype: str, attention: str | None = None, layers: int | None = None) -> Any:
     """The model without weights. attention: by transformers' name. layers: the first so many of it; None = all."""
-    config = deepcopy(read_config(source))
+    whole = read_config(source)
+    config = deepcopy(whole) if layers is None else first_layers(whole, layers)
     if source.task == "SEQ_CLS":
         config.num_labels = 1
-    if layers is not None:
-        text = config.get_text_config()
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
         return model.auto_class(source.task).from_config(
             config,

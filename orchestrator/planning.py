@@ -164,7 +164,7 @@ def _kinds(config: JobConfig, gpus: int) -> Iterator[Sequence[Changes]]:
         yield smaller
     if gpus and (over := list(_shards(config, gpus))):
         yield over
-    if not online and config.bf16 and config.adapter is None and sharding.kind(config) == "fsdp" and sharding.mixes(config):
+    if config.bf16 and config.adapter is None and sharding.has_masters(config):
         yield [{"bf16": "full"}]
     if online and gpus:
         yield from _engine_kinds(config, gpus)

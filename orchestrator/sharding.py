@@ -88,18 +88,22 @@ def kind(config: JobConfig) -> str | None:
 
 
 def mixes(config: JobConfig) -> bool:
-    """Whether a dataset job that computes in bfloat16 does so in mixed precision, for which accelerate trains fp32 copies of
-    what FSDP2 cuts. Axolotl's `bf16: full` asks for none, where all weights are trained.
+    """Whether a dataset job that computes in bfloat16 does so in mixed precision. Axolotl's `bf16: full` asks for none, where
+    FSDP2 cuts what is trained, and that is all weights.
     """
     return not (config.bf16 == "full" and config.adapter is None and kind(config) == "fsdp")
 
 
+def has_masters(config: JobConfig) -> bool:
+    """Whether fp32 copies of what FSDP2 cuts are trained, as accelerate has it in the mixed precision of dataset jobs."""
+    return kind(config) == "fsdp" and config.rl != "grpo" and mixes(config)
+
+
 def keeps_small_updates(config: JobConfig, dtype: str) -> bool:
     """Whether what is trained has, somewhere, as many bits as a small update needs: adapters are fp32, and so are the weights
-    that DeepSpeed steps on, and FSDP2 in a dataset job's mixed precision. dtype: of the computation.
+    that DeepSpeed steps on. dtype: of the computation.
     """
-    in_fp32 = config.adapter is not None or dtype == "float32" or bool(config.deepspeed)
-    return in_fp32 or (kind(config) == "fsdp" and config.rl != "grpo" and mixes(config))
+    return config.adapter is not None or dtype == "float32" or bool(config.deepspeed) or has_masters(config)
 
 
 def described(config: JobConfig) -> str:
