@@ -225,7 +225,8 @@ class _Rank:
         layer = shape.in_layers / shape.layers
         at_once = shape.layers if self.options["fsdp_config"].get("reshard_after_forward") is False else 2  # this and the next
         gathered = at_once * layer * (0.5 if self.quantized else self.size)
-        reduced = 2 * layer * self.size if self.full else 0  # gradients of a layer, and of the one before
+        sums = 4 if sharding.has_masters(self.config) else self.size  # actors/methods/base.py, ExactSums
+        reduced = layer * (self.size + sums) if self.full else 0  # gradients of a layer, and the sums of the one before
         return round(gathered + reduced + (shape.head or shape.embedding) * self.size)
 
     def _inputs_of_int8(self) -> int:

@@ -1,4 +1,4 @@
-"""What the methods' trainers share: rows that are prepared already, and checkpoints without a pickle.
+"""What the methods' trainers share: rows that are prepared already, sums in fp32, and checkpoints without a pickle.
 
 They are mixed into TRL's trainers, before them. Everything else is TRL's and transformers' own.
 """
@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate.utils import convert_to_fp32
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from actors import device, sharding, storage
 from actors.optimizers import OPTIMIZER_FILE, SHARD_FILE, load_optimizer, load_schedule, save_optimizer
@@ -52,6 +55,32 @@ class PreparedRows:
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
+
+
+class ExactSums:
+    """Mixed precision under FSDP2 as with one worker: what the model returns, and the sum of all ranks' gradients, is fp32.
+
+    Accelerate has both in bfloat16, which holds a log-probability of -1000 nats to the nearest 4.
+    """
+
+    args: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self._mixes_in_shards:
+            for model in (self.model, getattr(self, "ref_model", None)):  # type: ignore[attr-defined]
+                if model is not None:
+                    model.register_forward_hook(lambda module, inputs, output: convert_to_fp32(output))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self._mixes_in_shards:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.args.fsdp_plugin_args["mixed_precision_policy"] = policy
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+
+    @property
+    def _mixes_in_shards(self) -> bool:
+        return self.args.bf16 and self.args.fsdp_plugin_args is not None
 
 
 class SafeCheckpoints:

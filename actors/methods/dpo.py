@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from actors.methods.base import Inputs, PreparedRows, SafeCheckpoints
+from actors.methods.base import ExactSums, Inputs, PreparedRows, SafeCheckpoints
 
 
 def build(inputs: Inputs) -> Any:
     """Rows: prompt_ids, chosen_ids, rejected_ids. The reference is the policy at the start of training."""
     from trl import DPOConfig, DPOTrainer
 
-    class Trainer(PreparedRows, SafeCheckpoints, DPOTrainer):  # type: ignore[misc]
+    class Trainer(PreparedRows, ExactSums, SafeCheckpoints, DPOTrainer):  # type: ignore[misc]
         pass
 
     return Trainer(

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.formats.base import IGNORED
-from actors.methods.base import Inputs, SafeCheckpoints
+from actors.methods.base import ExactSums, Inputs, SafeCheckpoints
 
 
 def build(inputs: Inputs) -> Any:
@@ -12,7 +12,7 @@ def build(inputs: Inputs) -> Any:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     from trl.experimental.utils import DPODataCollatorWithPadding
 
-    class Trainer(SafeCheckpoints, ORPOTrainer):  # type: ignore[misc]
+    class Trainer(ExactSums, SafeCheckpoints, ORPOTrainer):  # type: ignore[misc]
         def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
             return feature
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from actors.methods.base import Inputs, PreparedRows, SafeCheckpoints
+from actors.methods.base import ExactSums, Inputs, PreparedRows, SafeCheckpoints
 
 
 def build(inputs: Inputs) -> Any:
@@ -10,7 +10,7 @@ def build(inputs: Inputs) -> Any:
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
-    class Trainer(PreparedRows, SafeCheckpoints, RewardTrainer):  # type: ignore[misc]
+    class Trainer(PreparedRows, ExactSums, SafeCheckpoints, RewardTrainer):  # type: ignore[misc]
         pass
 
     class Whole(DataCollatorForPreference):  # type: ignore[misc]

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from actors import attention
-from actors.methods.base import Inputs, PreparedRows, SafeCheckpoints
+from actors.methods.base import ExactSums, Inputs, PreparedRows, SafeCheckpoints
 
 
 def build(inputs: Inputs) -> Any:
     """Rows: input_ids, labels; packed ones also seq_lengths, the length of each document."""
     from trl import SFTConfig, SFTTrainer
 
-    class Trainer(PreparedRows, SafeCheckpoints, SFTTrainer):  # type: ignore[misc]
+    class Trainer(PreparedRows, ExactSums, SafeCheckpoints, SFTTrainer):  # type: ignore[misc]
         pass
 
     arguments = {

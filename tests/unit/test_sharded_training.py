@@ -74,6 +74,7 @@ def train(
     kind: str,
     resume: str | None,
     quantized: bool,
+    mixed: bool,
 ) -> None:
     """One rank; rank 0 leaves losses and gradient norms in losses.json."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
@@ -83,10 +84,12 @@ def train(
     steps = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2}
     batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // world}
     rate = {"learning_rate": 1e-2, "lr_scheduler_type": "linear"}
-    arguments = training_arguments(out, **steps, **batch, **rate, **SHARDINGS[kind])
+    arguments = training_arguments(out, **steps, **batch, **rate, bf16=mixed, **SHARDINGS[kind])
     arguments |= sharding.start(arguments)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model_init: dict[str, Any] = {"dtype": "float32"} | ({"num_labels": 1} if method == "reward_trainer" else {})
+    model_init: dict[str, Any] = {"dtype": "bfloat16" if mixed else "float32"}
+    if method == "reward_trainer":
+        model_init["num_labels"] = 1
     if quantized:
         base = ModelSpec(folder, "float32", quantization="nf4", sharded=kind == "fsdp")
         model_init["quantization_config"] = quantization(base)
@@ -119,11 +122,13 @@ def run(
     world: int,
     resume: Path | None = None,
     quantized: bool = False,
+    mixed: bool = False,
 ) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (world, port, str(folder), str(out), method, lora, kind, str(resume) if resume else None, quantized)
+    job = (str(folder), str(out), method, lora, kind, str(resume) if resume else None, quantized, mixed)
+    arguments = (world, port, *job)
     torch.multiprocessing.spawn(train, arguments, nprocs=world)
     found: dict[str, Any] = json.loads((out / "losses.json").read_text())
     return found
@@ -146,6 +151,14 @@ def compare(folder: Path, tmp_path: Path, method: str, lora: bool, kind: str, qu
 def test_an_adapter_under_fsdp(folder: Path, tmp_path: Path) -> None:
     out = compare(folder, tmp_path, "sft", True, "fsdp")
     assert (out / "adapter_model.safetensors").stat().st_size < 100_000, "the frozen base is not part of the result"
+
+
+@pytest.mark.parametrize("method", ["dpo", *(pytest.param(one, marks=pytest.mark.slow) for one in ("sft", "orpo"))])
+def test_mixed_precision_under_fsdp(folder: Path, tmp_path: Path, method: str) -> None:
+    """In bfloat16, what a model returns alone would put losses 1e-2 apart."""
+    one = run(folder, tmp_path / "one", method, True, "none", 1, mixed=True)
+    two = run(folder, tmp_path / "two", method, True, "fsdp", 2, mixed=True)
+    torch.testing.assert_close(two["curve"], one["curve"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
