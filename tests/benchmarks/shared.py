@@ -61,4 +61,6 @@ def _swept(folder: Path, gpu: bool, *, at_once: int) -> tuple[float, float]:
     records = [record for trial in result.trials for record in metrics.read(trial.folder / metrics.METRICS_FILE)]
     assert len(records) == len(RATES) * STEPS[gpu], "a trial has failed"
     first = min(record["time"] - record["step_s"] for record in records)
-    return seconds, max(record["time"] for record in records) - first
+    steps_s = max(record["time"] for record in records) - first
+    print(f"{at_once} at a time: {seconds:.1f} s, without the first start {steps_s:.1f} s", flush=True)  # if it is cut off
+    return seconds, steps_s

@@ -49,7 +49,7 @@ def hub(llama: Path) -> Iterator[Hub]:
                 return self.give(401, b"", X_Error_Code="RepoNotFound")
             if found := re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", path):
                 return self.give_file(hub.repositories.get(found[1], {}).get(found[2]))
-            if found := re.fullmatch(r"/api/(?:models/)?((?:datasets/)?\w+/\w+)(?:/(revision|tree)/(?:main|1{40})(/.+)?)?", path):
+            if found := re.fullmatch(r"/api/(?:models/)?((?:datasets/)?org/\w+)(?:/(revision|tree)/\w+(/.+)?)?", path):
                 files = hub.repositories.get(found[1], {})
                 if found[2] == "tree":
                     entries = [{"type": "file", "path": name, "size": len(b), "oid": oid(b)} for name, b in files.items()]

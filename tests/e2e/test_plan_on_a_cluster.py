@@ -11,6 +11,7 @@ import yaml
 from orchestrator.hardware import GIB
 from tests.e2e.conftest import REPOSITORY, Head, head_node, run
 
+pytestmark = pytest.mark.slow
 PROGRAM = [sys.executable, "-m", "orchestrator"]
 
 
