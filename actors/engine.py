@@ -63,6 +63,8 @@ class RolloutEngine:
             enforce_eager=spec.enforce_eager or not device.has_gpu(),
             enable_prefix_caching=spec.enable_prefix_caching,
             block_size=None if device.has_gpu() else CPU_BLOCK_TOKENS,
+            # Of a prompt that is cut in two vLLM turns a seeded generator back, which torch's for CPUs cannot do.
+            enable_chunked_prefill=None if device.has_gpu() else False,
             logprobs_mode="processed_logprobs",
             worker_extension_cls="actors.install.PolicyInstaller",
             tensor_parallel_size=spec.tensor_parallel,

@@ -226,8 +226,10 @@ class _Rank:
         at_once = shape.layers if self.options["fsdp_config"].get("reshard_after_forward") is False else 2  # this and the next
         gathered = at_once * layer * (0.5 if self.quantized else self.size)
         sums = 4 if sharding.has_masters(self.config) else self.size  # actors/methods/base.py, ExactSums
-        reduced = layer * (self.size + sums) if self.full else 0  # gradients of a layer, and the sums of the one before
-        return round(gathered + reduced + (shape.head or shape.embedding) * self.size)
+        head = shape.head or shape.embedding
+        # Gradients of a layer, and what is summed of the one before: of the last layer that is the head.
+        reduced = layer * self.size + max(layer, head) * sums if self.full else 0
+        return round(gathered + reduced + head * self.size)
 
     def _inputs_of_int8(self) -> int:
         """bitsandbytes 0.50 keeps what each int8 layer multiplies: attention's input and output, the MLP's, and its middle."""

@@ -58,29 +58,29 @@ class PreparedRows:
 
 
 class ExactSums:
-    """Mixed precision under FSDP2 as with one worker: what the model returns, and the sum of all ranks' gradients, is fp32.
+    """FSDP2 whose results and sums of gradients are fp32, as they are with one worker, and whose gradients are in shards.
 
-    Accelerate has both in bfloat16, which holds a log-probability of -1000 nats to the nearest 4.
+    Accelerate has both in bfloat16, which holds a log-probability of -1000 nats to the nearest 4; and between the micro-batches
+    of a step it keeps whole gradients on each rank.
     """
 
     args: Any
+    model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self._mixes_in_shards:
-            for model in (self.model, getattr(self, "ref_model", None)):  # type: ignore[attr-defined]
-                if model is not None:
-                    model.register_forward_hook(lambda module, inputs, output: convert_to_fp32(output))
+        if self.args.fsdp_plugin_args is not None and self.args.bf16:
+            # Logits, where TRL takes them: in ORPO and reward models.
+            self.model.register_forward_hook(lambda module, inputs, output: convert_to_fp32(output))
 
     def create_accelerator_and_postprocess(self) -> None:
-        if self._mixes_in_shards:
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            self.args.fsdp_plugin_args["mixed_precision_policy"] = policy
+        if self.args.fsdp_plugin_args is not None:
+            # In another dtype torch could not keep whole gradients either: it asks for those of a head that TRL gathers itself.
+            self.args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+            if self.args.bf16:
+                policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+                self.args.fsdp_plugin_args["mixed_precision_policy"] = policy
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-
-    @property
-    def _mixes_in_shards(self) -> bool:
-        return self.args.bf16 and self.args.fsdp_plugin_args is not None
 
 
 class SafeCheckpoints:
