@@ -122,3 +122,4 @@ def test_what_the_hub_does_not_give_is_one_message(hub: Hub, dataset_job: Callab
     code, output = run(hub, tmp_path / "home", job, token="another")
     assert code == 1 and "Traceback" not in output
     assert "datasets: org/rows is no local file and the hub did not give it" in output
+    assert any("/datasets/org/rows" in one for one in hub.asked)

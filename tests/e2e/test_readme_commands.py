@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,10 +37,19 @@ LEFT = {  # by some of the commands
 }
 
 
+def plain(command: str) -> str:
+    return " ".join(shlex.split(command))
+
+
+def test_what_is_looked_for_is_of_commands_that_are_there() -> None:
+    assert set(LEFT) <= {plain(command) for command in COMMANDS}
+
+
 @dataclass
 class Newcomer:
     folder: Path
     head: Head
+    said: Path  # what is typed, where a command asks
     submitted: list[str] = field(default_factory=list)  # names of jobs
 
     def start(self, command: str) -> subprocess.Popen[str]:
@@ -51,7 +61,7 @@ class Newcomer:
             cwd=self.folder,
             env=environment,
             text=True,
-            stdin=subprocess.DEVNULL,
+            stdin=self.said.open(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -59,7 +69,7 @@ class Newcomer:
     def run(self, command: str) -> str:
         code, output = finish(self.start(command))
         assert code == 0, output
-        self.submitted += re.findall(r"^job (\S+)", output, re.MULTILINE) if command.startswith("submit") else []
+        self.submitted += re.findall(r"^job (\w+)", output, re.MULTILINE) if command.startswith("submit") else []
         return output
 
 
@@ -74,7 +84,8 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Newcomer]:
     (folder / "rows.jsonl").write_text("".join(rows[:24]))
     shutil.copy(REPOSITORY / "tests/unit/axolotl/dpo-lora.yml", folder / "axolotl.yml")
     with head_node(2) as head:
-        newcomer = Newcomer(folder, head)
+        (folder / "said.txt").write_text("Hello!\n")
+        newcomer = Newcomer(folder, head, folder / "said.txt")
         newcomer.run(BEFORE)
         yield newcomer
 
@@ -84,18 +95,20 @@ def test_it_does_what_it_says(newcomer: Newcomer, command: str) -> None:
     if command.startswith("stop"):
         newcomer.run("submit job.yaml output_dir=again --no-wait")
     assert newcomer.run(command)
-    left = LEFT.get(" ".join(shlex.split(command)))
+    left = LEFT.get(plain(command))
     assert left is None or (newcomer.folder / left).is_file()
 
 
 @pytest.mark.parametrize("command", [one for one in ORDERED if one.startswith("serve")])
 def test_it_serves_until_it_is_stopped(newcomer: Newcomer, command: str) -> None:
     process = newcomer.start(command)
+    reader = threading.Thread(target=lambda: [None for _ in process.stdout or ()], daemon=True)
+    reader.start()  # since a full pipe would stop it
     models: set[str] = set()
     try:
         for _ in range(200):
             time.sleep(1)
-            assert process.poll() is None, finish(process)[1]
+            assert process.poll() is None
             try:
                 answer = requests.get("http://127.0.0.1:8000/v1/models", timeout=60)
                 models = {model["id"] for model in answer.json()["data"]}
@@ -104,5 +117,5 @@ def test_it_serves_until_it_is_stopped(newcomer: Newcomer, command: str) -> None
                 continue
     finally:
         process.send_signal(signal.SIGINT)
-        finish(process, 90)
+        process.wait(90)
     assert {"grpo-sums", "grpo-replies"} <= models

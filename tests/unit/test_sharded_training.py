@@ -19,6 +19,8 @@ from actors.specs import LoraSpec, ModelSpec
 from tests.tiny import save_smollm2_llama, training_arguments
 
 STEPS = 4
+# Matrices of whole blocks of bitsandbytes' kernels.
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 MORE = ("sft", "dpo", "orpo")  # methods in mixed precision, on a model whose embeddings are tied
 LORA = LoraSpec(r=4, alpha=8)
 ZERO = {
@@ -39,10 +41,9 @@ SHARDINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its embeddings tied, as SmolLM2's are; its matrices of whole blocks of bitsandbytes' kernels."""
+    """Its embeddings tied, as SmolLM2's are."""
     path = tmp_path_factory.mktemp("llama")
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-    save_smollm2_llama(path, tie_word_embeddings=True, **shape)
+    save_smollm2_llama(path, tie_word_embeddings=True, **SHAPE)
     return path
 
 
@@ -158,11 +159,11 @@ def test_an_adapter_under_fsdp(folder: Path, tmp_path: Path) -> None:
 def test_mixed_precision_under_fsdp(tmp_path: Path, method: str, tied: bool) -> None:
     """With what a model returns in bfloat16, losses are 1e-2 apart."""
     (tmp_path / "model").mkdir()
-    save_smollm2_llama(tmp_path / "model", tie_word_embeddings=tied)
+    save_smollm2_llama(tmp_path / "model", tie_word_embeddings=tied, **SHAPE)
     one = run(tmp_path / "model", tmp_path / "one", method, True, "none", 1, mixed=True)
     two = run(tmp_path / "model", tmp_path / "two", method, True, "fsdp", 2, mixed=True)
     assert two["sharded"]
-    torch.testing.assert_close(two["curve"], one["curve"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(two["curve"], one["curve"], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.slow
