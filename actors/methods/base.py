@@ -58,10 +58,10 @@ class PreparedRows:
 
 
 class ExactSums:
-    """FSDP2 whose results and sums of gradients are fp32, as they are with one worker, and whose gradients are in shards.
+    """FSDP2 whose outputs and sums of gradients are fp32, as in mixed precision with one worker, and whose gradients are cut.
 
-    Accelerate has both in bfloat16, which holds a log-probability of -1000 nats to the nearest 4; and between the micro-batches
-    of a step it keeps whole gradients on each rank.
+    Accelerate has outputs and sums in bfloat16, which holds a log-probability of -1000 nats to the nearest 4; and between the
+    micro-batches of a step it keeps whole gradients on each rank.
     """
 
     args: Any
@@ -75,7 +75,7 @@ class ExactSums:
 
     def create_accelerator_and_postprocess(self) -> None:
         if self.args.fsdp_plugin_args is not None:
-            # In another dtype torch could not keep whole gradients either: it asks for those of a head that TRL gathers itself.
+            # Nor could torch keep them whole in fp32: it would look for those of a head, whose weights TRL gathers by itself.
             self.args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
             if self.args.bf16:
                 policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

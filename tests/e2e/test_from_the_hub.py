@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.e2e.conftest import REPOSITORY, finish
+from tests.e2e import conftest
 from tests.e2e.test_run import records
 
 pytestmark = pytest.mark.slow
@@ -92,14 +91,11 @@ def oid(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-def run(hub: Hub, home: Path, *arguments: object, token: str = TOKEN) -> tuple[int, str]:
-    """`eagleray run ARGUMENTS` of somebody who has nothing of the hub yet."""
+def run(hub: Hub, home: Path, job: Path, token: str = TOKEN) -> tuple[int, str]:
+    """`eagleray run JOB` of somebody who has nothing of the hub yet."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "HF_HUB_OFFLINE")}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_TOKEN": token}
-    command = [sys.executable, "-m", "orchestrator", "run", *map(str, arguments)]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT)
-    return finish(process)
+    return conftest.run([sys.executable, "-m", "orchestrator", "run", str(job)], environment)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -67,6 +67,10 @@ def answer(address: str, expression: str) -> list[dict[str, Any]]:
     return list(reply["data"]["result"])
 
 
+def unanswered(address: str, queries: dict[str, str]) -> dict[str, str]:
+    return {metric: query for metric, query in queries.items() if not answer(address, query)}
+
+
 def test_every_panel_has_its_numbers(job: Callable[..., Path], dataset_job: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "held-out.jsonl").write_text('{"prompt": "w20 w22"}\n{"prompt": "w21 w23"}\n')
     pairs = [{"path": str(tmp_path / "pairs.jsonl"), "type": "passthrough"}]
@@ -91,8 +95,8 @@ def test_every_panel_has_its_numbers(job: Callable[..., Path], dataset_job: Call
                 process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
                 while process.poll() is None:
                     time.sleep(2)
-                    missing = {metric: query for metric, query in missing.items() if not answer(address, query)}
+                    missing = unanswered(address, missing)
             assert process.returncode == 0, config.with_suffix(".log").read_text()
         time.sleep(20)  # two readings
-        missing = {metric: query for metric, query in missing.items() if not answer(address, query)}
+        missing = unanswered(address, missing)
     assert set(missing) == NONE_HERE

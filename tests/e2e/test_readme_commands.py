@@ -9,11 +9,11 @@ import shlex
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import pytest
 import requests
@@ -24,6 +24,7 @@ from tests.unit.test_readme import COMMANDS
 pytestmark = pytest.mark.slow
 
 ADDRESS = "http://127.0.0.1:8265"
+SAID = "said.txt"  # what is typed, where a command asks
 BEFORE = "run configs/grpo/smollm2-lora-cpu.yaml"  # what `make demo` does
 # The README shows a cluster's newest run before it has said how to submit one.
 ORDERED = sorted(COMMANDS, key=lambda command: ADDRESS in command or "stop" in command)
@@ -49,22 +50,22 @@ def test_what_is_looked_for_is_of_commands_that_are_there() -> None:
 class Newcomer:
     folder: Path
     head: Head
-    said: Path  # what is typed, where a command asks
     submitted: list[str] = field(default_factory=list)  # names of jobs
 
-    def start(self, command: str) -> subprocess.Popen[str]:
+    def start(self, command: str, output: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
         words = shlex.split(command.replace(ADDRESS, self.head.dashboard))
         environment = {**self.head.environment, "RAY_API_SERVER_ADDRESS": self.head.dashboard}
         words = [self.submitted[-1] if word in ("JOB", "[JOB]") else word for word in words]
-        return subprocess.Popen(
-            ["eagleray", *words],
-            cwd=self.folder,
-            env=environment,
-            text=True,
-            stdin=self.said.open(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        with (self.folder / SAID).open() as said:
+            return subprocess.Popen(
+                ["eagleray", *words],
+                cwd=self.folder,
+                env=environment,
+                text=True,
+                stdin=said,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
 
     def run(self, command: str) -> str:
         code, output = finish(self.start(command))
@@ -83,9 +84,9 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Newcomer]:
     rows = (folder / "configs/sft/tickets-train.jsonl").read_text().splitlines(keepends=True)
     (folder / "rows.jsonl").write_text("".join(rows[:24]))
     shutil.copy(REPOSITORY / "tests/unit/axolotl/dpo-lora.yml", folder / "axolotl.yml")
+    (folder / SAID).write_text("Hello!\n")
     with head_node(2) as head:
-        (folder / "said.txt").write_text("Hello!\n")
-        newcomer = Newcomer(folder, head, folder / "said.txt")
+        newcomer = Newcomer(folder, head)
         newcomer.run(BEFORE)
         yield newcomer
 
@@ -101,14 +102,14 @@ def test_it_does_what_it_says(newcomer: Newcomer, command: str) -> None:
 
 @pytest.mark.parametrize("command", [one for one in ORDERED if one.startswith("serve")])
 def test_it_serves_until_it_is_stopped(newcomer: Newcomer, command: str) -> None:
-    process = newcomer.start(command)
-    reader = threading.Thread(target=lambda: [None for _ in process.stdout or ()], daemon=True)
-    reader.start()  # since a full pipe would stop it
+    log = newcomer.folder / "serve.log"  # since nobody reads a pipe, which stops it when it is full
+    with log.open("w") as output:
+        process = newcomer.start(command, output)
     models: set[str] = set()
     try:
         for _ in range(200):
             time.sleep(1)
-            assert process.poll() is None
+            assert process.poll() is None, log.read_text()
             try:
                 answer = requests.get("http://127.0.0.1:8000/v1/models", timeout=60)
                 models = {model["id"] for model in answer.json()["data"]}
