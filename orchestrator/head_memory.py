@@ -6,13 +6,13 @@ Each counts what the code that it names allocates. N positions predict, of V wor
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from actors.model import FP32_LOGITS_AT_ONCE
+from actors.head import FP32_LOGITS_AT_ONCE, LOGITS_AT_ONCE
+from actors.model import FP32_LOGITS_AT_ONCE as FP32_AT_ONCE
 from orchestrator.activations import PackedRows, PaddedRows
 from orchestrator.model_shape import ModelShape
 
 FP32 = 4
-TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's head
-TILE_COPIES = (3.25, 7.25)  # fp32 ones of a tile that it makes on a CPU, forward and backward; a GPU works in the tile
+TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's head on a GPU
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,42 @@ class Task:
         return (self.shape.head or self.shape.embedding) * self.size if self.trains else 0
 
 
-def tiled(task: Task) -> Head:
-    """TRL 1.16's (kernels/chunked_logprob.py), of SFT, DPO, IPO and KTO: logits of a tile at a time, computed twice."""
-    shape, size = task.shape, task.size
+def fused(task: Task) -> Head:
+    """Of SFT, DPO, IPO and KTO: logits of some positions at a time."""
     positions = task.rows.tokens - task.rows.sequences if isinstance(task.rows, PaddedRows) else task.rows.tokens
-    tokens = min(positions, TILE_TOKENS)
-    tile = tokens * TILE_WORDS * size
-    copies = [0 if task.gpu else round(n * tokens * min(shape.vocabulary, TILE_WORDS) * FP32) for n in TILE_COPIES]
+    return tiled(task, positions) if task.gpu else cached(task, positions)
+
+
+def tiled(task: Task, positions: int) -> Head:
+    """TRL 1.16's (kernels/chunked_logprob.py): each tile is made twice, and worked on in place."""
+    shape, size = task.shape, task.size
+    tile = min(positions, TILE_TOKENS) * TILE_WORDS * size
     hidden = positions * shape.hidden
     weights = shape.head or shape.embedding if task.trains else 0
-    summed = (hidden + weights) * FP32
     return Head(
         kept=hidden * size,
-        forward=tile + copies[0],
-        backward=summed + tile + max(copies[1], (hidden + weights) * size),
+        forward=tile,
+        backward=(hidden + weights) * FP32 + tile + (hidden + weights) * size,
+        gradient=task.gradient,
+    )
+
+
+def cached(task: Task, positions: int) -> Head:
+    """Ours (actors/head.py): of a frozen head logits are made once, and of hidden states' size is all that stays."""
+    shape, size = task.shape, task.size
+    tile, scratch = (
+        min(positions, max(1, at_once // shape.vocabulary)) * shape.vocabulary
+        for at_once in (LOGITS_AT_ONCE, FP32_LOGITS_AT_ONCE)
+    )
+    hidden = positions * shape.hidden
+    weights = shape.head or shape.embedding
+    backward = hidden * (FP32 + size)
+    if task.trains:
+        backward = hidden * size + weights * (FP32 + size) + tile * size + 2 * scratch * FP32
+    return Head(
+        kept=hidden * size,
+        forward=hidden * size + tile * size + 3 * scratch * FP32,
+        backward=backward,
         gradient=task.gradient,
     )
 
@@ -65,7 +87,7 @@ def kept_logits(task: Task) -> Head:
     shape, size = task.shape, task.size
     positions = task.rows.predicting
     logits = positions * shape.vocabulary * size
-    at_once = FP32_LOGITS_AT_ONCE["cuda" if task.gpu else "cpu"]
+    at_once = FP32_AT_ONCE["cuda" if task.gpu else "cpu"]
     scratch = min(positions, max(1, at_once // shape.vocabulary)) * shape.vocabulary * FP32
     hidden = positions * shape.hidden * size
     return Head(
@@ -89,10 +111,10 @@ def one_number(task: Task) -> Head:
 
 
 HEADS: dict[str | None, Callable[[Task], Head]] = {
-    None: tiled,
-    "dpo": tiled,
-    "ipo": tiled,
-    "kto": tiled,
+    None: fused,
+    "dpo": fused,
+    "ipo": fused,
+    "kto": fused,
     "orpo": whole_logits,
     "reward_trainer": one_number,
     "grpo": kept_logits,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from actors.head import FusedHead
 from actors.methods.base import ExactSums, Inputs, PreparedRows, SafeCheckpoints
 
 
@@ -9,7 +10,7 @@ def build(inputs: Inputs) -> Any:
     """Rows: prompt_ids, chosen_ids, rejected_ids. The reference is the policy at the start of training."""
     from trl import DPOConfig, DPOTrainer
 
-    class Trainer(PreparedRows, ExactSums, SafeCheckpoints, DPOTrainer):  # type: ignore[misc]
+    class Trainer(PreparedRows, FusedHead, ExactSums, SafeCheckpoints, DPOTrainer):  # type: ignore[misc]
         pass
 
     return Trainer(

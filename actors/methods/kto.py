@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from actors.head import FusedHead
 from actors.methods.base import ExactSums, Inputs, PreparedRows, SafeCheckpoints
 
 
@@ -10,7 +11,7 @@ def build(inputs: Inputs) -> Any:
     from trl import KTOConfig, KTOTrainer
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-    class Trainer(PreparedRows, ExactSums, SafeCheckpoints, KTOTrainer):  # type: ignore[misc]
+    class Trainer(PreparedRows, FusedHead, ExactSums, SafeCheckpoints, KTOTrainer):  # type: ignore[misc]
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             # KTO's own order is that of the rows, because its mismatched pairs are made before training; here they are
             # made of each batch, so the rows may be shuffled.

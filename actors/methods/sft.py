@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from actors import attention
+from actors.head import FusedHead
 from actors.methods.base import ExactSums, Inputs, PreparedRows, SafeCheckpoints
 
 
@@ -11,7 +12,7 @@ def build(inputs: Inputs) -> Any:
     """Rows: input_ids, labels; packed ones also seq_lengths, the length of each document."""
     from trl import SFTConfig, SFTTrainer
 
-    class Trainer(PreparedRows, ExactSums, SafeCheckpoints, SFTTrainer):  # type: ignore[misc]
+    class Trainer(PreparedRows, FusedHead, ExactSums, SafeCheckpoints, SFTTrainer):  # type: ignore[misc]
         pass
 
     arguments = {
