@@ -12,14 +12,11 @@ _ALL = {
     # Images for containers often set it, and where no byte code was installed each process would compile all of torch and vLLM.
     "PYTHONDONTWRITEBYTECODE": "",
 }
-# Of the C library. Logits and their gradients come anew in every step; by default each goes back to the system and is fetched
-# again page by page, which took a seventh of an SFT step of a small model.
-_KEEPING_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def worker_environment(threads: int | None) -> dict[str, str]:
     """Of a Ray Train worker. threads: on CPU."""
-    return {**_ALL, **({"OMP_NUM_THREADS": str(threads), **_KEEPING_MEMORY} if threads is not None else {})}
+    return {**_ALL, **({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})}
 
 
 def served_environment(plan: Plan, engines: int, kv_cache_gib: int) -> dict[str, str]:
