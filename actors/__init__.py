@@ -8,6 +8,7 @@
     chat.py      messages to tokens
     prompts.py   transforms of rows that come with Eagleray
     model.py     the policy: base model, LoRA, tokenizer; log-probabilities of packed rows
+    head.py      log-probabilities out of hidden states on CPUs, in TRL's fused head
     attention.py what completions and documents in a packed row look at
     adapter.py   an adapter in a folder, and a policy that starts from it
     merge.py     an adapter and its base as one model

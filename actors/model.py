@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors import adapter, attention, device, hub
+from actors import adapter, attention, device, head, hub
 from actors.errors import ConfigError
 from actors.packing import PackedRow
 from actors.specs import LoraSpec, ModelSpec
 
-# Elements. On a CPU 8 MiB, which stay in its cache; on a GPU 256 MiB, so that launching kernels is not what takes the time.
-FP32_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
+# Elements. On a GPU 256 MiB, so that launching kernels is not what takes the time.
+FP32_LOGITS_AT_ONCE = {"cpu": head.FP32_LOGITS_AT_ONCE, "cuda": 2**26}
 
 
 def import_libraries() -> None:

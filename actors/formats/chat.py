@@ -150,6 +150,9 @@ class ChatFormat:
         self.roles = {source: role for role, sources in spec.roles.items() for source in sources} if spec.roles else ROLES
         trained = ("assistant",) if spec.roles_to_train is None else spec.roles_to_train
         self.roles_to_train = [self.roles.get(role, role) for role in trained]
+        # A row is tokenized faster without what transformers does around it; the first call leaves it set as for any row.
+        tokenizer("", add_special_tokens=False)
+        self.backend = tokenizer.backend_tokenizer
         self.messages_field = spec.field_messages or "messages"
         self.properties = {  # what the template calls it: what the row calls it
             "role": spec.message_field_role or "role",
@@ -275,8 +278,8 @@ class ChatFormat:
             raise RowError(f"the chat template cannot take `{self.messages_field}` ({reason})") from error
 
     def _tokenize(self, text: str) -> Tokens:
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return Tokens(text, list(encoding["input_ids"]), list(encoding["offset_mapping"]))
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return Tokens(text, encoding.ids, encoding.offsets)
 
     def _places(self, turns: Sequence[Turn], tools: list[Any] | None, text: str) -> list[Place]:
         """Of the turns that something hangs on: those trained, or all where all endings are."""
@@ -312,7 +315,8 @@ class ChatFormat:
         """After the generation prompt where the template has one: what follows it, be it thoughts, the model must write."""
         if index and messages[index]["role"] == "assistant":
             prompt = self._render(messages[:index], tools, header=True)
-            if text.startswith(prompt) and prompt != self._render(messages[:index], tools):
+            # Where both end at the same place, it is no matter whether there is a generation prompt.
+            if prompt != before and text.startswith(prompt) and prompt != self._render(messages[:index], tools):
                 return len(prompt)
         return len(before) if text.startswith(before) else None
 
