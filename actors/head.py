@@ -2,8 +2,8 @@
 
 TRL 1.16 has a kernel for GPUs. Without one its torch code computes every position, also those that train nothing, makes several
 fp32 copies of the logits, and a frozen head's logits once more in the backward pass; of a small model's step that is 40 %. The
-kernel here works on logits in the processor's cache. All around it is TRL's: which models scale or cap their logits, and how
-sharded weights are gathered.
+kernel here works on logits in the processor's cache. All around it is TRL's: which models scale or cap their logits, and what
+gathers sharded weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +18,7 @@ from actors import device
 
 LOGITS_AT_ONCE = 2**25  # so many that reading the head's weights is not what takes the time
 FP32_LOGITS_AT_ONCE = 2**21  # 8 MiB, which stay in a processor's cache
+WORDS_AT_ONCE = 4096  # whose gradients are summed: torch first copies to fp32 what it adds to fp32
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order of what TRL's kernel returns
 
 
@@ -77,6 +78,7 @@ class CpuKernel(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled anew for each number of positions
     def forward(
         ctx: Any,
         hidden_NH: Tensor,
@@ -91,8 +93,8 @@ class CpuKernel(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Log-probabilities and those of OPTIONAL that are asked for, each [N] fp32 (is_top1 bool); None for the others.
 
-        The log-probabilities alone take a gradient. Products are in the dtype of autocast or, without it, of hidden_NH; all
-        else is fp32. chunk_size: of TRL's kernel.
+        The log-probabilities alone take a gradient. Products have the dtype of autocast or, without it, of hidden_NH; all else
+        is fp32, sums over several products too. chunk_size: of TRL's kernel.
         """
         kind = hidden_NH.device.type
         ctx.product_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
@@ -102,14 +104,14 @@ class CpuKernel(torch.autograd.Function):
         names = ["log_probs", *(name for name in OPTIONAL if name in outputs)]
         hidden, weight = hidden_NH.to(ctx.product_dtype), weight_VH.to(ctx.product_dtype)
         tiles: list[dict[str, Tensor]] = []
-        directions = [hidden[:0]]
-        for _, measured, slopes in _tiles(hidden, weight, bias_V, targets_N, ctx.shape, names, slopes=differentiate):
+        direction_NH = torch.empty_like(hidden) if differentiate else None
+        for here, measured, slopes in _tiles(hidden, weight, bias_V, targets_N, ctx.shape, names, slopes=differentiate):
             tiles.append(measured)
-            if differentiate:
-                directions.append(slopes @ weight)
+            if direction_NH is not None:
+                torch.mm(slopes, weight, out=direction_NH[here])
         found = _joined(tiles)
         ctx.hidden_dtype = hidden_NH.dtype
-        ctx.save_for_backward(*((hidden_NH, weight_VH, bias_V, targets_N) if ctx.trained else [torch.cat(directions)]))
+        ctx.save_for_backward(*((hidden_NH, weight_VH, bias_V, targets_N) if ctx.trained else [direction_NH]))
         optional = [found.get(name) for name in OPTIONAL]
         ctx.mark_non_differentiable(*(values for values in optional if values is not None))
         return found["log_probs"], *optional
@@ -130,10 +132,13 @@ class CpuKernel(torch.autograd.Function):
             for here, _, slopes in _tiles(hidden, weight, bias_V, targets_N, ctx.shape, [], slopes=True):
                 grad_n1 = grad_N[here, None]
                 grad_NH[here] = grad_n1 * (slopes @ weight)
-                grad_VH += slopes.T @ (grad_n1 * hidden[here]).to(ctx.product_dtype)
-                if grad_V is not None:
-                    grad_V += (grad_n1 * slopes).sum(0)
-            return grad_NH, grad_VH.to(weight_VH.dtype), None if grad_V is None else grad_V.to(weight_VH.dtype), *[None] * 6
+                weighted_nH = (grad_n1 * hidden[here]).to(ctx.product_dtype)
+                for first in range(0, len(weight), WORDS_AT_ONCE):
+                    words = slice(first, first + WORDS_AT_ONCE)
+                    grad_VH[words] += slopes[:, words].T @ weighted_nH
+                    if grad_V is not None:
+                        grad_V[words] += (grad_n1 * slopes[:, words]).sum(0)
+            return grad_NH, grad_VH.to(weight_VH.dtype), None if grad_V is None else grad_V.to(bias_V.dtype), *[None] * 6
 
 
 def _tiles(

@@ -6,8 +6,7 @@ Each counts what the code that it names allocates. N positions predict, of V wor
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from actors.head import FP32_LOGITS_AT_ONCE, LOGITS_AT_ONCE
-from actors.model import FP32_LOGITS_AT_ONCE as FP32_AT_ONCE
+from actors import head, model
 from orchestrator.activations import PackedRows, PaddedRows
 from orchestrator.model_shape import ModelShape
 
@@ -31,7 +30,8 @@ class Task:
 
     rows: PaddedRows | PackedRows
     shape: ModelShape
-    size: int  # bytes of a weight and of a logit
+    size: int  # bytes of a logit, and of a weight where it computes
+    stored: int  # bytes of a weight where it is kept
     trains: bool  # whether the head's own weights are trained
     gpu: bool
 
@@ -62,20 +62,25 @@ def tiled(task: Task, positions: int) -> Head:
 
 
 def cached(task: Task, positions: int) -> Head:
-    """Ours (actors/head.py): of a frozen head logits are made once, and of hidden states' size is all that stays."""
+    """Ours (actors/head.py): a frozen head keeps something of the hidden states' size, one that is trained those themselves."""
     shape, size = task.shape, task.size
-    tile, scratch = (
-        min(positions, max(1, at_once // shape.vocabulary)) * shape.vocabulary
-        for at_once in (LOGITS_AT_ONCE, FP32_LOGITS_AT_ONCE)
-    )
+    at_once, in_cache = (min(positions, max(1, n // shape.vocabulary)) for n in (head.LOGITS_AT_ONCE, head.FP32_LOGITS_AT_ONCE))
+    tile = at_once * shape.vocabulary * size
+    scratch = in_cache * shape.vocabulary * FP32
     hidden = positions * shape.hidden
     weights = shape.head or shape.embedding
-    backward = hidden * (FP32 + size)
+    recast = weights * size if task.stored != size else 0
+    backward = 2 * hidden * FP32
     if task.trains:
-        backward = hidden * size + weights * (FP32 + size) + tile * size + 2 * scratch * FP32
+        words = min(head.WORDS_AT_ONCE, shape.vocabulary)
+        product = words * shape.hidden * size
+        if size != FP32:  # torch copies the product to fp32, and the slopes that it multiplies
+            product += words * (shape.hidden * FP32 + at_once * size)
+        rounded = weights * task.stored if task.stored != FP32 else 0
+        backward = recast + hidden * size + weights * FP32 + max(tile + 2 * scratch + product, rounded)
     return Head(
         kept=hidden * size,
-        forward=hidden * size + tile * size + 3 * scratch * FP32,
+        forward=recast + hidden * size + tile + 3 * scratch,
         backward=backward,
         gradient=task.gradient,
     )
@@ -87,7 +92,7 @@ def kept_logits(task: Task) -> Head:
     shape, size = task.shape, task.size
     positions = task.rows.predicting
     logits = positions * shape.vocabulary * size
-    at_once = FP32_AT_ONCE["cuda" if task.gpu else "cpu"]
+    at_once = model.FP32_LOGITS_AT_ONCE["cuda" if task.gpu else "cpu"]
     scratch = min(positions, max(1, at_once // shape.vocabulary)) * shape.vocabulary * FP32
     hidden = positions * shape.hidden * size
     return Head(

@@ -119,7 +119,9 @@ class _Rank:
                 checkpointing=sharding.checkpoints_activations(self.config),
             )
         )
-        head = HEADS[self.config.rl](Task(self.rows, self.shape, self.size, self.full, self.gpu))
+        trains_head = self.lora is None or "lm_head" in self.lora.modules_to_save
+        stored = self._trained_size() if trains_head else self.size
+        head = HEADS[self.config.rl](Task(self.rows, self.shape, self.size, stored, trains_head, self.gpu))
         gradients = self._gradients()
         # Gradients of an earlier micro-batch are there all the time; those of the only one come as it goes back.
         before = gradients if self.config.gradient_accumulation_steps > 1 else 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils
 from trl.trainer.utils import add_fused_lm_head
 
@@ -75,6 +76,51 @@ def test_values_and_gradients(case: str, trained: bool) -> None:
         torch.testing.assert_close(gradient, right_gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtypes", ["float32 bfloat16", "bfloat16 float32", "bfloat16 bfloat16"])
+@pytest.mark.parametrize("learns", ["hidden", "weight", "bias", "hidden weight bias", ""])
+def test_dtypes_and_gradients_are_those_of_trls_kernel(dtypes: str, autocast: bool, learns: str) -> None:
+    """dtypes: of hidden states and weights. learns: what takes a gradient."""
+    of_hidden, of_weights = (getattr(torch, name) for name in dtypes.split())
+
+    def run(kernel: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+        hidden_NH, weight_VH, bias_V, targets_N = drawn(torch.bfloat16, bias=True)
+        assert bias_V is not None
+        leaves = {"hidden": hidden_NH.to(of_hidden), "weight": weight_VH.to(of_weights), "bias": bias_V.to(of_weights)}
+        for name in learns.split():
+            leaves[name].requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = kernel.apply(*leaves.values(), targets_N, 0.9, V, None, 1.5, ("log_probs", "entropy"))
+        if learns:
+            (found[0] * torch.linspace(-1, 2, N)).sum().backward()
+        return list(found[:2]), [leaf.grad for leaf in leaves.values()]
+
+    outputs, gradients = run(head.CpuKernel)
+    right_outputs, right_gradients = run(ChunkedLogProbFunction)
+    exact = not autocast and of_hidden == torch.float32  # else logits are rounded, before the bias there and after it here
+    for values, right in zip(outputs, right_outputs, strict=True):
+        torch.testing.assert_close(values, right, **({"rtol": 1e-5, "atol": 1e-5} if exact else {"rtol": 0.0, "atol": 0.1}))
+    for gradient, right_gradient in zip(gradients, right_gradients, strict=True):
+        assert (gradient is None) == (right_gradient is None)
+        if gradient is not None and right_gradient is not None:
+            assert gradient.dtype == right_gradient.dtype
+            off = (gradient - right_gradient).float().norm() / right_gradient.float().norm()
+            assert off < (5e-3 if exact else 3e-2)
+
+
+def test_autocast_says_in_which_dtype_products_are() -> None:
+    hidden_NH, weight_VH, _, targets_N = drawn(bias=False)
+
+    def logprobs(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        return head.CpuKernel.apply(hidden_NH, weight_VH, None, targets_N, 1.0, 0, None, 1.0, ())[0]
+
+    rounded_N = logprobs(hidden_NH.bfloat16(), weight_VH.bfloat16())
+    assert not torch.equal(logprobs(hidden_NH, weight_VH), rounded_N)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logprobs(hidden_NH, weight_VH), rounded_N)
+
+
 def test_what_is_not_asked_for_is_none() -> None:
     found = head.CpuKernel.apply(*drawn(bias=False), 1.0, 0, None, 1.0, ("log_probs", "is_top1"))
     assert [values is not None for values in found] == [True, False, False, False, True]
@@ -99,7 +145,9 @@ def test_the_gradient_of_a_token_that_is_nearly_certain_is_no_rounding() -> None
 
 @pytest.mark.parametrize("labelled", [0, 1, 5])
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_fused_head_gives_what_the_logits_give(tmp_path: Path, trained: bool, labelled: int) -> None:
+def test_a_fused_head_gives_what_the_logits_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: bool, labelled: int
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path)).requires_grad_(trained)
     ids = torch.arange(3, 15).view(1, 12)
     labels = torch.full_like(ids, -100)
@@ -110,6 +158,7 @@ def test_a_fused_head_gives_what_the_logits_give(tmp_path: Path, trained: bool, 
     logprobs = model(inputs_embeds=embedded).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     right = (logprobs * (labels[:, 1:] != -100)).sum()
     gradients = torch.autograd.grad(right, leaves, allow_unused=True, retain_graph=True)
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
     add_fused_lm_head(model)
     with head.kernel():
         found = model(inputs_embeds=embedded, labels=labels, fused_lm_head=True).log_probs.sum()
@@ -121,6 +170,7 @@ def test_a_fused_head_gives_what_the_logits_give(tmp_path: Path, trained: bool, 
 
 def test_trl_has_its_own_kernel_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs: Any = utils._ChunkedLogProbFunction, utils._use_triton
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
     with pytest.raises(RuntimeError), head.kernel():
         assert utils._ChunkedLogProbFunction is head.CpuKernel
         raise RuntimeError
@@ -128,3 +178,19 @@ def test_trl_has_its_own_kernel_again_afterwards(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     with head.kernel():
         assert (utils._ChunkedLogProbFunction, utils._use_triton) == theirs
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_torch_compile_leaves_it_alone() -> None:
+    """Or each number of positions would be compiled anew, until torch gives up."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    hidden_NH, weight_VH, _, targets_N = drawn(bias=False)
+    apply = torch.compile(lambda *tensors: 2 * head.CpuKernel.apply(*tensors, 1.0, 0, None, 1.0, ())[0], backend=backend)
+    for count in range(5, N):
+        apply(hidden_NH[:count], weight_VH, None, targets_N[:count])
+    assert len(compiled) <= 2
