@@ -142,7 +142,8 @@ def compare(folder: Path, tmp_path: Path, method: str, lora: bool, kind: str, qu
     two = run(folder, tmp_path / "two", method, lora, kind, 2, quantized=quantized)
     assert two["sharded"] == (kind.startswith("fsdp") or kind == "zero3")
     torch.testing.assert_close(two["curve"], one["curve"], atol=1e-4, rtol=1e-4)
-    assert one["curve"][0][0] != pytest.approx(one["curve"][-1][0], abs=1e-2), "nothing was learned"
+    # Ten times as far as the two may be apart; DPO begins at log 2 and moves little.
+    assert one["curve"][0][0] != pytest.approx(one["curve"][-1][0], abs=1e-3), "nothing was learned"
     checkpoint = tmp_path / "two" / "checkpoint-2"
     storage.verify(checkpoint)
     resumed = run(folder, tmp_path / "resumed", method, lora, kind, 2, checkpoint, quantized)
