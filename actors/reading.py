@@ -5,6 +5,7 @@ A new kind of file is a line in KINDS: how it is cut, and how a piece of it is r
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -184,7 +185,9 @@ def cut(file: SourceFile, spec: SourceSpec, piece_bytes: int, piece_rows: int) -
 
 
 def _cut_lines(whole: Piece, spec: SourceSpec, piece_bytes: int, piece_rows: int) -> Iterator[Piece]:
-    """At line ends, at least piece_bytes each but for the last."""
+    """At line ends, into pieces of about piece_bytes or less and of one size, so that workers are done at the same time."""
+    size = Path(whole.file).stat().st_size
+    even = size / max(1, math.ceil(size / piece_bytes))
     begin = end = rows = 0
     first_line = next_line = 1
     with open(whole.file, "rb") as lines:
@@ -192,7 +195,7 @@ def _cut_lines(whole: Piece, spec: SourceSpec, piece_bytes: int, piece_rows: int
             end += len(line)
             next_line += 1
             rows += not line.isspace()
-            if end - begin >= piece_bytes:
+            if end - begin >= even:
                 yield replace(whole, begin=begin, end=end, rows=rows, first_line=first_line)
                 begin, first_line, rows = end, next_line, 0
     if end > begin:

@@ -61,6 +61,13 @@ def test_each_line_is_in_one_piece_with_its_number(tmp_path: Path, newline: byte
     assert (len(pieces) > 1) == (piece_bytes < 100)
 
 
+def test_pieces_of_lines_are_of_one_size(tmp_path: Path) -> None:
+    """Else the last of few pieces keeps one worker while the others wait."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"a": 10}\n' * 16)
+    assert [piece.rows for piece in pieces_of(file, "jsonl", piece_bytes=100)] == [8, 8]  # and not 10 and 6
+
+
 def test_a_line_that_is_no_json_is_a_bad_row(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"a": 1}\n{"a": \n{"a": "\xff"}\n{"a": 2}\n')
