@@ -50,6 +50,7 @@ FAMILIES = {
 
 BLOCK_TOKENS = 2**20  # encoded tokens that a worker holds before it writes them: 8 MiB with their labels
 BLOCK_SEQUENCES = 64  # or this many full sequences, if they are long: packing wastes up to one of them a block
+LIMITS_EVERY_S = 0.05  # seconds; Ray Data's own is 1
 BAD_ROWS_KEPT = 10_000  # a quarantine is for reading; a whole dataset of the wrong type is counted only
 
 EncodedRow = dict[str, Any]  # a column's name to int32 ids, or to a bool
@@ -322,10 +323,13 @@ def conduct(function: Callable[[Any], list[Any]], items: Sequence[Any], tasks: i
     Like all that runs on workers it lies here, and not in the driver's modules: those import torch.
     """
     import ray.data
+    from ray.data._internal.execution.resource_manager import ResourceManager
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a large file that cannot be cut is one long task
+    # Ray Data 2.60 takes what its coordinator says of the cluster at the next look only, and runs one task until then.
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LIMITS_EVERY_S
     rows = ray.data.from_items([{"item": item} for item in items], override_num_blocks=tasks)
     for row in rows.flat_map(partial(each, function=function)).iter_rows():
         yield row["item"]
