@@ -17,9 +17,6 @@ from actors.errors import ConfigError
 from actors.packing import PackedRow
 from actors.specs import LoraSpec, ModelSpec
 
-# Elements. On a GPU 256 MiB, so that launching kernels is not what takes the time.
-FP32_LOGITS_AT_ONCE = {"cpu": head.FP32_LOGITS_AT_ONCE, "cuda": 2**26}
-
 
 def import_libraries() -> None:
     """Of what `load_policy` imports, which takes seconds, all that does not look at GPUs, as bitsandbytes does for PEFT."""
@@ -148,23 +145,32 @@ def scaling(lora: LoraSpec) -> float:
 
 
 def load_policy(
-    model: ModelSpec, lora: LoraSpec | None, *, gradient_checkpointing: bool, reference: bool = False
+    model: ModelSpec,
+    lora: LoraSpec | None,
+    *,
+    gradient_checkpointing: bool,
+    reference: bool = False,
+    temperature: float = 1.0,
 ) -> Any:
     """A PeftModel on this process's device, or the model itself without `lora`.
 
-    reference: whether adapter.as_reference will be asked for. Raises ConfigError when the adapter's targets are not in the
-    model.
+    temperature: of `completion_logprobs`. reference: whether adapter.as_reference will be asked for. Raises ConfigError when
+    the adapter's targets are not in the model, or are its head.
     """
-    base = load_base(model)
+    base = load_base(model, temperature)
     if gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     return base if lora is None else with_lora(base, lora, reference=reference)
 
 
-def load_base(model: ModelSpec) -> Any:
-    """The model as it is published, with attention that knows packed rows, on this process's device."""
+def load_base(model: ModelSpec, temperature: float = 1.0) -> Any:
+    """The model as it is published, on this process's device.
+
+    With what `completion_logprobs` needs: attention that knows packed rows, and TRL's fused head at a temperature.
+    """
     from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
 
     kwargs: dict[str, Any] = {}
     attention.register()
@@ -183,16 +189,20 @@ def load_base(model: ModelSpec) -> Any:
     elif not model.sharded:  # a whole model of shards may not fit on one device
         base.to(device.device())
     base.config.use_cache = False
+    add_fused_lm_head(base, temperature, outputs=("log_probs", "entropy"))
     return base
 
 
 def with_lora(base: Any, lora: LoraSpec, *, reference: bool = False) -> Any:
     from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     try:
         policy = get_peft_model(base, peft_config(lora))
     except ValueError as error:
         raise ConfigError(f"lora_target_modules: {error}") from error
+    if isinstance(base.get_output_embeddings(), LoraLayer):
+        raise ConfigError("lora_target_modules: matches the head, whose adapter would not be trained; name layers before it")
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -255,19 +265,22 @@ def ensure_checkpoint_names(model: ModelSpec) -> None:
         )
 
 
-def row_logits(policy: Any, row: PackedRow) -> Tensor:
-    """Logits [K, V] in the base's dtype at the row's kept positions only: the prompt's are never computed."""
+def completion_logprobs(policy: Any, row: PackedRow) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [B, T] fp32 of the row's completion tokens at the policy's temperature, and entropies [B, T] in nats.
+
+    The head computes the positions that predict what the model wrote, and never all of their logits at once. The entropies take
+    no gradient. Values where the row's mask is false mean nothing.
+    """
     dtype = base_dtype(policy)
-    with computing_in(dtype):
+    with computing_in(dtype), head.kernel():
         out = policy(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
             packed=row.attention(dtype),
-            logits_to_keep=row.keep,
-            use_cache=False,
+            shift_labels=row.labels,
+            fused_lm_head=True,
         )
-    logits: Tensor = out.logits.squeeze(0)  # an index would make the gradient a copy
-    return logits
+    return out.log_probs[0][row.queries_BT], out.entropy[0][row.queries_BT]
 
 
 def base_dtype(policy: Any) -> torch.dtype:
@@ -282,77 +295,6 @@ def computing_in(dtype: torch.dtype) -> torch.autocast:
     Without it every LoRA layer would copy its activations to fp32 and back, at several times the cost.
     """
     return torch.autocast(device.device().type, dtype, enabled=dtype != torch.float32)
-
-
-def completion_logprobs(logits_KV: Tensor, row: PackedRow, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B, T] fp32 of the row's completion tokens at `temperature`, and entropies [B, T] in nats.
-
-    The entropies take no gradient. Values at padding mean nothing.
-    """
-    logprobs_N, entropy_K = _TokenLogprobs.apply(
-        logits_KV, row.predicts_BT.flatten(), row.completion_ids_BT.flatten(), temperature
-    )
-    return logprobs_N.view(row.predicts_BT.shape), entropy_K[row.predicts_BT]
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature) at N (position, token) pairs, and the entropy of each position.
-
-    Logits are the largest tensor of a step, K times a vocabulary of 50 to 260 thousand. They are kept in the model's
-    dtype, and what needs fp32 is done for a few positions at a time: the plain expression would hold about five copies
-    in fp32, and on a CPU it takes as long as a third of the model.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits_KV: Tensor, positions_N: Tensor, tokens_N: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        log_norms, entropies = [], []
-        scratch_kV, exps_kV = (_scratch(logits_KV) for _ in range(2))
-        for logits_kV in logits_KV.split(len(scratch_kV)):
-            scaled_kV, exp_kV = scratch_kV[: len(logits_kV)], exps_kV[: len(logits_kV)]
-            scaled_kV.copy_(logits_kV).div_(temperature)  # torch.div would round to the logits' dtype, and then copy
-            top_k1 = scaled_kV.amax(-1, keepdim=True)
-            torch.exp(scaled_kV.sub_(top_k1), out=exp_kV)
-            norm_k = exp_kV.sum(-1)
-            log_norms.append(top_k1.squeeze(-1) + norm_k.log())
-            entropies.append(norm_k.log() - exp_kV.mul_(scaled_kV).sum(-1) / norm_k)  # H = log Z - E[logit]
-        log_norm_K = torch.cat(log_norms)
-        logprobs_N = logits_KV[positions_N, tokens_N].float() / temperature - log_norm_K[positions_N]
-        entropy_K = torch.cat(entropies)
-        ctx.save_for_backward(logits_KV, log_norm_K, positions_N, tokens_N)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy_K)
-        return logprobs_N, entropy_K
-
-    @staticmethod
-    def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        """d log p(t) / d logit(v) = (1 if v is t else 0 - p(v)) / temperature."""
-        logits_KV, log_norm_K, positions_N, tokens_N = ctx.saved_tensors
-        grad_N = grad_N / ctx.temperature
-        grad_K = torch.zeros_like(log_norm_K).index_add_(0, positions_N, grad_N)
-        grad_KV = torch.empty_like(logits_KV)
-        scratch_kV = _scratch(logits_KV)
-        size = len(scratch_kV)
-        for start, out_kV, logits_kV, log_norm_k, grad_k in zip(
-            range(0, len(logits_KV), size),
-            grad_KV.split(size), logits_KV.split(size), log_norm_K.split(size), grad_K.split(size), strict=True,
-        ):  # fmt: skip
-            prob_kV = scratch_kV[: len(logits_kV)].copy_(logits_kV).div_(ctx.temperature)
-            wide_kV = prob_kV.sub_(log_norm_k[:, None]).exp_().mul_(-grad_k[:, None])
-            at_N = (positions_N - start).clamp(0, len(logits_kV) - 1)
-            here_N = torch.where(at_N == positions_N - start, grad_N, 0)
-            # In fp32: of a token that is nearly certain, the two nearly cancel, and what is left would be rounding.
-            wide_kV.index_put_((at_N, tokens_N), here_N, accumulate=True)
-            out_kV.copy_(wide_kV)
-        return grad_KV, None, None, None
-
-
-def _scratch(logits_KV: Tensor) -> Tensor:
-    """Room in fp32 for as many positions as are worked on at once, used again and again."""
-    positions, vocabulary = logits_KV.shape
-    count = min(positions, max(1, FP32_LOGITS_AT_ONCE[logits_KV.device.type] // vocabulary))
-    return torch.empty(count, vocabulary, dtype=torch.float32, device=logits_KV.device)
 
 
 @torch.no_grad()

@@ -3,6 +3,9 @@
 A row is one sequence for the model: prompt, completion, completion, …, prompt, completion, … . Attention lets a completion
 see its own prompt and itself, and positions restart after the prompt, so each completion's log-probabilities are those
 it would have alone. The prompt's forward and backward pass is paid once a group instead of once a completion.
+
+Positions predict: the last token of a prompt stands before each of its completions instead, and no completion's own last token
+is in the row. So a position predicts one token at most, and there is one token less than the group has.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.attention import ALIGNMENT, Block, PackedAttention
+from actors.formats.base import IGNORED
 from actors.types import RolloutGroup
 
 
@@ -28,18 +32,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One forward pass: L positions, B completions of at most T tokens, K positions that need logits."""
+    """One forward pass: L positions, B completions of at most T tokens."""
 
     input_ids: Tensor  # [1, L] int64
     position_ids: Tensor  # [1, L] int64
-    prompts_GP: Tensor  # [G, P] int64: positions of each prompt; 0 at padding
-    queries_BT: Tensor  # [B, T] int64: positions of each completion; 0 at padding
+    labels: Tensor  # [1, L] int64: the token that a position predicts; IGNORED where the model wrote none after it
+    prompts_GP: Tensor  # [G, P] int64: positions of each prompt but its last token; 0 at padding
+    queries_BT: Tensor  # [B, T] int64: the position that predicts each token of a completion; 0 at padding
     keys_BS: Tensor  # [B, S] int64: what each completion may see: its prompt's positions, padded with 0, then queries_BT
     prompt_lengths_B: Tensor  # [B] int64
     places_L: Tensor  # [L] int64: of each position, in all prompts and then all completions, padding included
-    keep: Tensor  # [K] int64: positions whose logits predict a token that the model wrote
-    predicts_BT: Tensor  # [B, T] int64: index into keep of the position that predicts the token; 0 where the mask is false
-    completion_ids_BT: Tensor  # [B, T] int64; 0 at padding
     mask_BT: Tensor  # [B, T] bool: tokens that the model wrote; false at padding and where it was answered
     rollout_logprobs_BT: Tensor  # [B, T] fp32, the engine's; 0 at padding
     advantages_B: Tensor  # [B] fp32
@@ -91,41 +93,36 @@ def pack_row(groups: Sequence[RolloutGroup], samples: Sequence[Sample]) -> Packe
     tokens: list[NDArray[np.int32]] = []
     positions: list[NDArray[np.int64]] = []
     prompts: list[NDArray[np.int64]] = []  # where each lies
-    own: list[NDArray[np.int64]] = []  # where each completion lies
+    own: list[NDArray[np.int64]] = []  # where what predicts each completion lies
     written: list[NDArray[np.bool_]] = []  # which of its tokens are the model's
-    keep: list[int] = []
-    predicts: list[NDArray[np.int64]] = []
+    labels: list[NDArray[np.int64]] = []
     prompt_of: list[int] = []  # of each completion, its prompt's place in `prompts`
     row_groups: list[int] = []
     length = 0
 
-    def append(ids: NDArray[np.int32], first_position: int) -> NDArray[np.int64]:
+    def append(ids: NDArray[np.int32], first_position: int, predicted: NDArray[np.int64]) -> NDArray[np.int64]:
         nonlocal length
         tokens.append(ids)
         positions.append(np.arange(first_position, first_position + len(ids)))
+        labels.append(predicted)
         length += len(ids)
         return np.arange(length - len(ids), length)
 
-    prompt_end = 0
     for sample in samples:
         group = groups[sample.group]
+        before = len(group.prompt_ids) - 1
         if not row_groups or row_groups[-1] != sample.group:
             row_groups.append(sample.group)
-            prompts.append(append(group.prompt_ids, 0))
-            prompt_end = len(keep)  # the prompt's last position predicts the first token of every completion
-            keep.append(length - 1)
+            prompts.append(append(group.prompt_ids[:-1], 0, np.full(before, IGNORED)))
         ids = group.completion_ids[sample.index]
         mine = group.written_by_model(sample.index)
-        predicts.append(mine * np.array([prompt_end, *(len(keep) - 1 + np.cumsum(mine[1:]))]))
-        keep.extend((length + np.flatnonzero(mine[1:])).tolist())
         written.append(mine)
-        own.append(append(ids, len(group.prompt_ids)))
+        own.append(append(np.append(group.prompt_ids[-1], ids[:-1]), before, np.where(mine, ids, IGNORED)))
         prompt_of.append(len(prompts) - 1)
 
-    width = max(map(len, predicts))
-    completions = [groups[s.group].completion_ids[s.index] for s in samples]
+    width = max(map(len, own))
     logprobs = [groups[s.group].logprobs[s.index] for s in samples]
-    longest = max(map(len, prompts))
+    longest = max(1, *map(len, prompts))  # prompts of one token are before their completions only
     longest += -(longest + width) % ALIGNMENT
     prompts_GP = _padded(prompts, longest)
     queries_BT = _padded(own, width)
@@ -137,14 +134,12 @@ def pack_row(groups: Sequence[RolloutGroup], samples: Sequence[Sample]) -> Packe
     return PackedRow(
         input_ids=torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None],
         position_ids=torch.from_numpy(np.concatenate(positions))[None],
+        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64))[None],
         prompts_GP=prompts_GP,
         queries_BT=queries_BT,
         keys_BS=torch.cat([prompts_GP[prompt_of], queries_BT], 1),
         prompt_lengths_B=torch.tensor([len(prompts[number]) for number in prompt_of]),
         places_L=places_L,
-        keep=torch.tensor(keep),
-        predicts_BT=_padded(predicts, width),
-        completion_ids_BT=_padded(completions, width).long(),
         mask_BT=_padded(written, width),
         rollout_logprobs_BT=_padded(logprobs, width).float(),
         advantages_B=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
@@ -157,7 +152,7 @@ def idle_row() -> PackedRow:
     logprob = np.zeros(1, dtype=np.float32)
     group = RolloutGroup(0, token, (token,), (logprob,), (False,), ("",))
     row = pack_row([group], [Sample(0, 0, 0.0)])
-    return replace(row, mask_BT=torch.zeros_like(row.mask_BT))
+    return replace(row, labels=torch.full_like(row.labels, IGNORED), mask_BT=torch.zeros_like(row.mask_BT))
 
 
 def _padded(rows: Sequence[NDArray[np.generic]], width: int) -> Tensor:

@@ -55,9 +55,10 @@ class Trainer:
                 spec.lora,
                 gradient_checkpointing=spec.gradient_checkpointing,
                 reference=reference,
+                temperature=spec.temperature,
             )
         # With LoRA it is the policy itself, in another state; all weights need a frozen copy.
-        self.reference = model.load_base(spec.model).eval() if reference and spec.lora is None else None
+        self.reference = model.load_base(spec.model, spec.temperature).eval() if reference and spec.lora is None else None
         self.shared = ranks.share(sharding, policy, lambda trained: _optimizer(trained, spec.optimizer), self.rank.world)
         self.policy = self.shared.policy
         self.scheduler = _schedule(self.shared.optimizer, spec.optimizer)
@@ -157,18 +158,13 @@ class Trainer:
 
     @torch.no_grad()
     def _logprobs_now(self, policy: Any, row: PackedRow) -> Tensor:
-        row = row.to(device.device())
-        logprobs_BT, _ = model.completion_logprobs(model.row_logits(policy, row), row, self.spec.temperature)
-        return logprobs_BT
+        return model.completion_logprobs(policy, row.to(device.device()))[0]
 
     def _reference_logprobs(self, row: PackedRow) -> Tensor:
         if self.reference is not None:
             return self._logprobs_now(self.reference, row)
         with adapter.as_reference(self.policy):
             return self._logprobs_now(self.shared.model, row)
-
-    def _logits(self, row: PackedRow) -> Tensor:
-        return model.row_logits(self.shared.model, row)
 
     def _iteration(self, rows: list[PackedRow], old: list[Tensor | None], counts: Mapping[str, float]) -> dict[str, float]:
         """Accumulates the gradient of the whole batch row by row, then steps once. counts: of all ranks."""
@@ -179,7 +175,7 @@ class Trainer:
         for number, (row, old_BT) in enumerate(zip(rows, old, strict=True), start=1):
             row = row.to(device.device())
             ref_BT = self._reference_logprobs(row) if self.spec.loss.beta != 0.0 else None
-            logprobs_BT, entropy_BT = model.completion_logprobs(self._logits(row), row, self.spec.temperature)
+            logprobs_BT, entropy_BT = model.completion_logprobs(self.shared.model, row)
             weights_B = token_weights(
                 row.mask_BT.sum(-1), sequences=int(counts["sequences"]), tokens=int(counts["tokens"]), spec=self.spec.loss
             )

@@ -43,6 +43,11 @@ class PaddedRows:
     def tokens(self) -> int:
         return self.sequences * self.length
 
+    @property
+    def predicting(self) -> int:
+        """Positions that need logits: all of a sequence but its end."""
+        return self.tokens - self.sequences
+
 
 @dataclass(frozen=True)
 class PackedRows:
@@ -55,12 +60,13 @@ class PackedRows:
 
     @property
     def tokens(self) -> int:
-        return self.groups * self.prompt + self.completions * self.length
+        """The end of a prompt stands before each of its completions, in place of theirs."""
+        return self.groups * (self.prompt - 1) + self.predicting
 
     @property
     def predicting(self) -> int:
-        """Positions that need logits: the end of each prompt, and all of a completion but its end."""
-        return self.groups + self.completions * (self.length - 1)
+        """Positions that need logits."""
+        return self.completions * self.length
 
 
 @dataclass(frozen=True)

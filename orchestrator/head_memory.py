@@ -6,7 +6,7 @@ Each counts what the code that it names allocates. N positions predict, of V wor
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from actors import head, model
+from actors import head
 from orchestrator.activations import PackedRows, PaddedRows
 from orchestrator.model_shape import ModelShape
 
@@ -42,8 +42,8 @@ class Task:
 
 
 def fused(task: Task) -> Head:
-    """Of SFT, DPO, IPO and KTO: logits of some positions at a time."""
-    positions = task.rows.tokens - task.rows.sequences if isinstance(task.rows, PaddedRows) else task.rows.tokens
+    """Of all but ORPO: logits of some positions at a time."""
+    positions = task.rows.predicting
     return tiled(task, positions) if task.gpu else cached(task, positions)
 
 
@@ -86,23 +86,6 @@ def cached(task: Task, positions: int) -> Head:
     )
 
 
-def kept_logits(task: Task) -> Head:
-    """Ours (actors/model.py), of rl: grpo: logits of what predicts, and fp32 of a few positions at a time."""
-    assert isinstance(task.rows, PackedRows)
-    shape, size = task.shape, task.size
-    positions = task.rows.predicting
-    logits = positions * shape.vocabulary * size
-    at_once = model.FP32_LOGITS_AT_ONCE["cuda" if task.gpu else "cpu"]
-    scratch = min(positions, max(1, at_once // shape.vocabulary)) * shape.vocabulary * FP32
-    hidden = positions * shape.hidden * size
-    return Head(
-        kept=logits + hidden,
-        forward=2 * scratch,
-        backward=max(logits + scratch, hidden + task.gradient),
-        gradient=task.gradient,
-    )
-
-
 def whole_logits(task: Task) -> Head:
     """TRL 1.16's ORPO (experimental/orpo): all logits in fp32, once more those of the chosen half, and their gradients."""
     assert isinstance(task.rows, PaddedRows)
@@ -122,5 +105,5 @@ HEADS: dict[str | None, Callable[[Task], Head]] = {
     "kto": fused,
     "orpo": whole_logits,
     "reward_trainer": one_number,
-    "grpo": kept_logits,
+    "grpo": fused,
 }

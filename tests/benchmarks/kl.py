@@ -63,7 +63,7 @@ class MergingTrainer(Trainer):
         total, tokens = 0.0, 0
         for planned in plan_rows(groups, samples, self.spec.micro_batch_size):
             row = pack_row(groups, planned).to(device.device())
-            ours_BT, _ = model.completion_logprobs(self._logits(row), row, self.spec.temperature)
+            ours_BT, _ = model.completion_logprobs(self.shared.model, row)
             difference = (ours_BT - row.rollout_logprobs_BT)[row.mask_BT].double()
             total += float((difference.exp() - 1 - difference).sum())
             tokens += int(row.mask_BT.sum())

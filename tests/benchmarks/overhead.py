@@ -16,6 +16,7 @@ import ray
 import torch
 
 from actors import device, model
+from actors.formats.base import IGNORED
 from actors.packing import pack_row, plan_rows
 from actors.trainer import Trainer
 from actors.types import RolloutGroup
@@ -34,11 +35,19 @@ class BareTrainer(Trainer):
         planned = plan_rows(groups, samples, self.spec.micro_batch_size)
         rows = [pack_row(groups, row).to(device.device()) for row in planned]
         self.policy.train()
+        dtype = model.base_dtype(self.policy)
         started = time.perf_counter()
         for row in rows:
-            logits_KV = model.row_logits(self.policy, row)
-            predicted = logits_KV[row.predicts_BT[row.mask_BT]]
-            torch.nn.functional.cross_entropy(predicted, row.completion_ids_BT[row.mask_BT]).backward()
+            (predicts_K,) = torch.where(row.labels[0] != IGNORED)
+            with model.computing_in(dtype):
+                logits_KV = self.policy(
+                    input_ids=row.input_ids,
+                    position_ids=row.position_ids,
+                    packed=row.attention(dtype),
+                    logits_to_keep=predicts_K,
+                    use_cache=False,
+                ).logits[0]
+            torch.nn.functional.cross_entropy(logits_KV, row.labels[0, predicts_K]).backward()
         float(self.shared.parameters[0].grad.sum())  # waits for the device
         seconds = time.perf_counter() - started
         self.shared.optimizer.zero_grad(set_to_none=True)

@@ -37,6 +37,7 @@ WEIGHTS_SIZE = 0.05  # share of itself that every weight is moved by
 BUCKET_BYTES = 2**26  # a ninth of the model
 PROBE = [1, 504, 338, 260, 3575, 282, 4649, 47, 378, 3575, 314, 7042, 30, 198, 788, 1]
 NEW_TOKENS = 12
+TEMPERATURE = 0.7  # not 1: trainer and engine must both apply it
 # fp32 on both sides, in other orders of summation through 30 layers.
 LOGPROB_TOLERANCE = 2e-3
 PROMPTS = [
@@ -73,7 +74,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 
 def made(lora: LoraSpec | None, folder: Path) -> Policies:
     optimizer = OptimizerSpec(1e-4, "constant", 0, 10)
-    spec = TrainerSpec(SMOLLM2, lora, optimizer, LossSpec(), micro_batch_size=8, temperature=1.0, bucket_bytes=BUCKET_BYTES)
+    spec = TrainerSpec(
+        SMOLLM2, lora, optimizer, LossSpec(), micro_batch_size=8, temperature=TEMPERATURE, bucket_bytes=BUCKET_BYTES
+    )
     trainer = Trainer(spec)
     trainer.set_probe(PROBE)
     snapshots = []
@@ -451,9 +454,8 @@ def test_a_step_that_fails_fails_all_that_wait(engine: RolloutEngine, monkeypatc
 
 
 def test_sampled_logprobs_are_the_trainers(engine: RolloutEngine, policies: Policies) -> None:
-    temperature = 0.7  # not 1: both sides must apply it
     prompts = [*PROMPTS, LONG_PROMPT]
-    sampling = SamplingSpec(3, NEW_TOKENS, temperature=temperature)
+    sampling = SamplingSpec(3, NEW_TOKENS, temperature=TEMPERATURE)
     installed(engine, *policies.snapshots[1])
     sampled(engine, prompts, sampling, seed=3)  # leaves another policy's keys and values in the prefix cache
     installed(engine, *policies.snapshots[2])  # which the trainer still holds
@@ -461,8 +463,7 @@ def test_sampled_logprobs_are_the_trainers(engine: RolloutEngine, policies: Poli
     assert len(groups[-1].prompt_ids) > engine.llm.llm_engine.vllm_config.cache_config.block_size
     row = pack_row(groups, [Sample(g, i, 1.0) for g in range(len(groups)) for i in range(3)])
     with torch.no_grad():
-        logits_KV = model.row_logits(policies.trainer.policy, row)
-        logprobs_BT, _ = model.completion_logprobs(logits_KV, row, temperature)
+        logprobs_BT, _ = model.completion_logprobs(policies.trainer.policy, row)
     gap_BT = (logprobs_BT - row.rollout_logprobs_BT) * row.mask_BT
     assert gap_BT.abs().max() < LOGPROB_TOLERANCE
     assert row.mask_BT.sum() > 50 and row.rollout_logprobs_BT.min() < -1.0
@@ -500,7 +501,7 @@ def test_a_conversation_is_the_trainers_and_its_seeds(
     """Its log-probabilities are those that the trainer computes of the whole, its draws the same whatever goes on beside."""
     installed(engine, *policies.snapshots[2])
     play(engine, monkeypatch, talks)
-    sampling = SamplingSpec(2, 80, temperature=0.7)
+    sampling = SamplingSpec(2, 80, temperature=TEMPERATURE)
     prompts = PROMPTS[:2]
 
     async def side_by_side(*pauses_s: float) -> list[RolloutGroup]:
@@ -511,7 +512,7 @@ def test_a_conversation_is_the_trainers_and_its_seeds(
     assert completions(groups[:1]) == completions(asyncio.run(side_by_side(0.05)))
     row = pack_row(groups, [Sample(g, i, 1.0) for g in range(2) for i in range(2)])
     with torch.no_grad():
-        logprobs_BT, _ = model.completion_logprobs(model.row_logits(policies.trainer.policy, row), row, 0.7)
+        logprobs_BT, _ = model.completion_logprobs(policies.trainer.policy, row)
     gap_BT = (logprobs_BT - row.rollout_logprobs_BT) * row.mask_BT
     assert gap_BT.abs().max() < LOGPROB_TOLERANCE
     assert row.mask_BT.sum() > 30 and row.rollout_logprobs_BT.min() < -1.0

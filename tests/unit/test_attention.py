@@ -47,19 +47,17 @@ def test_layers_through_which_completions_would_meet_are_refused() -> None:
 
 def test_a_window_that_holds_a_sequence_changes_nothing(tmp_path: Path) -> None:
     """Of a model whose second layer looks back so far as prompt and completion reach."""
-    attention.register()
     window = 15
     config = Qwen2Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=window, max_window_layers=1, **SHAPE)
     torch.manual_seed(0)
-    policy = Qwen2ForCausalLM(config).eval()
-    policy.save_pretrained(tmp_path)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    policy = model.load_base(ModelSpec(str(tmp_path), "float32")).eval()
     assert policy.config.layer_types == ["full_attention", "sliding_attention"]
     assert model.attention_window(ModelSpec(str(tmp_path), "float32")) == window
     group = random_group(9, [6, 3], seed=0)
     row = pack_row([group], [Sample(0, 0, 1.0), Sample(0, 1, 1.0)])
     with torch.no_grad():
-        policy.set_attn_implementation(attention.NAME)
-        logprobs_BT, _ = model.completion_logprobs(model.row_logits(policy, row), row, 1.0)
+        logprobs_BT, _ = model.completion_logprobs(policy, row)
         policy.set_attn_implementation("eager")
         for i in range(2):
             alone_T, _ = alone_logprobs(policy, group, i, 1.0)

@@ -8,17 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from trl.experimental.orpo import ORPOTrainer
 
 from actors import device
+from actors.formats.base import IGNORED
 from actors.head import LOGITS_AT_ONCE, CpuKernel
-from actors.model import completion_logprobs
-from orchestrator.activations import PackedRows, PaddedRows, Setting, _Counted, _run, alive, longest_row
+from orchestrator.activations import PackedRows, PaddedRows, Setting, _run, alive, longest_row
 from orchestrator.fit import fit, warnings
 from orchestrator.hardware import GIB, said
-from orchestrator.head_memory import Head, Task, fused, kept_logits, whole_logits
+from orchestrator.head_memory import Task, fused, whole_logits
 from orchestrator.jobs import trained_lora
 from orchestrator.memory import BYTES, longest_rows, resting_memory, trainer_memory
 from orchestrator.model_shape import ModelShape, ModelSource, read_shape
@@ -268,8 +267,9 @@ def test_pairs_go_through_the_model_together() -> None:
     assert longest_rows(compiled, gpu=False) == PaddedRows(1, 200, masked=True)
     grpo = rows("grpo", trl__num_generations=8, trl__max_completion_length=30)
     assert grpo == PackedRows(groups=1, prompt=70, completions=2, length=30)
-    assert (grpo.tokens, grpo.predicting) == (70 + 2 * 30, 1 + 2 * 29)
-    assert longest_row(grpo).keep.numel() == grpo.predicting and longest_row(grpo).input_ids.numel() == grpo.tokens
+    assert (grpo.tokens, grpo.predicting) == (69 + 2 * 30, 2 * 30)
+    row = longest_row(grpo)
+    assert (row.labels != IGNORED).sum() == grpo.predicting and row.input_ids.numel() == grpo.tokens
 
 
 # What the passes keep.
@@ -332,20 +332,6 @@ def test_packs_cost_what_their_documents_cost_alone(base: str, tmp_path: Path) -
 N, H, V = 600, 16, 40_000  # positions, hidden numbers, words
 
 
-def counted(forward: Any, *shapes: tuple[int, ...], dtype: torch.dtype) -> Head:
-    """What a function of tensors, all of which take a gradient that is there already, needs beside these."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        tensors = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-        for tensor in tensors:
-            tensor.grad = torch.empty_like(tensor)
-        within = _Counted([*tensors, *(tensor.grad for tensor in tensors)])
-        with within:
-            loss = forward(*tensors)
-            kept, most = within.now, within.restart()
-            loss.backward()
-        return Head(kept, most - kept, within.most - kept)
-
-
 def task(rows: PaddedRows | PackedRows, dtype: str, *, trains: bool, hidden: int = H, stored: str | None = None) -> Task:
     numbers = dict.fromkeys(("layers", "intermediate", "heads", "kv_heads", "head_dim", "weights", "in_layers"), 0)
     quantized = dict.fromkeys(("quantizable", "quantizable_rows", "largest", "trained"), 0)
@@ -379,18 +365,6 @@ def test_the_head_on_cpus(dtype: str, stored: str, trains: bool) -> None:
     at_once = states.nbytes  # of what has the size of the hidden states, one may be there or not
     assert head.kept + head.forward == pytest.approx(forward() - before, rel=0.03, abs=at_once)
     assert head.backward == pytest.approx(backward() - before - kept, rel=0.03, abs=at_once)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_head_of_grpo(dtype: str) -> None:
-    rows = PackedRows(groups=2, prompt=30, completions=8, length=40)
-    row = longest_row(rows)
-    found = counted(
-        lambda logits: completion_logprobs(logits, row, 1.0)[0].sum(), (rows.predicting, V), dtype=getattr(torch, dtype)
-    )
-    head = kept_logits(task(rows, dtype, trains=False))
-    assert head.kept == rows.predicting * (V + H) * BYTES[dtype]
-    assert (head.forward, head.backward) == pytest.approx((found.forward, found.backward), rel=0.02)
 
 
 def test_the_head_of_orpo() -> None:

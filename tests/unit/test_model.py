@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors import hub, model
+from actors import head, hub, model
 from actors.errors import ConfigError
 from actors.packing import PackedRow, Sample, pack_row, plan_rows
 from actors.specs import LoraSpec, ModelSpec
@@ -25,11 +25,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
-@pytest.fixture(scope="module")
-def policy(folder: str) -> Any:
-    policy = model.load_policy(ModelSpec(folder, "float32"), LoraSpec(4, 8), gradient_checkpointing=False)
+def loaded(folder: str, temperature: float) -> Any:
+    policy = model.load_policy(
+        ModelSpec(folder, "float32"), LoraSpec(4, 8), gradient_checkpointing=False, temperature=temperature
+    )
     fill_adapter(policy, seed=1, size=0.1)
     return policy.eval()
+
+
+@pytest.fixture(scope="module")
+def policy(folder: str) -> Any:
+    return loaded(folder, 1.0)
+
+
+@pytest.fixture(scope="module")
+def cooler(folder: str) -> Any:
+    """The same at TEMPERATURE."""
+    return loaded(folder, TEMPERATURE)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +64,12 @@ def gradients(policy: Any, total: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("per_row", [1, 2, 4, 9])
 @pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
 def test_packed_logprobs_and_gradients_are_those_of_each_completion_alone(
-    policy: Any, groups: list[RolloutGroup], per_row: int, temperature: float
+    policy: Any, cooler: Any, groups: list[RolloutGroup], per_row: int, temperature: float
 ) -> None:
+    policy = policy if temperature == 1.0 else cooler
     packed_total, alone_total = torch.zeros(()), torch.zeros(())
     for row, samples in packed(groups, per_row):
-        logprobs_BT, _ = model.completion_logprobs(model.row_logits(policy, row), row, temperature)
+        logprobs_BT, _ = model.completion_logprobs(policy, row)
         for b, sample in enumerate(samples):
             alone_T, _ = alone_logprobs(policy, groups[sample.group], sample.index, temperature)
             torch.testing.assert_close(logprobs_BT[b, : len(alone_T)], alone_T, rtol=0, atol=1e-4)
@@ -71,46 +84,41 @@ def test_packed_logprobs_and_gradients_are_those_of_each_completion_alone(
         torch.testing.assert_close(of_packed[name], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
-def test_logits_of_few_bits_are_scaled_with_many(temperature: float) -> None:
-    """Rounded to bfloat16 after the division, log-probabilities would be off by some hundredths, and some above 0."""
-    torch.manual_seed(0)
-    logits_KV = (8 * torch.randn(16, 5000)).bfloat16()
-    logits_KV[3, 7] += 60  # a token that is nearly certain
-    logits_KV.requires_grad_()
-    positions_N, tokens_N = torch.arange(16), logits_KV.argmax(-1)
-    logprobs_N, _ = model._TokenLogprobs.apply(logits_KV, positions_N, tokens_N, temperature)
-    expected_N = torch.log_softmax(logits_KV.detach().float() / temperature, -1)[positions_N, tokens_N]
-    torch.testing.assert_close(logprobs_N, expected_N, rtol=0, atol=1e-5)
-    logprobs_N.sum().backward()
-    exact_KV = logits_KV.detach().float().requires_grad_()
-    torch.log_softmax(exact_KV / temperature, -1)[positions_N, tokens_N].sum().backward()
-    torch.testing.assert_close(logits_KV.grad.float(), exact_KV.grad, rtol=2**-8, atol=1e-5)
-
-
-def test_entropy_is_that_of_the_distribution(policy: Any, groups: list[RolloutGroup]) -> None:
+def test_entropy_is_that_of_the_distribution(cooler: Any, groups: list[RolloutGroup]) -> None:
     for row, samples in packed(groups, 4):
-        _, entropy_BT = model.completion_logprobs(model.row_logits(policy, row), row, TEMPERATURE)
+        _, entropy_BT = model.completion_logprobs(cooler, row)
         assert not entropy_BT.requires_grad
         for b, sample in enumerate(samples):
-            _, logits_TV = alone_logprobs(policy, groups[sample.group], sample.index, TEMPERATURE)
+            _, logits_TV = alone_logprobs(cooler, groups[sample.group], sample.index, TEMPERATURE)
             expected_T = torch.distributions.Categorical(logits=logits_TV).entropy()
             torch.testing.assert_close(entropy_BT[b, : len(expected_T)], expected_T, rtol=0, atol=1e-4)
 
 
-def test_the_head_sees_only_positions_that_predict_a_completion(policy: Any, groups: list[RolloutGroup]) -> None:
+def test_the_head_sees_only_positions_that_predict_a_completion(
+    policy: Any, groups: list[RolloutGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
-    hook = policy.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, output: seen.append(inputs[0].numel() // inputs[0].shape[-1])
-    )
-    try:
-        for row, _ in packed(groups, 9):
-            model.row_logits(policy, row)
-    finally:
-        hook.remove()
-    # A prompt's last position serves all its completions; a completion of T tokens has T - 1 more.
-    expected = sum(1 + sum(len(ids) - 1 for ids in group.completion_ids) for group in groups)
-    assert seen == [expected]
+    measure = head._measure
+
+    def watched(z_kV: Tensor, *rest: Any) -> dict[str, Tensor]:
+        seen.append(len(z_kV))
+        return measure(z_kV, *rest)
+
+    monkeypatch.setattr(head, "_measure", watched)
+    for row, _ in packed(groups, 9):
+        model.completion_logprobs(policy, row)
+    assert sum(seen) == sum(len(ids) for group in groups for ids in group.completion_ids)
+
+
+def test_a_prompt_may_be_one_token(policy: Any) -> None:
+    """Then it stands before its completions alone, and there is nothing that they share."""
+    groups = [random_group(1, [4, 2], seed=7), random_group(1, [3], seed=8)]
+    for both in (groups[:1], groups, [*groups, random_group(5, [2], seed=9)]):
+        for row, samples in packed(both, 9):
+            logprobs_BT, _ = model.completion_logprobs(policy, row)
+            for b, sample in enumerate(samples):
+                alone_T, _ = alone_logprobs(policy, both[sample.group], sample.index, 1.0)
+                torch.testing.assert_close(logprobs_BT[b, : len(alone_T)], alone_T, rtol=0, atol=1e-4)
 
 
 def test_checkpointed_gradients_are_the_same(policy: Any, folder: str, groups: list[RolloutGroup]) -> None:
@@ -120,7 +128,7 @@ def test_checkpointed_gradients_are_the_same(policy: Any, folder: str, groups: l
     ((row, _),) = packed(groups, 9)
     found = []
     for each in (policy, checkpointed):
-        logprobs_BT, _ = model.completion_logprobs(model.row_logits(each, row), row, 1.0)
+        logprobs_BT, _ = model.completion_logprobs(each, row)
         found.append(gradients(each, (logprobs_BT * row.mask_BT).sum()))
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-6)
@@ -132,7 +140,7 @@ def test_the_real_model_agrees_with_transformers() -> None:
     groups = [random_group(12, [9, 3], seed=0, vocab=40_000), random_group(20, [5, 14], seed=1, vocab=40_000)]
     with torch.no_grad():
         for row, samples in packed(groups, 4):
-            logprobs_BT, _ = model.completion_logprobs(model.row_logits(policy, row), row, 1.0)
+            logprobs_BT, _ = model.completion_logprobs(policy, row)
             for b, sample in enumerate(samples):
                 expected_T, _ = alone_logprobs(plain, groups[sample.group], sample.index, 1.0)
                 torch.testing.assert_close(logprobs_BT[b, : len(expected_T)], expected_T, rtol=0, atol=1e-3)

@@ -30,28 +30,21 @@ def example_row() -> PackedRow:
 
 
 def test_a_row_is_laid_out_as_by_hand() -> None:
+    """The last token of a prompt stands before each of its completions, whose own last token predicts nothing."""
     row = example_row()
-    assert row.input_ids.tolist() == [[1, 2, 11, 12, 13, 31, 32, 3, 4, 5, 41]]
-    assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 3]]
-    assert row.completion_ids_BT.tolist() == [[11, 12, 13], [31, 32, 0], [41, 0, 0]]
+    assert row.input_ids.tolist() == [[1, 2, 11, 12, 2, 31, 3, 4, 5]]
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 1, 2, 0, 1, 2]]
+    assert row.labels.tolist() == [[-100, 11, 12, 13, 31, 32, -100, -100, 41]]
     assert row.mask_BT.tolist() == [[True, True, True], [True, True, False], [True, False, False]]
     assert row.advantages_B.tolist() == [0.5, -1.0, 2.0]
     torch.testing.assert_close(row.rollout_logprobs_BT, torch.tensor([[-1.1, -1.2, -1.3], [-3.1, -3.2, 0.0], [-4.1, 0.0, 0.0]]))
 
 
-def test_each_token_is_predicted_by_the_position_before_it() -> None:
+def test_each_token_is_predicted_by_the_position_of_the_one_before_it() -> None:
     row = example_row()
-    positions_BT = row.keep[row.predicts_BT]
-    # 1 is the end of the first prompt, which predicts the first token of both its completions; 9 of the second.
-    assert positions_BT[0].tolist() == [1, 2, 3]
-    assert positions_BT[1, :2].tolist() == [1, 5]
-    assert positions_BT[2, :1].tolist() == [9]
-
-
-def test_no_position_is_kept_that_predicts_nothing() -> None:
-    row = example_row()
-    assert row.keep.tolist() == [1, 2, 3, 5, 9]
-    assert set(row.predicts_BT[row.mask_BT].tolist()) == set(range(len(row.keep)))
+    assert row.queries_BT.tolist() == [[1, 2, 3], [4, 5, 0], [8, 0, 0]]
+    labels_BT = row.labels[0, row.queries_BT]
+    assert labels_BT[row.mask_BT].tolist() == [11, 12, 13, 31, 32, 41]
 
 
 def test_what_the_model_did_not_write_is_context_and_nothing_else() -> None:
@@ -60,31 +53,24 @@ def test_what_the_model_did_not_write_is_context_and_nothing_else() -> None:
     mine = (np.array([1, 1, 0, 0, 1, 0], dtype=np.bool_), np.array([0, 1, 1], dtype=np.bool_))
     groups = [replace(group([1, 2], first, second), written=mine), group([3], [41, 42])]
     row = pack_row(groups, [Sample(0, 0, 0.5), Sample(0, 1, -1.0), Sample(1, 0, 1.0)])
-    assert row.input_ids.tolist() == [[1, 2, *first, *second, 3, 41, 42]]
-    assert row.completion_ids_BT.tolist() == [first, [*second, 0, 0, 0], [41, 42, 0, 0, 0, 0]]
+    assert row.input_ids.tolist() == [[1, 2, *first[:-1], 2, *second[:-1], 3, 41]]
+    assert row.labels.tolist() == [[-100, 11, 12, -100, -100, 15, -100, -100, 22, 23, 41, 42]]
     assert row.mask_BT.tolist() == [[b == "1" for b in line] for line in ("110010", "011000", "110000")]
-    # Of the row's positions: 1 ends the first prompt, 2 holds 11, 5 holds 14, 8 and 9 hold 21 and 22, 11 the second prompt.
-    predicts = row.keep[row.predicts_BT]
-    assert [positions[mask].tolist() for positions, mask in zip(predicts, row.mask_BT, strict=True)] == [
-        [1, 2, 5], [8, 9], [11, 12]
-    ]  # fmt: skip
-    assert row.keep.tolist() == [1, 2, 5, 8, 9, 11, 12], "logits of no other position are computed"
+    assert (row.labels[0, row.queries_BT[row.mask_BT]] != -100).all()
 
 
 def test_a_completion_sees_its_prompt_and_itself() -> None:
-    #        1  2  11 12 13 31 32 3  4  5  41
+    #        1  2  11 12 2  31 3  4  5
     seen = [
-        "1..........",
-        "11.........",
-        "111........",
-        "1111.......",
-        "11111......",
-        "11...1.....",
-        "11...11....",
-        ".......1...",
-        ".......11..",
-        ".......111.",
-        ".......1111",
+        "1........",
+        "11.......",
+        "111......",
+        "1111.....",
+        "1...1....",
+        "1...11...",
+        "......1..",
+        "......11.",
+        "......111",
     ]
     length = len(seen)
     # Equal scores, so that a position's output is the mean of what it sees, and values tell positions apart.
@@ -118,8 +104,8 @@ def test_prompts_are_computed_once_and_nothing_is_padding() -> None:
     groups = [random_group(p, c, seed=p) for p, c in ((5, [4, 1, 7]), (9, [2, 2]), (3, [6, 5, 1, 1]))]
     samples = [Sample(g, i, 1.0) for g, gr in enumerate(groups) for i in range(len(gr.texts))]
     rows = [pack_row(groups, row) for row in plan_rows(groups, samples, 4)]
-    # Prompts 5 + 9 + 3, completions 12 + 4 + 13.
-    assert sum(row.input_ids.numel() for row in rows) == 17 + 29
+    # Prompts 5 + 9 + 3, completions 12 + 4 + 13; what ends a group predicts nothing.
+    assert sum(row.input_ids.numel() for row in rows) == 17 + 29 - 3
     assert sum(int(row.mask_BT.sum()) for row in rows) == 29
 
 
