@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors import device
+from actors import attention, device
+from actors.errors import ConfigError
 
 LOGITS_AT_ONCE = 2**25  # so many that reading the head's weights is not what takes the time
 FP32_LOGITS_AT_ONCE = 2**21  # 8 MiB, which stay in a processor's cache
 WORDS_AT_ONCE = 4096  # whose gradients are summed: torch first copies to fp32 what it adds to fp32
+# Keys of configurations by which TRL knows what becomes of logits.
+SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order of what TRL's kernel returns
 
 
@@ -45,6 +48,37 @@ def _in_place_of_trl() -> Iterator[None]:
         yield
     finally:
         utils._ChunkedLogProbFunction, utils._use_triton = theirs, only_labels
+
+
+def ensure_plain(model: Any, name: str) -> None:
+    """Raises ConfigError for a loaded model whose logits are not its head's product with what its layers put out, so that TRL's
+    fused head would compute others.
+
+    Seen at a first layer without weights. What cannot be built so is taken for a plain one.
+    """
+    seen: dict[str, Any] = {}
+    attention.register()
+    first = attention.first_layers(model.config, 1)
+    first._attn_implementation = attention.NAME  # for which transformers looks into no mask
+    try:
+        with torch.device("meta"):
+            layer, ids = type(model)(first), torch.zeros(1, 2, dtype=torch.long)
+            layer.base_model.register_forward_hook(lambda module, given, out: seen.update(states=out[0]))
+            layer.get_output_embeddings().register_forward_hook(
+                lambda module, given, out: seen.update(given=given[0], made=out)
+            )
+            seen["logits"] = layer(input_ids=ids, position_ids=ids, use_cache=False).logits
+    except Exception:  # the code of any model runs here
+        return
+    config = model.config.get_text_config()
+    scaled = any(getattr(config, key, None) is not None for key in SCALES)
+    if not _one_memory(seen["states"], seen["given"]) or not (scaled or _one_memory(seen["made"], seen["logits"])):
+        text = "has logits that are more than a product of its head, whose log-probabilities are not implemented yet"
+        raise ConfigError(f"base_model: {name} {text}; use a model of transformers whose head is one linear layer")
+
+
+def _one_memory(one: Tensor, other: Tensor) -> bool:
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True)

@@ -148,16 +148,17 @@ def merged_weights(
     for file in hub.weight_files(Path(base.folder)):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
-                weight = weights.get_tensor(name).to(device)  # as it is: together with a wider dtype, torch widens it first
+                weight = weights.get_tensor(name)
                 if name in base.quantized:
-                    weight = _quantized_and_back(weight.to(dtype), base.quantization)
+                    weight = _quantized_and_back(weight.to(device, dtype), base.quantization)
                 module = PEFT_PREFIX + name.removesuffix(".weight")
                 if module in pending:
                     pending.discard(module)
                     a = tensors[f"{module}.lora_A.weight"].to(device, torch.float32)
                     b = tensors[f"{module}.lora_B.weight"].to(device, torch.float32)
-                    weight = torch.addmm(weight.float(), b, a, alpha=scaling)
-                yield name, weight.to(dtype)
+                    wide = weight.to(device).float()  # not in one call, which would widen it before it goes
+                    weight = torch.addmm(wide, b, a, alpha=scaling)
+                yield name, weight.to(device, dtype)
     if pending:
         raise KeyError(f"no weight in {base.folder} for {len(pending)} LoRA modules, first {sorted(pending)[0]}")
 

@@ -189,6 +189,7 @@ def load_base(model: ModelSpec, temperature: float = 1.0) -> Any:
     elif not model.sharded:  # a whole model of shards may not fit on one device
         base.to(device.device())
     base.config.use_cache = False
+    head.ensure_plain(base, model.name)
     add_fused_lm_head(base, temperature, outputs=("log_probs", "entropy"))
     return base
 
@@ -280,7 +281,8 @@ def completion_logprobs(policy: Any, row: PackedRow) -> tuple[Tensor, Tensor]:
             shift_labels=row.labels,
             fused_lm_head=True,
         )
-    return out.log_probs[0][row.queries_BT], out.entropy[0][row.queries_BT]
+    entropy_L = out.entropy[0].detach()  # TRL's kernel leaves it in the graph, and what sums rows up would keep theirs
+    return out.log_probs[0][row.queries_BT], entropy_L[row.queries_BT]
 
 
 def base_dtype(policy: Any) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Rollout groups to packed rows: a prompt stands once for all completions of its group, and nothing is padding.
 
 A row is one sequence for the model: prompt, completion, completion, …, prompt, completion, … . Attention lets a completion
-see its own prompt and itself, and positions restart after the prompt, so each completion's log-probabilities are those
+see its own prompt and itself, and positions restart where the prompt ends, so each completion's log-probabilities are those
 it would have alone. The prompt's forward and backward pass is paid once a group instead of once a completion.
 
 Positions predict: the last token of a prompt stands before each of its completions instead, and no completion's own last token

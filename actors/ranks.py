@@ -126,6 +126,10 @@ class WholeCopies:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
+    def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """As model.sequence_logprobs; all ranks call it."""
+        return model.sequence_logprobs(self.model, token_ids)
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds to the gradients. last: whether no other row of this step comes."""
         loss.backward()
@@ -244,6 +248,15 @@ class DeepSpeed(WholeCopies):
         super().__init__(policy, getattr(self.engine.optimizer, "optimizer", self.engine.optimizer), world)
         self.model = self.engine
         sharding.use_state_files(self.engine)
+
+    def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """DeepSpeed gathers weights ahead in the order of the pass before, and in training the head is no module of a pass."""
+        logprobs = super().sequence_logprobs(token_ids)
+        if offload := getattr(self.engine.optimizer, "parameter_offload", None):  # of stage 3
+            order = offload.get_param_coordinator()
+            if not order.is_invalid_trace():
+                order._invalidate_trace()
+        return logprobs
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)

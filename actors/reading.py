@@ -187,7 +187,7 @@ def cut(file: SourceFile, spec: SourceSpec, piece_bytes: int, piece_rows: int) -
 def _cut_lines(whole: Piece, spec: SourceSpec, piece_bytes: int, piece_rows: int) -> Iterator[Piece]:
     """At line ends, into pieces of about piece_bytes or less and of one size, so that workers are done at the same time."""
     size = Path(whole.file).stat().st_size
-    even = size / max(1, math.ceil(size / piece_bytes))
+    due = even = size / max(1, math.ceil(size / piece_bytes))
     begin = end = rows = 0
     first_line = next_line = 1
     with open(whole.file, "rb") as lines:
@@ -195,9 +195,10 @@ def _cut_lines(whole: Piece, spec: SourceSpec, piece_bytes: int, piece_rows: int
             end += len(line)
             next_line += 1
             rows += not line.isspace()
-            if end - begin >= even:
+            if end >= due:
                 yield replace(whole, begin=begin, end=end, rows=rows, first_line=first_line)
                 begin, first_line, rows = end, next_line, 0
+                due = even * (end // even + 1)
     if end > begin:
         yield replace(whole, begin=begin, end=end, rows=rows, first_line=first_line)
 

@@ -76,7 +76,7 @@ class Trainer:
         self.probe = tuple(token_ids)
         self.policy.eval()
         with nullcontext() if self.spec.lora is None else self.policy.disable_adapter():
-            self.probe_of_base = tuple(model.sequence_logprobs(self.shared.model, self.probe))
+            self.probe_of_base = tuple(self.shared.sequence_logprobs(self.probe))
 
     def base_logprobs(self) -> tuple[float, ...]:
         """The probe's log-probabilities under the base model: what an engine answers whose installs do nothing."""
@@ -168,7 +168,8 @@ class Trainer:
 
     def _iteration(self, rows: list[PackedRow], old: list[Tensor | None], counts: Mapping[str, float]) -> dict[str, float]:
         """Accumulates the gradient of the whole batch row by row, then steps once. counts: of all ranks."""
-        # They are fetched once, at the end: for every number that is asked for earlier a GPU would run out of work.
+        # They are fetched once, at the end: for every number that is asked for earlier a GPU would run out of work, as it does
+        # once a row already, where the head asks which positions predict.
         names = ("loss", "entropy_sum", *STEP_SUMS)
         found = {name: torch.zeros((), dtype=torch.float64, device=device.device()) for name in names}
         learning_rate = float(self.scheduler.get_last_lr()[0])
@@ -223,7 +224,7 @@ class Trainer:
             nbytes += bucket.nbytes
             yield bucket
         self.policy.eval()
-        probe_logprobs = tuple(model.sequence_logprobs(self.shared.model, self.probe))
+        probe_logprobs = tuple(self.shared.sequence_logprobs(self.probe))
         if self.spec.shares_gpu:
             device.release_cache()  # of what was gathered
         rank, scaling = model.rank_and_scaling(self.spec.lora)

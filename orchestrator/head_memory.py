@@ -42,7 +42,7 @@ class Task:
 
 
 def fused(task: Task) -> Head:
-    """Of all but ORPO: logits of some positions at a time."""
+    """Of all language models but ORPO's: logits of some positions at a time."""
     positions = task.rows.predicting
     return tiled(task, positions) if task.gpu else cached(task, positions)
 

@@ -6,17 +6,15 @@ probe and digest, validation, install and probe.
 
 Bare, timed inside the same processes on the same policy's tokens, and added up: `LLM.generate` on token ids with the same
 sampling parameters and an empty prefix cache, as after every sync, the slowest of the engines that sample side by side;
-forward pass, cross entropy and backward pass over the rows that the trainer packed, which were packed and moved before the
+forward pass, log-probabilities and backward pass over the rows that the trainer packed, which were packed and moved before the
 clock started; the reward function called on the texts in the driver.
 """
 
 import time
 
 import ray
-import torch
 
 from actors import device, model
-from actors.formats.base import IGNORED
 from actors.packing import pack_row, plan_rows
 from actors.trainer import Trainer
 from actors.types import RolloutGroup
@@ -35,19 +33,10 @@ class BareTrainer(Trainer):
         planned = plan_rows(groups, samples, self.spec.micro_batch_size)
         rows = [pack_row(groups, row).to(device.device()) for row in planned]
         self.policy.train()
-        dtype = model.base_dtype(self.policy)
         started = time.perf_counter()
         for row in rows:
-            (predicts_K,) = torch.where(row.labels[0] != IGNORED)
-            with model.computing_in(dtype):
-                logits_KV = self.policy(
-                    input_ids=row.input_ids,
-                    position_ids=row.position_ids,
-                    packed=row.attention(dtype),
-                    logits_to_keep=predicts_K,
-                    use_cache=False,
-                ).logits[0]
-            torch.nn.functional.cross_entropy(logits_KV, row.labels[0, predicts_K]).backward()
+            logprobs_BT, _ = model.completion_logprobs(self.policy, row)
+            (-logprobs_BT[row.mask_BT].mean()).backward()
         float(self.shared.parameters[0].grad.sum())  # waits for the device
         seconds = time.perf_counter() - started
         self.shared.optimizer.zero_grad(set_to_none=True)

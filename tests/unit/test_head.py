@@ -1,4 +1,6 @@
-"""The head's kernel on CPUs against torch's log_softmax and autograd, and inside TRL's fused head against a model's logits."""
+"""The head's kernel on CPUs against torch's log_softmax and autograd, and inside TRL's fused head against a model's logits; and
+which models have a head that it computes.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +8,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertDecoderConfig,
+    RobertaConfig,
+)
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils
 from trl.trainer.utils import add_fused_lm_head
 
 from actors import device, head
+from actors.errors import ConfigError
 from tests.tiny import save_llama
 
 N, H, V = 23, 12, 40  # positions, hidden numbers, words
@@ -126,16 +140,18 @@ def test_what_is_not_asked_for_is_none() -> None:
     assert [values is not None for values in found] == [True, False, False, False, True]
 
 
-def test_the_gradient_of_a_token_that_is_nearly_certain_is_no_rounding() -> None:
-    """In bfloat16 1 - p is lost where p is nearly 1, unless both meet before they are rounded."""
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_bfloat16_would_lose(temperature: float) -> None:
+    """The digits of logits / temperature, and 1 - p where p is nearly 1, unless both meet before they are rounded."""
     hidden_NH, weight_VH, _, targets_N = drawn(torch.bfloat16, bias=False)
     weight_VH[targets_N] *= 2
     logits_NV = (hidden_NH @ weight_VH.T).double().requires_grad_()  # rounded, as the kernel has them
-    logprobs_N = logits_NV.log_softmax(-1).gather(-1, targets_N[:, None])[:, 0]
+    logprobs_N = (logits_NV / temperature).log_softmax(-1).gather(-1, targets_N[:, None])[:, 0]
     (slopes_NV,) = torch.autograd.grad(logprobs_N.sum(), logits_NV)
     right_NH = slopes_NV @ weight_VH.double()
     hidden_NH.requires_grad_()
-    outputs = head.CpuKernel.apply(hidden_NH, weight_VH, None, targets_N, 1.0, 0, None, 1.0, ())
+    outputs = head.CpuKernel.apply(hidden_NH, weight_VH, None, targets_N, temperature, 0, None, 1.0, ())
+    torch.testing.assert_close(outputs[0].double(), logprobs_N, rtol=0, atol=1e-5)
     (found_NH,) = torch.autograd.grad(outputs[0].sum(), hidden_NH)
     certain_N = (logprobs_N.exp() > 0.99) & (logprobs_N.exp() < 0.99999)  # above that fp32 has no digits of 1 - p either
     assert certain_N.sum() >= 3
@@ -194,3 +210,50 @@ def test_torch_compile_leaves_it_alone() -> None:
     for count in range(5, N):
         apply(hidden_NH[:count], weight_VH, None, targets_N[:count])
     assert len(compiled) <= 2
+
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+PLAIN = [
+    LlamaConfig(**SHAPE),
+    LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    GPT2Config(vocab_size=64, n_embd=32, n_head=4, n_layer=2),
+    Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8),
+    GraniteConfig(**SHAPE, logits_scaling=3.0),
+    CohereConfig(**SHAPE, logit_scale=0.5),
+]
+MORE = [
+    ModernBertDecoderConfig(**SHAPE, pad_token_id=0),
+    RobertaConfig(**SHAPE, is_decoder=True),
+    BertConfig(**SHAPE, is_decoder=True),
+]
+
+
+@pytest.mark.parametrize("config", PLAIN, ids=lambda config: str(config.model_type))
+def test_a_head_that_is_one_product_is_fused(config: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    head.ensure_plain(model, "it")
+    add_fused_lm_head(model, 0.7)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    labels = torch.tensor([[6, 7, 8, 9]])
+    with torch.no_grad(), head.kernel():
+        found = model(input_ids=ids, shift_labels=labels, fused_lm_head=True).log_probs
+        right = (model(input_ids=ids).logits / 0.7).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", MORE, ids=lambda config: str(config.model_type))
+def test_a_head_that_is_more_is_refused(config: Any) -> None:
+    with pytest.raises(ConfigError, match="base_model: it has logits that are more than a product of its head"):
+        head.ensure_plain(AutoModelForCausalLM.from_config(config), "it")
+
+
+def test_logits_that_are_scaled_in_a_way_unknown_to_trl_are_refused() -> None:
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits / 3
+            return out
+
+    with pytest.raises(ConfigError, match="logits that are more"):
+        head.ensure_plain(Scaled(LlamaConfig(**SHAPE)), "it")

@@ -1,5 +1,6 @@
 """The policy on packed rows, against transformers on one completion at a time."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,12 @@ def test_packed_logprobs_and_gradients_are_those_of_each_completion_alone(
         torch.testing.assert_close(of_packed[name], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_entropy_is_that_of_the_distribution(cooler: Any, groups: list[RolloutGroup]) -> None:
+@pytest.mark.parametrize("kernel", ["ours", "TRL's"])
+def test_entropy_is_that_of_the_distribution(
+    cooler: Any, groups: list[RolloutGroup], monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    if kernel == "TRL's":  # as on a GPU
+        monkeypatch.setattr(head, "kernel", nullcontext)
     for row, samples in packed(groups, 4):
         _, entropy_BT = model.completion_logprobs(cooler, row)
         assert not entropy_BT.requires_grad
@@ -180,6 +186,13 @@ def test_lora_is_fp32_and_trains_alone_also_on_a_bf16_base(folder: str) -> None:
 def test_targets_that_the_model_lacks_are_an_error(folder: str) -> None:
     lora = LoraSpec(4, 8, target_modules=("no_such_projection",))
     with pytest.raises(ConfigError, match=r"lora_target_modules: .*no_such_projection"):
+        model.load_policy(ModelSpec(folder, "float32"), lora, gradient_checkpointing=False)
+
+
+def test_lora_on_the_head_is_an_error(folder: str) -> None:
+    """The head is computed from its weights alone, so an adapter on it would be trained by nothing."""
+    lora = LoraSpec(4, 8, target_modules=".*(q_proj|lm_head)")
+    with pytest.raises(ConfigError, match="lora_target_modules: matches the head"):
         model.load_policy(ModelSpec(folder, "float32"), lora, gradient_checkpointing=False)
 
 

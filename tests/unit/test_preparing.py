@@ -1,9 +1,10 @@
-"""Files in pieces, rows to ids, packing: what the workers of the data preparation do, without Ray."""
+"""Files in pieces, rows to ids, packing: what the workers of the data preparation do, without a cluster."""
 
 import json
 import pickle
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset
+from ray.data._internal.execution.interfaces import ExecutionOptions, ExecutionResources
+from ray.data._internal.execution.resource_manager import ResourceManager
 from transformers import AutoTokenizer
 
 from actors import hub, preparing
@@ -61,11 +64,12 @@ def test_each_line_is_in_one_piece_with_its_number(tmp_path: Path, newline: byte
     assert (len(pieces) > 1) == (piece_bytes < 100)
 
 
-def test_pieces_of_lines_are_of_one_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("piece_bytes", "sizes"), [(100, [8, 8]), (45, [4, 4, 4, 4]), (65, [6, 5, 5])])
+def test_pieces_of_lines_are_of_one_size(tmp_path: Path, piece_bytes: int, sizes: list[int]) -> None:
     """Else the last of few pieces keeps one worker while the others wait."""
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"a": 10}\n' * 16)
-    assert [piece.rows for piece in pieces_of(file, "jsonl", piece_bytes=100)] == [8, 8]  # and not 10 and 6
+    assert [piece.rows for piece in pieces_of(file, "jsonl", piece_bytes)] == sizes
 
 
 def test_a_line_that_is_no_json_is_a_bad_row(tmp_path: Path) -> None:
@@ -289,3 +293,13 @@ assert "torch" not in sys.modules
     written = Dataset.from_file(str(tmp_path / "train" / "part-0.arrow"))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert written["input_ids"][0] == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+
+
+def test_ray_data_looks_at_the_cluster_as_often_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first look finds no processor; `conduct` has it look again soon, and not after a second with one task."""
+    monkeypatch.setattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", 0.0)
+    manager = object.__new__(ResourceManager)
+    manager._global_limits, manager._global_limits_last_update_time = ExecutionResources.zero(), time.time()
+    manager._options, manager._object_store_memory_limit_fraction = ExecutionOptions(), 0.5
+    manager._get_total_resources = lambda: ExecutionResources(cpu=4, object_store_memory=100)
+    assert manager.get_global_limits().cpu == 4

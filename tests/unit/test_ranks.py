@@ -101,6 +101,13 @@ def test_two_ranks_train_all_weights_as_one_does(tmp_path: Path, kind: str) -> N
     assert model.load_base(ModelSpec(str(tmp_path / "two"), "float32")).lm_head.weight.shape == (49152, 32)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+def test_a_head_of_its_own_is_trained_as_one_does(folder: str, tmp_path: Path, kind: str) -> None:
+    """It is in no layer's shards, and is read by the loss and not as a module of the model."""
+    learn_alike(folder, tmp_path, kind, "model.safetensors", full=True)
+
+
 def learn_alike(folder: str, tmp_path: Path, kind: str, weights: str, full: bool = False) -> None:
     one = run(folder, tmp_path / "one", "whole", 1, full=full)
     two = run(folder, tmp_path / "two", kind, 2, full=full)
