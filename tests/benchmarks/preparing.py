@@ -24,6 +24,7 @@ import psutil
 from actors import hub
 from actors.dataset_loop import dataset_of
 from orchestrator.prepare import prepare
+from orchestrator.schema import JobConfig
 from tests.benchmarks import common
 from tests.benchmarks.common import CORES, MODEL
 from tests.benchmarks.conversations import conversations, job, write
@@ -38,16 +39,17 @@ def run(pairs: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = write(folder / "rows.jsonl", conversations(ROWS))
-        larger = write(folder / "larger.jsonl", conversations(TIMES * ROWS))
+        larger = job(folder, write(folder / "larger.jsonl", conversations(TIMES * ROWS)))
+        small = job(folder, file)
 
-        def ours(rows: Path = file) -> list[dict[str, Any]]:
+        def ours(config: JobConfig = small) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory(dir=folder) as out:
-                prepared = prepare(job(folder, rows), Path(out), [], print, lambda *_: None, lambda *_: None)
+                prepared = prepare(config, Path(out), [], print, lambda *_: None, lambda *_: None)
                 return list(dataset_of(prepared.train.files).select(range(CHECKED)))
 
         cold_theirs = common.wall(lambda: subprocess.run([sys.executable, "-m", __name__, str(file)], check=True))()
         started = time.perf_counter()
-        with common.session(), peak_mebibytes() as small:
+        with common.session(), peak_mebibytes() as before:
             ours()
             cold_ours = time.perf_counter() - started
         with common.session(), ProcessPoolExecutor(1, get_context("spawn")) as peer:
@@ -55,13 +57,13 @@ def run(pairs: int) -> list[Row]:
                 raise RuntimeError("the two sides make other rows")
             theirs = common.wall(lambda: peer.submit(mapped, str(file)).result())
             ours_s, theirs_s = common.in_turn(pairs, common.wall(ours), theirs)
-        with common.session(), peak_mebibytes() as large:
+        with common.session(), peak_mebibytes() as after:
             ours(larger)
     what = f"datasets.map, {CORES} processes"
     return [
         Row(f"{ROWS:,} rows to ids and labels", what, ours_s, theirs_s, reach=1.0, rows=ROWS),
         Row("the same from nothing", what, (cold_ours,), (cold_theirs,), rows=ROWS),
-        Row(f"memory at {TIMES * ROWS:,} rows", f"at {ROWS:,} rows", (large(),), (small(),), "cost", 1.1, unit="MiB"),
+        Row(f"memory at {TIMES * ROWS:,} rows", f"at {ROWS:,} rows", (after(),), (before(),), "cost", 1.1, unit="MiB"),
     ]
 
 
