@@ -323,7 +323,7 @@ def test_of_many_rows_some_from_everywhere_are_looked_at() -> None:
     found = of_rows(rows)
     assert found.found.sample.total == 12_000 and 55 <= len(found.found.sample.rows) <= 65
     numbers = [int(row["instruction"].split()[-1].strip(".")) for row in found.found.sample.rows]
-    assert min(numbers) == 0 and max(numbers) > 10_000
+    assert min(numbers) == 0 and max(numbers) > 8_000, "none is of the last third"
     assert "ray" not in found.keys, "a row in a hundred may be wrong without a word"
 
 
