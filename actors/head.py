@@ -3,7 +3,7 @@
 TRL 1.16 has a kernel for GPUs. Without one its torch code computes every position, also those that train nothing, makes several
 fp32 copies of the logits, and a frozen head's logits once more in the backward pass; of a small model's step that is 40 %. The
 kernel here works on logits in the processor's cache. All around it is TRL's: which models scale or cap their logits, and what
-gathers sharded weights.
+gathers sharded weights. Models that TRL would compute other logits of are refused by `ensure_plain`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -72,7 +72,7 @@ def ensure_plain(model: Any, name: str) -> None:
         return
     config = model.config.get_text_config()
     scaled = any(getattr(config, key, None) is not None for key in SCALES)
-    if not _one_memory(seen["states"], seen["given"]) or not (scaled or _one_memory(seen["made"], seen["logits"])):
+    if not scaled and not (_one_memory(seen["states"], seen["given"]) and _one_memory(seen["made"], seen["logits"])):
         text = "has logits that are more than a product of its head, whose log-probabilities are not implemented yet"
         raise ConfigError(f"base_model: {name} {text}; use a model of transformers whose head is one linear layer")
 

@@ -17,6 +17,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniCPM3Config,
     ModernBertDecoderConfig,
     RobertaConfig,
 )
@@ -220,6 +221,7 @@ PLAIN = [
     Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8),
     GraniteConfig(**SHAPE, logits_scaling=3.0),
     CohereConfig(**SHAPE, logit_scale=0.5),
+    MiniCPM3Config(**SHAPE, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
 ]
 MORE = [
     ModernBertDecoderConfig(**SHAPE, pad_token_id=0),
