@@ -6,7 +6,7 @@ one. So cost and memory grow with the parts and not with the square of the row. 
 packed goes through its own "sdpa".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, TypedDict
 
@@ -104,18 +104,29 @@ def _is_deaf(cls: Any, config: Any) -> bool:
         raise _Asked(packed is not None and attention_mask is None)
 
     AttentionInterface.register(ASKING, ask)
-    first = first_layers(config, 1)
-    first._attn_implementation = ASKING
     try:
-        with torch.device("meta"):
-            ids = torch.zeros(1, 2, dtype=torch.long)
-            # Not from_config, which DeepSpeed would have cut the weights.
-            cls(first)(input_ids=ids, position_ids=ids, packed=True, use_cache=False)
+        first_layer_out(cls, config, ASKING, packed=True)
     except _Asked as asked:
         return not asked.told
     except Exception:  # the code of any model runs here
         return False
     return True
+
+
+def first_layer_out(
+    cls: Any, config: Any, implementation: str, watch: Callable[[Any], object] = lambda model: None, **kwargs: Any
+) -> Any:
+    """What a model of a first layer alone, without weights, puts out for two tokens. May raise what the model's code raises.
+
+    implementation: of its attention. watch: is given the model before they go through it.
+    """
+    first = first_layers(config, 1)
+    first._attn_implementation = implementation
+    with torch.device("meta"):
+        model = cls(first)  # not from_config, which DeepSpeed would have cut the weights
+        watch(model)
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        return model(input_ids=ids, position_ids=ids, use_cache=False, **kwargs)
 
 
 def first_layers(config: Any, count: int) -> Any:

@@ -20,7 +20,7 @@ from actors.errors import ConfigError
 LOGITS_AT_ONCE = 2**25  # so many that reading the head's weights is not what takes the time
 FP32_LOGITS_AT_ONCE = 2**21  # 8 MiB, which stay in a processor's cache
 WORDS_AT_ONCE = 4096  # whose gradients are summed: torch first copies to fp32 what it adds to fp32
-# Keys of configurations by which TRL knows what becomes of logits.
+# Keys of configurations by which TRL knows what becomes of logits
 SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order of what TRL's kernel returns
 
@@ -57,17 +57,15 @@ def ensure_plain(model: Any, name: str) -> None:
     Seen at a first layer without weights. What cannot be built so is taken for a plain one.
     """
     seen: dict[str, Any] = {}
+
+    def watch(layer: Any) -> None:
+        layer.base_model.register_forward_hook(lambda module, given, out: seen.update(states=out[0]))
+        layer.get_output_embeddings().register_forward_hook(lambda module, given, out: seen.update(given=given[0], made=out))
+
     attention.register()
-    first = attention.first_layers(model.config, 1)
-    first._attn_implementation = attention.NAME  # for which transformers looks into no mask
     try:
-        with torch.device("meta"):
-            layer, ids = type(model)(first), torch.zeros(1, 2, dtype=torch.long)
-            layer.base_model.register_forward_hook(lambda module, given, out: seen.update(states=out[0]))
-            layer.get_output_embeddings().register_forward_hook(
-                lambda module, given, out: seen.update(given=given[0], made=out)
-            )
-            seen["logits"] = layer(input_ids=ids, position_ids=ids, use_cache=False).logits
+        # With attention that transformers does not know, since it looks into no mask then.
+        seen["logits"] = attention.first_layer_out(type(model), model.config, attention.NAME, watch).logits
     except Exception:  # the code of any model runs here
         return
     config = model.config.get_text_config()

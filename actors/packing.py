@@ -4,12 +4,12 @@ A row is one sequence for the model: prompt, completion, completion, …, prompt
 see its own prompt and itself, and positions restart where the prompt ends, so each completion's log-probabilities are those
 it would have alone. The prompt's forward and backward pass is paid once a group instead of once a completion.
 
-Positions predict: the last token of a prompt stands before each of its completions instead, and no completion's own last token
-is in the row. So a position predicts one token at most, and there is one token less than the group has.
+The last token of a prompt stands before each of its completions instead, and no completion's own last token is in the row. So a
+position predicts one token at most, and a group in a row has one token less than it is made of.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -150,9 +150,8 @@ def idle_row() -> PackedRow:
     """A row that trains nothing: for a rank that has no row left while others have, where forward passes are collectives."""
     token = np.zeros(1, dtype=np.int32)
     logprob = np.zeros(1, dtype=np.float32)
-    group = RolloutGroup(0, token, (token,), (logprob,), (False,), ("",))
-    row = pack_row([group], [Sample(0, 0, 0.0)])
-    return replace(row, labels=torch.full_like(row.labels, IGNORED), mask_BT=torch.zeros_like(row.mask_BT))
+    group = RolloutGroup(0, token, (token,), (logprob,), (False,), ("",), written=(np.zeros(1, dtype=np.bool_),))
+    return pack_row([group], [Sample(0, 0, 0.0)])
 
 
 def _padded(rows: Sequence[NDArray[np.generic]], width: int) -> Tensor:

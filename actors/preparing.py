@@ -50,7 +50,7 @@ FAMILIES = {
 
 BLOCK_TOKENS = 2**20  # encoded tokens that a worker holds before it writes them: 8 MiB with their labels
 BLOCK_SEQUENCES = 64  # or this many full sequences, if they are long: packing wastes up to one of them a block
-LIMITS_EVERY_S = 0.05  # seconds; Ray Data's own is 1
+LIMITS_EVERY_S = 0.05  # so often Ray Data looks at what the cluster has; its own is a second
 BAD_ROWS_KEPT = 10_000  # a quarantine is for reading; a whole dataset of the wrong type is counted only
 
 EncodedRow = dict[str, Any]  # a column's name to int32 ids, or to a bool

@@ -11,9 +11,10 @@ import pyarrow.parquet as parquet
 import pytest
 import ray
 from datasets import Dataset
+from ray.data._internal.execution.resource_manager import ResourceManager
 from transformers import AutoTokenizer
 
-from actors import hub
+from actors import hub, preparing
 from actors.errors import ConfigError, DataError
 from actors.formats.base import IGNORED
 from actors.reading import BadRow
@@ -368,3 +369,9 @@ def test_a_stream_gives_rows_before_it_is_read(tmp_path: Path, tokenizer: Any) -
     expected = tokenizer("row 0 " * 20)["input_ids"] + [tokenizer.eos_token_id]
     assert first[0] == {"input_ids": expected, "labels": expected}
     assert tokenizer.decode(first[1]["input_ids"]).startswith("row 1 ")
+
+
+def test_ray_data_is_told_to_look_at_the_cluster_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", 1.0)  # and put back afterwards
+    assert sorted(preparing.conduct(list, ["ab", "c"], 2)) == ["a", "b", "c"]
+    assert ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S == preparing.LIMITS_EVERY_S < 1

@@ -327,9 +327,9 @@ def test_packs_cost_what_their_documents_cost_alone(base: str, tmp_path: Path) -
     assert kept(str(tmp_path), packs) - kept(str(tmp_path), apart) > 0.9 * layers * (8 * 64) ** 2 * 4
 
 
-# Heads: the formulas against the code that they are of, run on tensors without data.
+# Heads: the formulas against the code that they are of.
 
-N, H, V = 600, 16, 40_000  # positions, hidden numbers, words
+H, V = 16, 40_000  # hidden numbers, words
 
 
 def task(rows: PaddedRows | PackedRows, dtype: str, *, trains: bool, hidden: int = H, stored: str | None = None) -> Task:
