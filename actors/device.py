@@ -9,11 +9,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 # Instructions with which a CPU multiplies bfloat16 matrices natively. Without them bfloat16 is emulated, and
 # sampling is several times slower than in float32.
 _BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+UPLOAD_BYTES = 2**28  # that may be on their way to a GPU
 
 
 def has_gpu() -> bool:
@@ -112,6 +115,35 @@ def wait() -> None:
     """Returns when the GPU has computed all that this process has told it to."""
     if has_gpu():
         torch.cuda.synchronize()
+
+
+def host_bytes(nbytes: int, from_gpu: bool) -> NDArray[np.uint8]:
+    """Memory of the host that was not written yet; from_gpu: pinned, so that a GPU writes to it while others go on."""
+    if not from_gpu:
+        return np.empty(nbytes, dtype=np.uint8)
+    pinned: NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+    return pinned
+
+
+class Upload:
+    """Brings tensors of the host to a device, without a wait for each where that is a GPU.
+
+    A copy from memory that is not pinned runs at a tenth of the speed, and after it this process waits until the GPU has done
+    all that it was told before, which takes longest where others compute there too.
+    """
+
+    def __init__(self, where: torch.device) -> None:
+        self.where = where
+        self.under_way = 0  # bytes
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.where.type == "cpu":
+            return tensor
+        self.under_way += tensor.nbytes
+        if self.under_way > UPLOAD_BYTES:
+            wait()  # or there would be pinned memory for everything
+            self.under_way = tensor.nbytes
+        return tensor.pin_memory().to(self.where, non_blocking=True)
 
 
 def collectives() -> str:

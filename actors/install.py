@@ -9,6 +9,7 @@ The worker is vLLM's own class plus PolicyInstaller (`worker_extension_cls`). An
 engine.
 """
 
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from actors import hub, snapshot
+from actors import device, hub, snapshot
 from actors.snapshot import Bucket
 from actors.types import TensorEntry
 
@@ -69,13 +70,16 @@ class PolicyInstaller:
         """All weights are about to be loaded, by `eagleray_load`, and then `eagleray_finish` is called."""
         from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
 
-        initialize_layerwise_reload(self.model_runner.get_model())
+        model = self.model_runner.get_model()
+        if not serves_as_loaded(model):
+            initialize_layerwise_reload(model)
 
     def eagleray_load(self, entries: Sequence[TensorEntry], bucket: Bucket) -> None:
         """Loads the weights of one bucket of a snapshot. entries: of that bucket."""
         runner = self.model_runner
+        upload = device.Upload(runner.device)
         tensors = snapshot.views(entries, bucket).items()
-        self._load((name, tensor.to(runner.device, runner.model_config.dtype)) for name, tensor in tensors)
+        self._load((name, upload(tensor).to(runner.model_config.dtype)) for name, tensor in tensors)
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         with torch.no_grad():
@@ -88,8 +92,10 @@ class PolicyInstaller:
         from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
         runner = self.model_runner
-        with torch.no_grad():
-            finalize_layerwise_reload(runner.get_model(), runner.model_config)
+        model = runner.get_model()
+        if not serves_as_loaded(model):
+            with torch.no_grad():
+                finalize_layerwise_reload(model, runner.model_config)
         runner.reset_lora_state()
         runner.reset_encoder_cache()
         runner.reset_mm_cache()
@@ -131,34 +137,60 @@ class PolicyInstaller:
         self.model_runner.lora_manager.remove_adapter(slot)
 
 
+def serves_as_loaded(model: nn.Module) -> bool:
+    """Whether vLLM's model computes with the tensors that its weights are loaded into, so that others are written over them.
+
+    Where it does not, vLLM loads every layer anew and makes of it what that layer computes with, which takes several times as
+    long: linear layers are packed on a CPU; quantized, MoE and MLA layers make other tensors of theirs everywhere.
+    """
+    return device.has_gpu() and all(_serves_as_loaded(module) for module in model.modules())
+
+
+def _serves_as_loaded(module: nn.Module) -> bool:
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+    from vllm.v1.attention.backend import AttentionImplBase
+
+    plain = AttentionImplBase.process_weights_after_loading
+    if isinstance(module, Attention) and type(module.impl).process_weights_after_loading is not plain:
+        return False
+    method = getattr(module, "quant_method", None)
+    if method is not None:
+        return type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+    return isinstance(module, Attention) or not hasattr(module, "process_weights_after_loading")
+
+
+@functools.cache
+def _checkpoint(folder: str) -> dict[str, Tensor]:
+    """Its weights by name, views of files that are mapped for as long as this process lives."""
+    files = hub.weight_files(Path(folder))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def merged_weights(
-    base: BaseWeights, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype, device: torch.device
+    base: BaseWeights, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype, where: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the base's checkpoint, those with LoRA tensors merged: W0 + scaling * B A.
 
     Where the trainer's base is quantized, W0 is what that comes to: quantized and back, in `dtype`.
 
-    The product and the sum are fp32, rounded once to `dtype`, on `device`, one weight at a time. The checkpoint
+    The product and the sum are fp32, rounded once to `dtype`, on `where`, one weight at a time. The checkpoint
     is memory-mapped, so W0 costs no memory beyond the page cache. Raises KeyError for a LoRA module whose weight is not
     in the checkpoint.
     """
-    from safetensors import safe_open
-
+    upload = device.Upload(where)
     pending = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
-    for file in hub.weight_files(Path(base.folder)):
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
-                weight = weights.get_tensor(name)
-                if name in base.quantized:
-                    weight = _quantized_and_back(weight.to(device, dtype), base.quantization)
-                module = PEFT_PREFIX + name.removesuffix(".weight")
-                if module in pending:
-                    pending.discard(module)
-                    a = tensors[f"{module}.lora_A.weight"].to(device, torch.float32)
-                    b = tensors[f"{module}.lora_B.weight"].to(device, torch.float32)
-                    wide = weight.to(device).float()  # not in one call, which would widen it before it goes
-                    weight = torch.addmm(wide, b, a, alpha=scaling)
-                yield name, weight.to(device, dtype)
+    for name, stored in _checkpoint(base.folder).items():
+        weight = upload(stored)
+        if name in base.quantized:
+            weight = _quantized_and_back(weight.to(dtype), base.quantization)
+        module = PEFT_PREFIX + name.removesuffix(".weight")
+        if module in pending:
+            pending.discard(module)
+            a, b = (upload(tensors[f"{module}.lora_{half}.weight"]).float() for half in "AB")
+            weight = torch.addmm(weight.float(), b, a, alpha=scaling)
+        yield name, weight.to(dtype)
     if pending:
         raise KeyError(f"no weight in {base.folder} for {len(pending)} LoRA modules, first {sorted(pending)[0]}")
 

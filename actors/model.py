@@ -305,5 +305,5 @@ def sequence_logprobs(policy: Any, token_ids: Sequence[int]) -> list[float]:
     ids = torch.tensor([list(token_ids)], device=device.device())
     with computing_in(base_dtype(policy)):
         logits = policy(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    chosen = torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[:, 0]
-    return [float(x) for x in chosen]
+    logprobs: list[float] = torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+    return logprobs

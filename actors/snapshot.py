@@ -13,6 +13,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from actors import device
 from actors.errors import SyncError
 from actors.types import SnapshotHeader, TensorEntry
 
@@ -63,20 +64,30 @@ def pack(
         dtype = str(tensor.dtype).removeprefix("torch.")
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, nbytes, bucket))
         offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    buffer = used[:offset] if used is not None and used.nbytes >= offset else np.empty(offset, dtype=np.uint8)
+    on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+    buffer = used[:offset] if used is not None and used.nbytes >= offset else device.host_bytes(offset, on_gpu)
+    sources = [tensors[entry.name].detach().contiguous().view(-1).view(torch.uint8) for entry in entries]
+    if on_gpu:  # one wait for all copies, where each would wait for itself
+        for entry, source in zip(entries, sources, strict=True):
+            torch.from_numpy(_bytes_of(entry, buffer)).copy_(source, non_blocking=True)
+        device.wait()
     whole = xxhash.xxh3_128()
     digested = 0
-    for entry in entries:
-        # numpy copies in this thread. torch would wake its pool for every tensor, and where engines share the cores
-        # each wake-up waits for a time slice: seconds instead of a fraction of one.
-        source = tensors[entry.name].detach().contiguous().view(-1).view(torch.uint8)
+    for entry, source in zip(entries, sources, strict=True):
+        if not on_gpu:
+            # numpy copies in this thread. torch would wake its pool for every tensor, and where engines share the cores
+            # each wake-up waits for a time slice: seconds instead of a fraction of one.
+            _bytes_of(entry, buffer)[:] = source.numpy()
         end = entry.offset + entry.nbytes
-        buffer[entry.offset : end] = source.cpu().numpy()
         buffer[end : end + -end % ALIGNMENT] = 0  # or equal policies would have different digests
         whole.update(buffer.data[digested:end])  # while the tensor is still in the processor's cache
         digested = end
     whole.update(buffer.data[digested:])
     return tuple(entries), buffer, whole.hexdigest()
+
+
+def _bytes_of(entry: TensorEntry, bucket: Bucket) -> Bucket:
+    return bucket[entry.offset : entry.offset + entry.nbytes]
 
 
 def unpack(entries: Sequence[TensorEntry], *held: Bucket) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from actors import hub, install, model, snapshot
+from actors import device, hub, install, model, snapshot
 from actors.conversation import Conversation, RolloutFunction
 from actors.engine import RolloutEngine
 from actors.errors import SyncError
@@ -224,6 +224,27 @@ def test_before_any_install_the_base_answers(
     probe, answers = untouched
     assert answers == transformers_greedy(policies.base(), engine)
     assert probe == pytest.approx(model.sequence_logprobs(policies.base(), PROBE), abs=LOGPROB_TOLERANCE)
+
+
+def test_weights_are_written_over_others_only_where_every_layer_computes_with_what_it_loads(
+    engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where vLLM packs nothing."""
+    if engine.spec.sync == "adapter":
+        pytest.skip("its weights are loaded once")
+    served = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    assert not install.serves_as_loaded(served)
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    assert install.serves_as_loaded(served)
+    layer = served.model.layers[3]
+    with monkeypatch.context() as other:
+        method = layer.mlp.down_proj.quant_method
+        other.setattr(layer.mlp.down_proj, "quant_method", type("Packing", (type(method),), {})())
+        assert not install.serves_as_loaded(served), "a method that this one only builds on"
+    with monkeypatch.context() as other:
+        other.setattr(layer.input_layernorm, "process_weights_after_loading", print, raising=False)
+        assert not install.serves_as_loaded(served), "a layer that makes something of its own"
+    assert install.serves_as_loaded(served)
 
 
 @pytest.mark.parametrize("where", ["first", "half way"])

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors import snapshot
+from actors import device, snapshot
 from actors.errors import SyncError
 from actors.trainer import Trainer
 from actors.types import SnapshotHeader, TensorEntry
@@ -105,6 +105,21 @@ def test_a_used_buffer_that_is_large_enough_is_written_over() -> None:
     small, part, digest = snapshot.pack({"a": torch.full((3,), 5.0)}, used)
     assert np.shares_memory(part, used) and snapshot.unpack(small, part)["a"].tolist() == [5.0] * 3
     assert digest == snapshot.pack({"a": torch.full((3,), 5.0)})[2], "what was there before is under the digest"
+
+
+@pytest.mark.gpu
+def test_a_gpus_tensors_are_packed_as_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = odd_tensors()
+    entries, buffer, digest = snapshot.pack(tensors)
+    for used in (None, buffer.copy()):
+        there = {name: tensor.to(device.device()) for name, tensor in tensors.items()}
+        found, packed, found_digest = snapshot.pack(there, used)
+        assert (found, packed.tobytes(), found_digest) == (entries, buffer.tobytes(), digest)
+    monkeypatch.setattr(device, "UPLOAD_BYTES", 1000)  # fewer than the large one has
+    upload = device.Upload(device.device())
+    back = {name: upload(tensor) for name, tensor in snapshot.unpack(entries, buffer).items()}
+    assert all(tensor.is_cuda for tensor in back.values())
+    assert all(same_bits(back[name].cpu(), tensor) for name, tensor in tensors.items())
 
 
 def test_digest_is_xxh3_of_128_bits() -> None:
