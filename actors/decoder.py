@@ -16,6 +16,7 @@ from actors.specs import SamplingSpec
 from actors.types import RolloutGroup
 
 CONTEXT_TOKENS = 6  # of a prompt, on which the text that follows may hang
+COMING_S = 0.002  # calls that were made together come less than this apart, where nobody keeps Python from those who bring them
 
 
 class Decoder:
@@ -27,6 +28,15 @@ class Decoder:
         self.names = itertools.count()
         self.waiting: dict[str, asyncio.Future[Any]] = {}
         self.stepping: asyncio.Task[None] | None = None
+        self.coming = False
+
+    def expect_more(self) -> None:
+        """Another process has called, and may have called more than once: the next step waits until no more calls come.
+
+        Ray's threads bring a call in several moves, each of which needs Python's lock. A step keeps it for most of its time, so
+        of calls that were made together one would come a step, and a batch would decode half empty while it fills.
+        """
+        self.coming = True
 
     async def output(self, token_ids: Sequence[int], params: Any, lora_request: Any = None) -> Any:
         """vLLM's RequestOutput of one prompt, when all its completions have ended. Raises what vLLM raises.
@@ -49,6 +59,9 @@ class Decoder:
         try:
             while self.waiting:
                 await asyncio.sleep(0)  # those who were answered go on, and new requests come in
+                while self.coming:
+                    self.coming = False
+                    await asyncio.sleep(COMING_S)
                 for output in self.engine.step():
                     future = self.waiting.pop(output.request_id, None) if output.finished else None
                     if future is not None and not future.done():

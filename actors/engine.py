@@ -252,6 +252,7 @@ class RolloutEngine:
         the same seed, prompt and policy give the same completions. version: None = the one that is served. columns: the row's,
         for the rollout function. Raises SyncError for a version that this engine does not serve.
         """
+        self.decoder.expect_more()
         served = self._policy(policy)
         if version not in (None, served.version):
             raise SyncError(f"policy version {version} was asked for, served is {served.version}")

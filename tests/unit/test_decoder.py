@@ -1,0 +1,64 @@
+"""When a step of the engine begins: with all calls that were made together. The engine is a list of what it decodes."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors import decoder
+from actors.decoder import Decoder
+
+TOKENS = 5
+CALLS = 8
+
+
+class Counting:
+    """Ends each request after TOKENS steps."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, int] = {}
+        self.decoded: list[int] = []  # requests, by step
+
+    def add_request(self, name: str, *_: Any, **__: Any) -> None:
+        self.left[name] = TOKENS
+
+    def step(self) -> list[Any]:
+        self.decoded.append(len(self.left))
+        self.left = {name: left - 1 for name, left in self.left.items()}
+        ended = [name for name, left in self.left.items() if not left]
+        for name in ended:
+            del self.left[name]
+        return [SimpleNamespace(request_id=name, finished=True) for name in ended]
+
+
+async def called(own: Decoder, after: float) -> None:
+    await asyncio.sleep(after)
+    own.expect_more()
+    await own.output([1], None)
+
+
+def test_calls_that_were_made_together_are_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "COMING_S", 0.2)
+    engine = Counting()
+
+    async def together() -> None:
+        own = Decoder(engine)
+        await asyncio.gather(*(called(own, after=0.01 * index) for index in range(CALLS)))
+        early = asyncio.create_task(called(own, 0))
+        while len(engine.decoded) < TOKENS + 2:
+            await asyncio.sleep(0)
+        await asyncio.gather(early, *(called(own, after=0.01 * index) for index in range(CALLS)))
+
+    asyncio.run(together())
+    joined = len(engine.decoded) - 2 * TOKENS
+    assert engine.decoded == [CALLS] * TOKENS + [1] * joined + [1 + CALLS] * (TOKENS - joined) + [CALLS] * joined
+    assert 2 <= joined < TOKENS
+
+
+def test_what_is_asked_from_inside_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a conversation's next turn is."""
+    monkeypatch.setattr(decoder, "COMING_S", 3600.0)
+    engine = Counting()
+    asyncio.run(asyncio.wait_for(Decoder(engine).output([1], None), timeout=60))
+    assert engine.decoded == [1] * TOKENS
