@@ -13,8 +13,8 @@ from tests.benchmarks import common
 from tests.benchmarks.common import LORA, MODEL, PROBE, Work
 
 LEARNING_RATE = 1e-4
-MICRO_BATCH = 128 if device.has_gpu() else 16  # completions per forward pass
-ENGINES_SHARE = 0.4  # of the GPU's memory, of all engines together
+MICRO_BATCH = 256 if device.has_gpu() else 16  # completions per forward pass
+ENGINES_SHARE = 0.24  # of the GPU's memory, of all engines together
 # Where a loop's engines compute: beside the trainer, on the other GPU where there are two, or in turn with the trainer.
 SHARED, SEPARATE, COLOCATE = "shared", "separate", "colocate"
 
