@@ -16,24 +16,25 @@ from actors.specs import SamplingSpec
 from actors.types import RolloutGroup
 
 CONTEXT_TOKENS = 6  # of a prompt, on which the text that follows may hang
-COMING_S = 0.002  # calls that were made together come less than this apart, where nobody keeps Python from those who bring them
+COMING_S = 0.002  # calls that were made together come less than this apart while no step holds Python's lock
 
 
 class Decoder:
     """Steps an engine in the event loop of its callers: nothing else of theirs runs during a step."""
 
-    def __init__(self, engine: Any) -> None:
-        """engine: vLLM's LLMEngine."""
+    def __init__(self, engine: Any, most: int) -> None:
+        """engine: vLLM's LLMEngine. most: completions that it decodes at once."""
         self.engine = engine
+        self.most = most
         self.names = itertools.count()
         self.waiting: dict[str, asyncio.Future[Any]] = {}
         self.stepping: asyncio.Task[None] | None = None
         self.coming = False
 
     def expect_more(self) -> None:
-        """Another process has called, and may have called more than once: the next step waits until no more calls come.
+        """A call has come that may be one of many: while the engine has room, its next step waits until no more come.
 
-        Ray's threads bring a call in several moves, each of which needs Python's lock. A step keeps it for most of its time, so
+        Ray's threads bring a call in several moves, each of which needs Python's lock. A step holds it for most of its time, so
         of calls that were made together one would come a step, and a batch would decode half empty while it fills.
         """
         self.coming = True
@@ -59,7 +60,7 @@ class Decoder:
         try:
             while self.waiting:
                 await asyncio.sleep(0)  # those who were answered go on, and new requests come in
-                while self.coming:
+                while self.coming and self.engine.get_num_unfinished_requests() < self.most:
                     self.coming = False
                     await asyncio.sleep(COMING_S)
                 for output in self.engine.step():

@@ -9,14 +9,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 # Instructions with which a CPU multiplies bfloat16 matrices natively. Without them bfloat16 is emulated, and
 # sampling is several times slower than in float32.
 _BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
-UPLOAD_BYTES = 2**28  # that may be on their way to a GPU
+PINNED_BYTES = 2**26  # through which tensors go to a GPU and come from it
 
 
 def has_gpu() -> bool:
@@ -117,33 +115,70 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def host_bytes(nbytes: int, from_gpu: bool) -> NDArray[np.uint8]:
-    """Memory of the host that was not written yet; from_gpu: pinned, so that a GPU writes to it while others go on."""
-    if not from_gpu:
-        return np.empty(nbytes, dtype=np.uint8)
-    pinned: NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-    return pinned
-
-
 class Upload:
-    """Brings tensors of the host to a device, without a wait for each where that is a GPU.
+    """Copies tensors of the host to a device, through pinned memory of its own where that is a GPU.
 
-    A copy from memory that is not pinned runs at a tenth of the speed, and after it this process waits until the GPU has done
-    all that it was told before, which takes longest where others compute there too.
+    A copy from other memory runs at a tenth of the speed, and after each this process would wait until the GPU has done all
+    that it was told before, which takes longest where others compute there too.
     """
 
     def __init__(self, where: torch.device) -> None:
         self.where = where
-        self.under_way = 0  # bytes
+        self.pinned = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True) if where.type != "cpu" else None
+        self.filled = 0  # bytes, from which copies may be under way
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.where.type == "cpu":
+        """On the device; on a CPU the tensor itself."""
+        if self.pinned is None:
             return tensor
-        self.under_way += tensor.nbytes
-        if self.under_way > UPLOAD_BYTES:
-            wait()  # or there would be pinned memory for everything
-            self.under_way = tensor.nbytes
-        return tensor.pin_memory().to(self.where, non_blocking=True)
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.where)
+        pieces = (flat_bytes(side).split(PINNED_BYTES) for side in (tensor, there))
+        for source, target in zip(*pieces, strict=True):
+            if self.filled + source.numel() > PINNED_BYTES:
+                wait()
+                self.filled = 0
+            held = self.pinned[self.filled : self.filled + source.numel()]
+            held.copy_(source)
+            target.copy_(held, non_blocking=True)
+            self.filled += source.numel()
+        return there
+
+
+@functools.cache
+def upload_to(where: torch.device) -> Upload:
+    """The one of this process."""
+    return Upload(where)
+
+
+def on_host(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each tensor's bytes, uint8 [bytes], in the host's memory until the next one is asked for.
+
+    Of a GPU's tensors as many come together as fit into pinned memory, with one wait for all of them.
+    """
+    together: list[torch.Tensor] = []
+    for flat in map(flat_bytes, tensors):
+        if together and sum(one.numel() for one in together) + flat.numel() > PINNED_BYTES:
+            yield from _arrived(together)
+            together = []
+        together.append(flat)
+    yield from _arrived(together)
+
+
+def _arrived(flat: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    sizes = [one.numel() for one in flat]
+    if all(one.device.type == "cpu" for one in flat) or sum(sizes) > PINNED_BYTES:
+        yield from (one.cpu() for one in flat)
+        return
+    held = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True)[: sum(sizes)].split(sizes)
+    for source, target in zip(flat, held, strict=True):
+        target.copy_(source, non_blocking=True)
+    wait()
+    yield from held
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8 [bytes]."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def collectives() -> str:

@@ -75,7 +75,7 @@ class RolloutEngine:
             disable_log_stats=True,
             **lora,
         )
-        self.decoder = Decoder(self.llm.llm_engine)
+        self.decoder = Decoder(self.llm.llm_engine, spec.max_num_seqs)
         self.tokenizer = self.llm.get_tokenizer()
         self.asleep = False
 
@@ -252,10 +252,10 @@ class RolloutEngine:
         the same seed, prompt and policy give the same completions. version: None = the one that is served. columns: the row's,
         for the rollout function. Raises SyncError for a version that this engine does not serve.
         """
-        self.decoder.expect_more()
         served = self._policy(policy)
         if version not in (None, served.version):
             raise SyncError(f"policy version {version} was asked for, served is {served.version}")
+        self.decoder.expect_more()
         started = time.perf_counter()
         with served.busy(served.groups):
             async with self.turns.group(policy, sampling.num_generations):

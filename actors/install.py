@@ -77,7 +77,7 @@ class PolicyInstaller:
     def eagleray_load(self, entries: Sequence[TensorEntry], bucket: Bucket) -> None:
         """Loads the weights of one bucket of a snapshot. entries: of that bucket."""
         runner = self.model_runner
-        upload = device.Upload(runner.device)
+        upload = device.upload_to(runner.device)
         tensors = snapshot.views(entries, bucket).items()
         self._load((name, upload(tensor).to(runner.model_config.dtype)) for name, tensor in tensors)
 
@@ -86,8 +86,8 @@ class PolicyInstaller:
             self.model_runner.get_model().load_weights(weights)
 
     def eagleray_finish(self) -> None:
-        """What was loaded is served from now on. Also after a load that failed half way: layers are loadable again then, and
-        the caller installs what was served before.
+        """What was loaded is served from now on. Also after a load that failed half way: the next one can begin then, and the
+        caller installs what was served before.
         """
         from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
@@ -138,7 +138,8 @@ class PolicyInstaller:
 
 
 def serves_as_loaded(model: nn.Module) -> bool:
-    """Whether vLLM's model computes with the tensors that its weights are loaded into, so that others are written over them.
+    """Whether vLLM's model computes with the tensors that its weights are loaded into, so that others are written over them: as
+    far as its layers say what they do after loading.
 
     Where it does not, vLLM loads every layer anew and makes of it what that layer computes with, which takes several times as
     long: linear layers are packed on a CPU; quantized, MoE and MLA layers make other tensors of theirs everywhere.
@@ -163,7 +164,7 @@ def _serves_as_loaded(module: nn.Module) -> bool:
 
 @functools.cache
 def _checkpoint(folder: str) -> dict[str, Tensor]:
-    """Its weights by name, views of files that are mapped for as long as this process lives."""
+    """Its weights by name, views of files that are mapped for as long as this process lives; nobody may write to them."""
     files = hub.weight_files(Path(folder))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
@@ -175,11 +176,11 @@ def merged_weights(
 
     Where the trainer's base is quantized, W0 is what that comes to: quantized and back, in `dtype`.
 
-    The product and the sum are fp32, rounded once to `dtype`, on `where`, one weight at a time. The checkpoint
-    is memory-mapped, so W0 costs no memory beyond the page cache. Raises KeyError for a LoRA module whose weight is not
-    in the checkpoint.
+    The product and the sum are fp32, rounded once to `dtype`, on `where`. The checkpoint is memory-mapped, so W0 costs no
+    memory beyond the page cache; on a CPU a weight without LoRA tensors may be a view of it, so nobody may write to it.
+    Raises KeyError for a LoRA module whose weight is not in the checkpoint.
     """
-    upload = device.Upload(where)
+    upload = device.upload_to(where)
     pending = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     for name, stored in _checkpoint(base.folder).items():
         weight = upload(stored)

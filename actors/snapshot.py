@@ -64,30 +64,19 @@ def pack(
         dtype = str(tensor.dtype).removeprefix("torch.")
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, nbytes, bucket))
         offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-    buffer = used[:offset] if used is not None and used.nbytes >= offset else device.host_bytes(offset, on_gpu)
-    sources = [tensors[entry.name].detach().contiguous().view(-1).view(torch.uint8) for entry in entries]
-    if on_gpu:  # one wait for all copies, where each would wait for itself
-        for entry, source in zip(entries, sources, strict=True):
-            torch.from_numpy(_bytes_of(entry, buffer)).copy_(source, non_blocking=True)
-        device.wait()
+    buffer = used[:offset] if used is not None and used.nbytes >= offset else np.empty(offset, dtype=np.uint8)
     whole = xxhash.xxh3_128()
     digested = 0
-    for entry, source in zip(entries, sources, strict=True):
-        if not on_gpu:
-            # numpy copies in this thread. torch would wake its pool for every tensor, and where engines share the cores
-            # each wake-up waits for a time slice: seconds instead of a fraction of one.
-            _bytes_of(entry, buffer)[:] = source.numpy()
+    for entry, held in zip(entries, device.on_host([tensors[entry.name] for entry in entries]), strict=True):
+        # numpy copies in this thread. torch would wake its pool for every tensor, and where engines share the cores
+        # each wake-up waits for a time slice: seconds instead of a fraction of one.
         end = entry.offset + entry.nbytes
+        buffer[entry.offset : end] = held.numpy()
         buffer[end : end + -end % ALIGNMENT] = 0  # or equal policies would have different digests
         whole.update(buffer.data[digested:end])  # while the tensor is still in the processor's cache
         digested = end
     whole.update(buffer.data[digested:])
     return tuple(entries), buffer, whole.hexdigest()
-
-
-def _bytes_of(entry: TensorEntry, bucket: Bucket) -> Bucket:
-    return bucket[entry.offset : entry.offset + entry.nbytes]
 
 
 def unpack(entries: Sequence[TensorEntry], *held: Bucket) -> dict[str, torch.Tensor]:

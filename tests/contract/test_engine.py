@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from actors import device, hub, install, model, snapshot
+from actors import decoder, device, hub, install, model, snapshot
 from actors.conversation import Conversation, RolloutFunction
 from actors.engine import RolloutEngine
 from actors.errors import SyncError
@@ -226,6 +226,29 @@ def test_before_any_install_the_base_answers(
     assert probe == pytest.approx(model.sequence_logprobs(policies.base(), PROBE), abs=LOGPROB_TOLERANCE)
 
 
+def test_groups_that_are_asked_for_at_once_are_decoded_at_once(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "COMING_S", 1.0)
+    own = engine.llm.llm_engine
+    step = own.step
+    decoded = []
+
+    def counting() -> Any:
+        decoded.append(own.get_num_unfinished_requests())
+        return step()
+
+    monkeypatch.setattr(own, "step", counting)
+
+    async def asked(after: float) -> None:
+        await asyncio.sleep(after)
+        await engine.sample(PROMPTS[0], SamplingSpec(2, 4, extra={"min_tokens": 4}), 7)
+
+    async def together() -> None:
+        await asyncio.gather(*(asked(0.1 * index) for index in range(3)))
+
+    asyncio.run(together())
+    assert decoded[0] == 6
+
+
 def test_weights_are_written_over_others_only_where_every_layer_computes_with_what_it_loads(
     engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +256,7 @@ def test_weights_are_written_over_others_only_where_every_layer_computes_with_wh
     if engine.spec.sync == "adapter":
         pytest.skip("its weights are loaded once")
     served = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
     assert not install.serves_as_loaded(served)
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     assert install.serves_as_loaded(served)
@@ -241,6 +265,11 @@ def test_weights_are_written_over_others_only_where_every_layer_computes_with_wh
         method = layer.mlp.down_proj.quant_method
         other.setattr(layer.mlp.down_proj, "quant_method", type("Packing", (type(method),), {})())
         assert not install.serves_as_loaded(served), "a method that this one only builds on"
+    with monkeypatch.context() as other:
+        kind = type(layer.self_attn.attn.impl)
+        packing = type("Packing", (kind,), {"process_weights_after_loading": print})
+        other.setattr(layer.self_attn.attn, "impl", packing.__new__(packing))
+        assert not install.serves_as_loaded(served), "attention that makes something of its own"
     with monkeypatch.context() as other:
         other.setattr(layer.input_layernorm, "process_weights_after_loading", print, raising=False)
         assert not install.serves_as_loaded(served), "a layer that makes something of its own"

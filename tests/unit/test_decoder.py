@@ -23,6 +23,9 @@ class Counting:
     def add_request(self, name: str, *_: Any, **__: Any) -> None:
         self.left[name] = TOKENS
 
+    def get_num_unfinished_requests(self) -> int:
+        return len(self.left)
+
     def step(self) -> list[Any]:
         self.decoded.append(len(self.left))
         self.left = {name: left - 1 for name, left in self.left.items()}
@@ -43,7 +46,7 @@ def test_calls_that_were_made_together_are_decoded_together(monkeypatch: pytest.
     engine = Counting()
 
     async def together() -> None:
-        own = Decoder(engine)
+        own = Decoder(engine, most=100)
         await asyncio.gather(*(called(own, after=0.01 * index) for index in range(CALLS)))
         early = asyncio.create_task(called(own, 0))
         while len(engine.decoded) < TOKENS + 2:
@@ -60,5 +63,17 @@ def test_what_is_asked_from_inside_waits_for_nobody(monkeypatch: pytest.MonkeyPa
     """As a conversation's next turn is."""
     monkeypatch.setattr(decoder, "COMING_S", 3600.0)
     engine = Counting()
-    asyncio.run(asyncio.wait_for(Decoder(engine).output([1], None), timeout=60))
+    asyncio.run(asyncio.wait_for(Decoder(engine, most=100).output([1], None), timeout=60))
     assert engine.decoded == [1] * TOKENS
+
+
+def test_a_step_that_has_no_room_for_more_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "COMING_S", 3600.0)
+    engine = Counting()
+
+    async def together() -> None:
+        own = Decoder(engine, most=CALLS)
+        await asyncio.gather(*(called(own, after=0) for _ in range(CALLS)))
+
+    asyncio.run(asyncio.wait_for(together(), timeout=60))
+    assert engine.decoded == [CALLS] * TOKENS

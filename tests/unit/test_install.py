@@ -1,16 +1,18 @@
 """The weights that an engine loads: those that the trainer computes with, to the last bit of rounding."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from actors import model
-from actors.install import BaseWeights, merged_weights
+from actors import install, model, snapshot
+from actors.install import BaseWeights, PolicyInstaller, merged_weights
 from actors.specs import LoraSpec, ModelSpec
 from tests.tiny import fill_adapter, save_smollm2_llama
 
@@ -76,3 +78,44 @@ def test_a_module_without_a_weight_is_named(tmp_path: Path) -> None:
     lost = {"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 64)}
     with pytest.raises(KeyError, match=r"no weight in .* for 1 LoRA modules, first .*layers\.7\.mlp\.up_proj"):
         list(merged_weights(BaseWeights(folder), lost, 1.0, torch.float32, torch.device("cpu")))
+
+
+class InPlace(torch.nn.Module):
+    """Takes weights as vLLM's models do, into the tensors that it computes with; of `breaks_at` of them it takes no more."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.state = {name: torch.zeros_like(tensor) for name, tensor in load_file(Path(folder) / "model.safetensors").items()}
+        self.breaks_at = 0
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for number, (name, tensor) in enumerate(weights, start=1):
+            if number == self.breaks_at:
+                raise MemoryError("no room")
+            self.state[name].copy_(tensor)
+
+
+def test_a_load_in_place_that_breaks_half_way_is_undone_by_the_one_before(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "serves_as_loaded", lambda model: True)
+    served = InPlace(folder)
+    nothing = dict.fromkeys(("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"), lambda: None)
+    config = SimpleNamespace(dtype=torch.float32)
+    worker = PolicyInstaller()
+    worker.model_runner = SimpleNamespace(
+        get_model=lambda: served, model_config=config, device=torch.device("cpu"), **nothing
+    )
+    policy = model.load_policy(ModelSpec(folder, "float32"), LORA, gradient_checkpointing=False)
+    found = []
+    for seed in (1, 2):
+        fill_adapter(policy, seed=seed, size=0.1)
+        entries, bucket, _ = snapshot.pack(model.lora_tensors(policy))
+        found.append((BaseWeights(folder), entries, [bucket], model.scaling(LORA)))
+    worker.eagleray_fuse(*found[0])
+    before = {name: tensor.clone() for name, tensor in served.state.items()}
+    served.breaks_at = len(before) // 2
+    with pytest.raises(MemoryError):
+        worker.eagleray_fuse(*found[1])
+    assert any(not torch.equal(before[name], tensor) for name, tensor in served.state.items())
+    served.breaks_at = 0
+    worker.eagleray_fuse(*found[0])
+    assert all(torch.equal(before[name], tensor) for name, tensor in served.state.items())

@@ -108,18 +108,19 @@ def test_a_used_buffer_that_is_large_enough_is_written_over() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpus_tensors_are_packed_as_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nbytes", [2**26, 1000])  # above and below what the large one has
+def test_tensors_come_from_a_gpu_and_go_there_bit_by_bit(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    monkeypatch.setattr(device, "PINNED_BYTES", nbytes)
     tensors = odd_tensors()
+    there = {name: tensor.to(device.device()) for name, tensor in tensors.items()}
     entries, buffer, digest = snapshot.pack(tensors)
-    for used in (None, buffer.copy()):
-        there = {name: tensor.to(device.device()) for name, tensor in tensors.items()}
-        found, packed, found_digest = snapshot.pack(there, used)
-        assert (found, packed.tobytes(), found_digest) == (entries, buffer.tobytes(), digest)
-    monkeypatch.setattr(device, "UPLOAD_BYTES", 1000)  # fewer than the large one has
+    found, packed, found_digest = snapshot.pack(there)
+    assert (found, packed.tobytes(), found_digest) == (entries, buffer.tobytes(), digest)
     upload = device.Upload(device.device())
-    back = {name: upload(tensor) for name, tensor in snapshot.unpack(entries, buffer).items()}
-    assert all(tensor.is_cuda for tensor in back.values())
-    assert all(same_bits(back[name].cpu(), tensor) for name, tensor in tensors.items())
+    for _ in range(3):
+        back = {name: upload(tensor) for name, tensor in snapshot.unpack(entries, buffer).items()}
+        assert all(tensor.is_cuda for tensor in back.values())
+        assert all(same_bits(back[name].cpu(), tensor) for name, tensor in tensors.items())
 
 
 def test_digest_is_xxh3_of_128_bits() -> None:
