@@ -32,7 +32,8 @@ class Decoder:
         self.coming = False
 
     def expect_more(self) -> None:
-        """A call has come that may be one of many: while the engine has room, its next step waits until no more come.
+        """A call has come that may be one of many: an engine that has fewer completions than it decodes at once waits with its
+        next step until no more come.
 
         Ray's threads bring a call in several moves, each of which needs Python's lock. A step holds it for most of its time, so
         of calls that were made together one would come a step, and a batch would decode half empty while it fills.
@@ -60,9 +61,10 @@ class Decoder:
         try:
             while self.waiting:
                 await asyncio.sleep(0)  # those who were answered go on, and new requests come in
-                while self.coming and self.engine.get_num_unfinished_requests() < self.most:
+                while self.coming:
                     self.coming = False
-                    await asyncio.sleep(COMING_S)
+                    if self.engine.get_num_unfinished_requests() < self.most:
+                        await asyncio.sleep(COMING_S)
                 for output in self.engine.step():
                     future = self.waiting.pop(output.request_id, None) if output.finished else None
                     if future is not None and not future.done():

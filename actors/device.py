@@ -3,7 +3,7 @@
 import functools
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -153,27 +153,47 @@ def upload_to(where: torch.device) -> Upload:
 def on_host(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Each tensor's bytes, uint8 [bytes], in the host's memory until the next one is asked for.
 
-    Of a GPU's tensors as many come together as fit into pinned memory, with one wait for all of them.
+    Of a GPU's tensors as many come together as fit into pinned memory, with one wait for all of them; larger ones in pieces.
     """
+    pinned = None
+    for flat in _together(map(flat_bytes, tensors)):
+        if all(one.device.type == "cpu" for one in flat):
+            yield from flat
+            continue
+        if pinned is None:
+            pinned = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
+        sizes = [one.numel() for one in flat]
+        if sum(sizes) > PINNED_BYTES:  # so it is one
+            yield _in_pieces(flat[0], pinned)
+            continue
+        held = pinned[: sum(sizes)].split(sizes)
+        for source, target in zip(flat, held, strict=True):
+            target.copy_(source, non_blocking=True)
+        wait()
+        yield from held
+
+
+def _together(flat: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """In order, as many as have PINNED_BYTES at most, or one that has more."""
     together: list[torch.Tensor] = []
-    for flat in map(flat_bytes, tensors):
-        if together and sum(one.numel() for one in together) + flat.numel() > PINNED_BYTES:
-            yield from _arrived(together)
-            together = []
-        together.append(flat)
-    yield from _arrived(together)
+    filled = 0
+    for one in flat:
+        if together and filled + one.numel() > PINNED_BYTES:
+            yield together
+            together, filled = [], 0
+        together.append(one)
+        filled += one.numel()
+    if together:
+        yield together
 
 
-def _arrived(flat: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    sizes = [one.numel() for one in flat]
-    if all(one.device.type == "cpu" for one in flat) or sum(sizes) > PINNED_BYTES:
-        yield from (one.cpu() for one in flat)
-        return
-    held = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True)[: sum(sizes)].split(sizes)
-    for source, target in zip(flat, held, strict=True):
-        target.copy_(source, non_blocking=True)
-    wait()
-    yield from held
+def _in_pieces(flat: torch.Tensor, pinned: torch.Tensor) -> torch.Tensor:
+    whole = torch.empty(flat.shape, dtype=torch.uint8)
+    for source, target in zip(flat.split(PINNED_BYTES), whole.split(PINNED_BYTES), strict=True):
+        held = pinned[: source.numel()]
+        held.copy_(source)
+        target.copy_(held)
+    return whole
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -240,13 +240,16 @@ def test_groups_that_are_asked_for_at_once_are_decoded_at_once(engine: RolloutEn
 
     async def asked(after: float) -> None:
         await asyncio.sleep(after)
-        await engine.sample(PROMPTS[0], SamplingSpec(2, 4, extra={"min_tokens": 4}), 7)
+        await engine.sample(PROMPTS[0], SamplingSpec(2, 4), 7)
 
     async def together() -> None:
         await asyncio.gather(*(asked(0.1 * index) for index in range(3)))
 
     asyncio.run(together())
     assert decoded[0] == 6
+    monkeypatch.setattr(decoder, "COMING_S", 3600.0)
+    full = engine.sample(PROMPTS[0], SamplingSpec(engine.spec.max_num_seqs, 4), 7)
+    asyncio.run(asyncio.wait_for(full, timeout=60))
 
 
 def test_weights_are_written_over_others_only_where_every_layer_computes_with_what_it_loads(
