@@ -153,13 +153,13 @@ def _serves_as_loaded(module: nn.Module) -> bool:
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
     from vllm.v1.attention.backend import AttentionImplBase
 
-    plain = AttentionImplBase.process_weights_after_loading
-    if isinstance(module, Attention) and type(module.impl).process_weights_after_loading is not plain:
-        return False
     method = getattr(module, "quant_method", None)
-    if method is not None:
-        return type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-    return isinstance(module, Attention) or not hasattr(module, "process_weights_after_loading")
+    if isinstance(module, Attention):
+        plain = AttentionImplBase.process_weights_after_loading
+        return method is None and type(module.impl).process_weights_after_loading is plain
+    if method is None:
+        return not hasattr(module, "process_weights_after_loading")
+    return type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
 @functools.cache

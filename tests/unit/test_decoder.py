@@ -48,7 +48,7 @@ def test_calls_that_were_made_together_are_decoded_together(monkeypatch: pytest.
     async def together() -> None:
         own = Decoder(engine, most=100)
         await asyncio.gather(*(called(own, after=0.01 * index) for index in range(CALLS)))
-        early = asyncio.create_task(called(own, 0))
+        early = asyncio.create_task(called(own, 0))  # and who comes while it is decoded joins it, together
         while len(engine.decoded) < TOKENS + 2:
             await asyncio.sleep(0)
         await asyncio.gather(early, *(called(own, after=0.01 * index) for index in range(CALLS)))

@@ -81,7 +81,7 @@ def test_a_module_without_a_weight_is_named(tmp_path: Path) -> None:
 
 
 class InPlace(torch.nn.Module):
-    """Takes weights as vLLM's models do, into the tensors that it computes with; of `breaks_at` of them it takes no more."""
+    """Takes weights as vLLM's models do, into the tensors that it computes with; number `breaks_at` breaks it."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
