@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from actors.chat import prompt_token_ids, token_ids_between
+from actors.decoder import sampled_logprobs
 from actors.errors import ConfigError
 from actors.functions import load_function, named_by
 from actors.specs import RolloutFunctionSpec, SamplingSpec
@@ -117,7 +118,7 @@ class Conversation:
         self._add(said, [0.0] * len(said), written=False)
         (turn,) = output.outputs
         ids = list(turn.token_ids)
-        self._add(ids, [at[token].logprob for at, token in zip(turn.logprobs, ids, strict=True)], written=True)
+        self._add(ids, sampled_logprobs(turn), written=True)
         self.truncated = turn.finish_reason == "length"
         by_token = turn.finish_reason == "stop" and not isinstance(turn.stop_reason, str)
         self._end = self._speaker.tokenizer.decode(ids[-1:]) if by_token else ""

@@ -96,6 +96,7 @@ def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
         min_p=sampling.min_p,
         seed=seed,
         logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,  # in one list, not in two objects a token, over which Python's garbage collector would go for long
         detokenize=bool(sampling.extra.get("stop")),
         output_kind=RequestOutputKind.FINAL_ONLY,
         **sampling.extra,  # type: ignore[arg-type]
@@ -106,28 +107,34 @@ def group_of(output: Any, version: int, tokenizer: Any, params: Any) -> RolloutG
     """Of vLLM's RequestOutput, sampled with a policy version and these parameters. Texts end before the token that ended them,
     unless the parameters include it.
     """
-    ids, logprobs, texts = [], [], []
-    before = list(output.prompt_token_ids[-CONTEXT_TOKENS:])
-    for completion in output.outputs:
-        tokens = list(completion.token_ids)
-        ids.append(np.array(tokens, dtype=np.int32))
-        ended = completion.finish_reason == "stop" and not params.include_stop_str_in_output
-        texts.append(completion.text if params.detokenize else _text(tokenizer, before, tokens[: len(tokens) - ended]))
-        chosen = [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
-        logprobs.append(np.array(chosen, dtype=np.float32))
+    tokens = [list(completion.token_ids) for completion in output.outputs]
+    if params.detokenize:
+        texts = [completion.text for completion in output.outputs]
+    else:
+        drop_end = not params.include_stop_str_in_output
+        ended = [drop_end and completion.finish_reason == "stop" for completion in output.outputs]
+        said = [ids[: len(ids) - end] for ids, end in zip(tokens, ended, strict=True)]
+        texts = _texts(tokenizer, output.prompt_token_ids[-CONTEXT_TOKENS:], said)
     return RolloutGroup(
         policy_version=version,
         prompt_ids=np.array(output.prompt_token_ids, dtype=np.int32),
-        completion_ids=tuple(ids),
-        logprobs=tuple(logprobs),
+        completion_ids=tuple(np.array(ids, dtype=np.int32) for ids in tokens),
+        logprobs=tuple(np.array(sampled_logprobs(completion), dtype=np.float32) for completion in output.outputs),
         truncated=tuple(completion.finish_reason == "length" for completion in output.outputs),
         texts=tuple(texts),
     )
 
 
-def _text(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
-    """As vLLM makes it: what the tokens add to the text before them, which for some tokenizers begins with a space, without a
+def sampled_logprobs(completion: Any) -> list[float]:
+    """log p of each token of vLLM's CompletionOutput, which was sampled with `sampling_params`. [T]"""
+    logprobs: list[float] = completion.logprobs.logprobs
+    return logprobs
+
+
+def _texts(tokenizer: Any, before: Sequence[int], completions: Sequence[Sequence[int]]) -> list[str]:
+    """As vLLM makes them: what the tokens add to the text before them, which for some tokenizers begins with a space, without a
     last character that was cut.
     """
-    prefix, whole = (str(tokenizer.decode(found, skip_special_tokens=True)) for found in (before, [*before, *tokens]))
-    return whole[len(prefix) :].rstrip("\ufffd")
+    rows = [list(before), *([*before, *tokens] for tokens in completions)]
+    prefix, *texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [text[len(prefix) :].rstrip("\ufffd") for text in texts]

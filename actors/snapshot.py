@@ -5,7 +5,7 @@ numpy has no bfloat16, hence bytes. An adapter is one such bucket; the weights o
 holds one at a time. Nothing here touches a file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from actors.errors import SyncError
 from actors.types import SnapshotHeader, TensorEntry
 
 ALIGNMENT = 64  # bytes; every tensor starts on a cache line, so that a view of any dtype is aligned
+PIECE_BYTES = 2**20  # of a bucket, that stay in a processor's cache while they are looked at twice
 
 
 Bucket = NDArray[np.uint8]  # [bytes]
@@ -152,14 +153,35 @@ def _examine(entries: Sequence[TensorEntry], buffer: Bucket) -> tuple[str, list[
     not_finite = []
     # An overflow of the sum is an answer here, not a mishap.
     with np.errstate(over="ignore", invalid="ignore"):
-        tensors = views(entries, buffer)
-        for entry in entries:
-            end = entry.offset + entry.nbytes
+        for piece in _pieces(entries):
+            end = piece[-1].offset + piece[-1].nbytes
             whole.update(buffer.data[digested:end])
             digested = end
-            # A sum is not finite when any element is not; unlike isfinite().all() it makes no temporary of the same
-            # size. numpy works in this thread, as in pack.
-            if not np.isfinite(np.add.reduce(tensors[entry.name].float().view(-1).numpy())):
-                not_finite.append(entry.name)
+            # What lies between tensors may be anything, so a sum that is not finite only says that each is looked at.
+            if not _finite_sum(buffer[piece[0].offset : end], piece[0].dtype):
+                each = ((entry.name, buffer[entry.offset : entry.offset + entry.nbytes]) for entry in piece)
+                not_finite += [name for name, held in each if not _finite_sum(held, piece[0].dtype)]
     whole.update(buffer.data[digested:])
     return whole.hexdigest(), not_finite
+
+
+def _pieces(entries: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
+    """Neighbours of one dtype, as many as a processor's cache holds, or one that is larger."""
+    piece: list[TensorEntry] = []
+    for entry in entries:
+        if piece and (entry.dtype != piece[0].dtype or entry.offset + entry.nbytes - piece[0].offset > PIECE_BYTES):
+            yield piece
+            piece = []
+        piece.append(entry)
+    if piece:
+        yield piece
+
+
+def _finite_sum(held: Bucket, dtype: str) -> bool:
+    """Whether the sum of the numbers is finite: it is not when any of them is not. Unlike isfinite().all() it makes no
+    temporary of the same size. numpy works in this thread, as in pack.
+    """
+    if not held.size:
+        return True
+    numbers = torch.frombuffer(held, dtype=getattr(torch, dtype)).float().numpy()
+    return bool(np.isfinite(np.add.reduce(numbers)))

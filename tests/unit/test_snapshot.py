@@ -233,6 +233,28 @@ def test_a_bf16_snapshot_with_infinity_is_refused_too() -> None:
         snapshot.validate(header, [buffer], EXPECTED, base_model=BASE, rank=4, scaling=2.0)
 
 
+@pytest.mark.parametrize("piece_bytes", [1, 150, 2**20])  # a tensor each, some together, all of a dtype
+def test_of_many_tensors_the_one_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
+    monkeypatch.setattr(snapshot, "PIECE_BYTES", piece_bytes)
+    dtypes = [torch.float32] * 3 + [torch.bfloat16] * 2 + [torch.float32]
+    tensors = {f"t{i}": torch.ones(3, 5, dtype=dtype) for i, dtype in enumerate(dtypes)}
+    for name in ("t1", "t2", "t5"):  # together they are more than a number can be
+        tensors[name][1, 2] = torch.finfo(torch.float32).max
+    shapes = dict.fromkeys(tensors, (3, 5))
+
+    def validated() -> str:
+        entries, bucket, digest = snapshot.pack(tensors)
+        header = SnapshotHeader(1, BASE, 0, 0.0, entries, bucket.nbytes, digest, ())
+        return snapshot.validate(header, [bucket], shapes, base_model=BASE, rank=0, scaling=0.0)
+
+    assert validated()
+    for name, tensor in tensors.items():
+        tensor[2, 4] = float("nan")
+        with pytest.raises(SyncError, match=f": {name} holds NaN or infinity"):
+            validated()
+        tensor[2, 4] = 1.0
+
+
 def test_every_single_byte_is_under_the_digest() -> None:
     header, buffer = made()
     for position in range(buffer.nbytes):
