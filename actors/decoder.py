@@ -96,7 +96,7 @@ def sampling_params(sampling: SamplingSpec, seed: int) -> Any:
         min_p=sampling.min_p,
         seed=seed,
         logprobs=0,  # of the sampled token alone
-        flat_logprobs=True,  # in one list, not in two objects a token, over which Python's garbage collector would go for long
+        flat_logprobs=True,  # in a few lists, not in two objects a token, over which Python's garbage collector goes for long
         detokenize=bool(sampling.extra.get("stop")),
         output_kind=RequestOutputKind.FINAL_ONLY,
         **sampling.extra,  # type: ignore[arg-type]
@@ -126,8 +126,14 @@ def group_of(output: Any, version: int, tokenizer: Any, params: Any) -> RolloutG
 
 
 def sampled_logprobs(completion: Any) -> list[float]:
-    """log p of each token of vLLM's CompletionOutput, which was sampled with `sampling_params`. [T]"""
-    logprobs: list[float] = completion.logprobs.logprobs
+    """log p of each token of vLLM's CompletionOutput, which was sampled with `sampling_params`. [T]
+
+    Raises RuntimeError when they are of other tokens than the completion's.
+    """
+    held = completion.logprobs
+    if held.token_ids != list(completion.token_ids):
+        raise RuntimeError(f"vLLM gave log-probabilities of {held.token_ids}, and sampled {list(completion.token_ids)}")
+    logprobs: list[float] = held.logprobs
     return logprobs
 
 
@@ -136,5 +142,5 @@ def _texts(tokenizer: Any, before: Sequence[int], completions: Sequence[Sequence
     last character that was cut.
     """
     rows = [list(before), *([*before, *tokens] for tokens in completions)]
-    prefix, *texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    prefix, *texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
     return [text[len(prefix) :].rstrip("\ufffd") for text in texts]

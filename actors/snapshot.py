@@ -5,6 +5,7 @@ numpy has no bfloat16, hence bytes. An adapter is one such bucket; the weights o
 holds one at a time. Nothing here touches a file.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -136,6 +137,8 @@ def validate(
     for entry in header.entries:
         if entry.shape != expected[entry.name]:
             raise refuse(f"{entry.name} has shape {entry.shape}, the model needs {expected[entry.name]}")
+    if lost := _misplaced(header.entries, held):
+        raise refuse(f"{lost} does not lie where a bucket has room for it")
     examined = [_examine(entries_of(header.entries, number), bucket) for number, bucket in enumerate(held)]
     found = joined([digest for digest, _ in examined])
     not_finite = [name for _, names in examined for name in names]
@@ -144,6 +147,19 @@ def validate(
     if not_finite:
         raise refuse(f"{not_finite[0]} holds NaN or infinity")
     return found
+
+
+def _misplaced(entries: Sequence[TensorEntry], held: Sequence[Bucket]) -> str | None:
+    """The first tensor that is not in a bucket as `pack` puts it there: whole, on a cache line, after the one before it."""
+    ends = [0] * len(held)
+    for entry in entries:
+        end = entry.offset + math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+        if entry.bucket >= len(held) or entry.offset % ALIGNMENT or entry.nbytes != end - entry.offset:
+            return entry.name
+        if entry.offset < ends[entry.bucket] or end > held[entry.bucket].nbytes:
+            return entry.name
+        ends[entry.bucket] = end
+    return None
 
 
 def _examine(entries: Sequence[TensorEntry], buffer: Bucket) -> tuple[str, list[str]]:

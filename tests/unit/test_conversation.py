@@ -67,7 +67,7 @@ class Scripted:
         cut = said != ids
         turn = SimpleNamespace(
             token_ids=said,
-            logprobs=SimpleNamespace(logprobs=[-token / 10 for token in said]),
+            logprobs=SimpleNamespace(token_ids=said, logprobs=[-token / 10 for token in said]),
             finish_reason="length" if cut else "stop",
             stop_reason=None if cut else self.stop,
         )

@@ -1,13 +1,16 @@
-"""When a step of the engine begins: with all calls that were made together. The engine is a list of what it decodes."""
+"""When a step of the engine begins: with all calls that were made together. The engine is a list of what it decodes. And what
+is made of its answers.
+"""
 
 import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.logprobs import FlatLogprobs, append_logprobs_for_next_position
 
 from actors import decoder
-from actors.decoder import Decoder
+from actors.decoder import Decoder, sampled_logprobs
 
 TOKENS = 5
 CALLS = 8
@@ -77,3 +80,16 @@ def test_a_step_that_has_no_room_for_more_waits_for_nobody(monkeypatch: pytest.M
 
     asyncio.run(asyncio.wait_for(together(), timeout=60))
     assert engine.decoded == [CALLS] * TOKENS
+
+
+@pytest.mark.parametrize("token_ids", [[3, 4], [3, 4, 5, 5], [3, 5, 4]])
+def test_log_probabilities_of_other_tokens_than_the_completions_are_refused(token_ids: list[int]) -> None:
+    def completion(of: list[int]) -> Any:
+        logprobs = FlatLogprobs()
+        for token in of:
+            append_logprobs_for_next_position(logprobs, [token], [-0.1 * token], (None,), 1, 0)
+        return SimpleNamespace(token_ids=(3, 4, 5), logprobs=logprobs)
+
+    assert sampled_logprobs(completion([3, 4, 5])) == pytest.approx([-0.3, -0.4, -0.5])
+    with pytest.raises(RuntimeError, match=r"log-probabilities of .*, and sampled \[3, 4, 5\]"):
+        sampled_logprobs(completion(token_ids))

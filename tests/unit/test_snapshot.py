@@ -1,8 +1,9 @@
 """Snapshots: bytes there and back, the same policy as a saved adapter, and what an engine must refuse."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -233,19 +234,20 @@ def test_a_bf16_snapshot_with_infinity_is_refused_too() -> None:
         snapshot.validate(header, [buffer], EXPECTED, base_model=BASE, rank=4, scaling=2.0)
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 150, 2**20])  # a tensor each, some together, all of a dtype
-def test_of_many_tensors_the_one_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
+@pytest.mark.parametrize("piece_bytes, pieces", [(1, [1] * 6), (150, [2, 1, 2, 1]), (2**20, [3, 2, 1])])
+def test_of_many_tensors_the_one_that_is_not_finite_is_named(
+    monkeypatch: pytest.MonkeyPatch, piece_bytes: int, pieces: list[int]
+) -> None:
     monkeypatch.setattr(snapshot, "PIECE_BYTES", piece_bytes)
     dtypes = [torch.float32] * 3 + [torch.bfloat16] * 2 + [torch.float32]
     tensors = {f"t{i}": torch.ones(3, 5, dtype=dtype) for i, dtype in enumerate(dtypes)}
-    for name in ("t1", "t2", "t5"):  # together they are more than a number can be
+    for name in ("t0", "t1"):  # which are in one piece where it has room, and have no sum there
         tensors[name][1, 2] = torch.finfo(torch.float32).max
-    shapes = dict.fromkeys(tensors, (3, 5))
 
     def validated() -> str:
         entries, bucket, digest = snapshot.pack(tensors)
-        header = SnapshotHeader(1, BASE, 0, 0.0, entries, bucket.nbytes, digest, ())
-        return snapshot.validate(header, [bucket], shapes, base_model=BASE, rank=0, scaling=0.0)
+        assert [len(piece) for piece in snapshot._pieces(entries)] == pieces
+        return whole(entries, bucket, digest)
 
     assert validated()
     for name, tensor in tensors.items():
@@ -253,6 +255,31 @@ def test_of_many_tensors_the_one_that_is_not_finite_is_named(monkeypatch: pytest
         with pytest.raises(SyncError, match=f": {name} holds NaN or infinity"):
             validated()
         tensor[2, 4] = 1.0
+
+
+def test_tensors_of_no_size_and_what_lies_between_tensors_are_no_reason_to_refuse() -> None:
+    entries, bucket, _ = snapshot.pack({"a": torch.zeros(0, 3), "b": torch.ones(1), "c": torch.zeros(2, 0), "d": torch.ones(1)})
+    bucket[4:64] = 0xFF  # a NaN in each dtype
+    assert whole(entries, bucket, snapshot.digest(bucket))
+
+
+def whole(entries: Sequence[TensorEntry], bucket: NDArray[np.uint8], digest: str) -> str:
+    """Validates a snapshot of one bucket whose tensors are all that is expected."""
+    header = SnapshotHeader(1, BASE, 0, 0.0, tuple(entries), bucket.nbytes, digest, ())
+    shapes = {entry.name: entry.shape for entry in entries}
+    return snapshot.validate(header, [bucket], shapes, base_model=BASE, rank=0, scaling=0.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"nbytes": 40}, {"offset": 6}, {"offset": 0}, {"offset": 128}, {"bucket": 1}, {"dtype": "float64"}],
+    ids=str,
+)
+def test_a_tensor_that_does_not_lie_in_its_bucket_is_refused(change: dict[str, Any]) -> None:
+    (first, second), bucket, digest = snapshot.pack({"a": torch.ones(15), "b": torch.ones(15)})
+    assert whole([first, second], bucket, digest)
+    with pytest.raises(SyncError, match="b does not lie where a bucket has room for it"):
+        whole([first, replace(second, **change)], bucket, digest)
 
 
 def test_every_single_byte_is_under_the_digest() -> None:
