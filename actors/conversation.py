@@ -109,6 +109,8 @@ class Conversation:
         self._waits_since = None
         try:
             output = await self._speaker.output([*self._ids, *said], params)
+            (turn,) = output.outputs
+            logprobs = sampled_logprobs(turn)
         except asyncio.CancelledError:  # the function's own time limit, say: it may go on
             self._waits_since = asyncio.get_running_loop().time()
             raise
@@ -116,9 +118,8 @@ class Conversation:
             self._broken = error
             raise
         self._add(said, [0.0] * len(said), written=False)
-        (turn,) = output.outputs
         ids = list(turn.token_ids)
-        self._add(ids, sampled_logprobs(turn), written=True)
+        self._add(ids, logprobs, written=True)
         self.truncated = turn.finish_reason == "length"
         by_token = turn.finish_reason == "stop" and not isinstance(turn.stop_reason, str)
         self._end = self._speaker.tokenizer.decode(ids[-1:]) if by_token else ""

@@ -132,7 +132,8 @@ def sampled_logprobs(completion: Any) -> list[float]:
     """
     held = completion.logprobs
     if held.token_ids != list(completion.token_ids):
-        raise RuntimeError(f"vLLM gave log-probabilities of {held.token_ids}, and sampled {list(completion.token_ids)}")
+        said, sampled = len(held.token_ids), len(completion.token_ids)
+        raise RuntimeError(f"vLLM gave log-probabilities of {said} tokens that are not the {sampled} of its completion")
     logprobs: list[float] = held.logprobs
     return logprobs
 

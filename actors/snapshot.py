@@ -137,8 +137,9 @@ def validate(
     for entry in header.entries:
         if entry.shape != expected[entry.name]:
             raise refuse(f"{entry.name} has shape {entry.shape}, the model needs {expected[entry.name]}")
-    if lost := _misplaced(header.entries, held):
-        raise refuse(f"{lost} does not lie where a bucket has room for it")
+    if wrong := _misplaced(header.entries, held):
+        at = f"{wrong.nbytes} bytes at {wrong.offset} of bucket {wrong.bucket}"
+        raise refuse(f"its manifest has {wrong.name}, {wrong.dtype} {wrong.shape}, as {at}, where it does not fit")
     examined = [_examine(entries_of(header.entries, number), bucket) for number, bucket in enumerate(held)]
     found = joined([digest for digest, _ in examined])
     not_finite = [name for _, names in examined for name in names]
@@ -149,15 +150,15 @@ def validate(
     return found
 
 
-def _misplaced(entries: Sequence[TensorEntry], held: Sequence[Bucket]) -> str | None:
-    """The first tensor that is not in a bucket as `pack` puts it there: whole, on a cache line, after the one before it."""
+def _misplaced(entries: Sequence[TensorEntry], held: Sequence[Bucket]) -> TensorEntry | None:
+    """The first tensor that is not said to be in a bucket as `pack` puts it there: whole, on a cache line, after the others."""
     ends = [0] * len(held)
     for entry in entries:
         end = entry.offset + math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
-        if entry.bucket >= len(held) or entry.offset % ALIGNMENT or entry.nbytes != end - entry.offset:
-            return entry.name
+        if not 0 <= entry.bucket < len(held) or entry.offset % ALIGNMENT or entry.nbytes != end - entry.offset:
+            return entry
         if entry.offset < ends[entry.bucket] or end > held[entry.bucket].nbytes:
-            return entry.name
+            return entry
         ends[entry.bucket] = end
     return None
 
@@ -195,7 +196,7 @@ def _pieces(entries: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
 
 def _finite_sum(held: Bucket, dtype: str) -> bool:
     """Whether the sum of the numbers is finite: it is not when any of them is not. Unlike isfinite().all() it makes no
-    temporary of the same size. numpy works in this thread, as in pack.
+    temporary of fp32. numpy works in this thread, as in pack.
     """
     if not held.size:
         return True

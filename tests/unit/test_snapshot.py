@@ -259,7 +259,7 @@ def test_of_many_tensors_the_one_that_is_not_finite_is_named(
 
 def test_tensors_of_no_size_and_what_lies_between_tensors_are_no_reason_to_refuse() -> None:
     entries, bucket, _ = snapshot.pack({"a": torch.zeros(0, 3), "b": torch.ones(1), "c": torch.zeros(2, 0), "d": torch.ones(1)})
-    bucket[4:64] = 0xFF  # a NaN in each dtype
+    bucket[4:64] = 0xFF  # a NaN in each dtype of numbers with a point
     assert whole(entries, bucket, snapshot.digest(bucket))
 
 
@@ -272,14 +272,16 @@ def whole(entries: Sequence[TensorEntry], bucket: NDArray[np.uint8], digest: str
 
 @pytest.mark.parametrize(
     "change",
-    [{"nbytes": 40}, {"offset": 6}, {"offset": 0}, {"offset": 128}, {"bucket": 1}, {"dtype": "float64"}],
+    [{"nbytes": 40}, {"dtype": "float64"}, {"offset": 66}, {"offset": 0}, {"offset": 128}, {"bucket": 1}, {"bucket": -1}],
     ids=str,
 )
 def test_a_tensor_that_does_not_lie_in_its_bucket_is_refused(change: dict[str, Any]) -> None:
     (first, second), bucket, digest = snapshot.pack({"a": torch.ones(15), "b": torch.ones(15)})
     assert whole([first, second], bucket, digest)
-    with pytest.raises(SyncError, match="b does not lie where a bucket has room for it"):
-        whole([first, replace(second, **change)], bucket, digest)
+    wrong = replace(second, **change)
+    where = f"{wrong.nbytes} bytes at {wrong.offset} of bucket {wrong.bucket}, where it does not fit"
+    with pytest.raises(SyncError, match=rf"has b, {wrong.dtype} \(15,\), as {where}"):
+        whole([first, wrong], bucket, digest)
 
 
 def test_every_single_byte_is_under_the_digest() -> None:
