@@ -613,6 +613,7 @@ def test_a_conversation_that_fails_leaves_the_engine_free(
     assert greedy(engine)
 
 
+@pytest.mark.parametrize("engine", ["fused"], indirect=True)  # what becomes of an answer is the same however the policy came
 def test_groups_hold_what_was_sampled(engine: RolloutEngine, policies: Policies) -> None:
     installed(engine, *policies.snapshots[0])
     groups, by_vllm = (
