@@ -111,9 +111,8 @@ def group_of(output: Any, version: int, tokenizer: Any, params: Any) -> RolloutG
     if params.detokenize:
         texts = [completion.text for completion in output.outputs]
     else:
-        drop_end = not params.include_stop_str_in_output
-        ended = [drop_end and completion.finish_reason == "stop" for completion in output.outputs]
-        said = [ids[: len(ids) - end] for ids, end in zip(tokens, ended, strict=True)]
+        whole = [params.include_stop_str_in_output or completion.finish_reason != "stop" for completion in output.outputs]
+        said = [ids if all_of_it else ids[:-1] for ids, all_of_it in zip(tokens, whole, strict=True)]
         texts = _texts(tokenizer, output.prompt_token_ids[-CONTEXT_TOKENS:], said)
     return RolloutGroup(
         policy_version=version,

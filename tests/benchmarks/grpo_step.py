@@ -27,7 +27,7 @@ from tests.benchmarks.step import LEARNING_RATE, Loop
 
 # Completions per forward pass, passes per step. On an H100 64 x 8 was slower, alone on it; 256 x 2 has no room beside ours.
 CUTS = ((128, 4),) if device.has_gpu() else ((16, 4), (64, 1))
-TRL_MEMORY = 0.1  # of a GPU, for TRL's own vLLM: three times what all completions need
+TRL_MEMORY = 0.1  # of a GPU, for TRL's own vLLM: all completions have room at once
 TRIAL_STEPS = 2  # the first one loads kernels, which may take longer than a step
 
 
